@@ -1,0 +1,210 @@
+"""A trial's folder on the shared disk: the only channel between the driver of a sweep and the job.
+
+    config.json            what to train, written by the driver: asking for a trial is writing this
+    job.json               the job that was submitted for it, and how often
+    stop                   the driver's word that the trial shall end, and why
+    attempts/0001/         one start of the job; a later one begins with a copy of what it continues
+        results.jsonl      a line per epoch, appended
+        checkpoint.pt      after the last of them
+        bundle/            the best epoch's prompt
+        end.json           finished, stopped or failed, and why; absent while it runs or if it died
+    logs/                  the job's output
+
+Whoever reads it may be killed and start again at any time. Only the newest attempt counts: a job that finds a newer
+one than its own stops without another word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorvp.config import TrialConfig
+from lorvp.files import replacing, write_json
+
+
+class State(StrEnum):
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class StopReason(StrEnum):
+    SEARCH = "search"
+    """The search gave up on the trial: its state becomes `stopped`, for good."""
+    INTERRUPT = "interrupt"
+    """The driver is ending: the trial stays open and can be continued."""
+
+
+@dataclass(frozen=True)
+class End:
+    state: State
+    reason: str
+
+
+class Attempt:
+    """One start of a trial's job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    def fenced(self) -> bool:
+        """Whether a newer attempt has started; what this one writes no longer counts."""
+        return (self.path.parent / f"{int(self.path.name) + 1:04}").exists()
+
+    def results(self) -> list[dict[str, Any]]:
+        """The epochs recorded so far, as dictionaries of `EpochResult`; a torn last line is left out."""
+        try:
+            text = (self.path / "results.jsonl").read_bytes()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Records one epoch, after whatever a killed writer may have torn."""
+        path = self.path / "results.jsonl"
+        line = (json.dumps(result) + "\n").encode()
+        with open(path, "ab+") as file:
+            file.seek(0)
+            text = file.read()
+            if text and not text.endswith(b"\n"):
+                file.truncate(text.rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def end(self, state: State, reason: str = "") -> None:
+        write_json(self.path / "end.json", {"state": state, "reason": reason, "time": time.time()})
+
+    def ended(self) -> End | None:
+        values = _read_json(self.path / "end.json")
+        return End(State(values["state"]), values["reason"]) if values else None
+
+
+class TrialFolder:
+    """Reads and writes the folder described above."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"TrialFolder({self.path})"
+
+    @property
+    def name(self) -> str:
+        """The config's content hash."""
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @classmethod
+    def request(cls, trials: Path, config: TrialConfig) -> TrialFolder:
+        """The folder of `config` under `trials`, made if there is none: equal configs are one trial."""
+        folder = cls(trials / config.content_hash())
+        if not (folder.path / "config.json").exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / "config.json", config.model_dump(mode="json"))
+        return folder
+
+    @classmethod
+    def requested(cls, trials: Path) -> list[TrialFolder]:
+        """All trials under `trials`, oldest request first."""
+        configs = sorted(trials.glob("*/config.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+        return [cls(path.parent) for path in configs]
+
+    @cached_property
+    def config(self) -> TrialConfig:
+        return TrialConfig.model_validate_json((self.path / "config.json").read_text())
+
+    def newest(self) -> Attempt | None:
+        attempts = self.path / "attempts"
+        names = [name for name in os.listdir(attempts) if name.isdigit()] if attempts.is_dir() else []
+        return Attempt(attempts / max(names)) if names else None
+
+    def claim(self) -> Attempt:
+        """Starts the next attempt, which from then on is the newest; it holds what the one before had recorded."""
+        attempts = self.path / "attempts"
+        attempts.mkdir(exist_ok=True)
+        while True:
+            before = self.newest()
+            number = int(before.path.name) + 1 if before else 1
+            draft = Path(tempfile.mkdtemp(prefix=".claim-", dir=attempts))
+            draft.chmod(0o755)
+            if before:
+                if before.checkpoint.exists():
+                    os.link(before.checkpoint, draft / before.checkpoint.name)  # replaced later, never written into
+                for result in before.results():
+                    Attempt(draft).append(result)
+            try:
+                draft.rename(attempts / f"{number:04}")
+            except OSError:  # another job took this number meanwhile
+                shutil.rmtree(draft)
+                continue
+            return Attempt(attempts / f"{number:04}")
+
+    def results(self) -> list[dict[str, Any]]:
+        """The epochs that count, from 1 on."""
+        newest = self.newest()
+        return newest.results() if newest else []
+
+    def ended(self) -> End | None:
+        """How the trial ended; None while it waits, runs, or lies unfinished."""
+        newest = self.newest()
+        return newest.ended() if newest else None
+
+    def job(self) -> dict[str, Any] | None:
+        """What was submitted for it: `id` and `submissions`."""
+        return _read_json(self.path / "job.json")
+
+    def submitted(self, job_id: str) -> None:
+        before = self.job()
+        write_json(self.path / "job.json", {"id": job_id, "submissions": before["submissions"] + 1 if before else 1})
+
+    def stop(self, reason: StopReason) -> None:
+        """Asks the job to end within a batch. The first reason given stays."""
+        if not self.stop_reason():
+            with replacing(self.path / "stop") as temporary:
+                temporary.write_text(reason)
+
+    def stop_reason(self) -> StopReason | None:
+        try:
+            return StopReason((self.path / "stop").read_text())
+        except FileNotFoundError:
+            return None
+
+    def clear_stop(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
+
+    def last_log_lines(self, count: int = 3) -> list[str]:
+        """The end of the newest log that says anything."""
+        logs = sorted(self.logs.glob("*_log.*"), key=lambda path: path.stat().st_mtime)
+        for log in reversed(logs):
+            lines = log.read_text(errors="replace").strip().splitlines()
+            if lines:
+                return lines[-count:]
+        return []
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None

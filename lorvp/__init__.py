@@ -1,0 +1,24 @@
+"""LoR-VP: low-rank visual prompts for frozen vision models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["TrialConfig", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: configs are read in places that have no use for torch."""
+    if name == "TrialConfig":
+        from lorvp.config import TrialConfig
+
+        return TrialConfig
+    if name == "load":
+        from lorvp.bundle import load
+
+        return load
+    if name == "train":
+        from lorvp.training import train
+
+        return train
+    raise AttributeError(f"module 'lorvp' has no attribute {name!r}")

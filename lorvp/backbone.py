@@ -1,0 +1,118 @@
+"""A timm model, frozen: from images in [0, 1] to features or source logits."""
+
+from __future__ import annotations
+
+import hashlib
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lorvp.tiny  # noqa: F401  registers the quickstart's backbone with timm
+from lorvp.config import BackboneConfig
+from lorvp.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16. `auto` takes bf16 only where the hardware has it: an RTX8000 (sm_75) gets fp16."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision == "bf16" and not has_bf16:
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"precision bf16: {name} has no bf16; use fp16 or auto")
+        return ("bf16" if has_bf16 else "fp16") if precision == "auto" else precision
+    if precision == "auto":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    return precision
+
+
+class Backbone(nn.Module):
+    """The frozen model with its input size and statistics. It stays in eval mode, and nothing in it takes a gradient.
+
+    Raises UserError for an unknown name, weights that can't be had or don't fit, and a model without a classifier.
+    """
+
+    def __init__(self, config: BackboneConfig, precision: str) -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.model = _create(config)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        known = self.model.pretrained_cfg
+        self.image_size: int = config.image_size or known["input_size"][-1]
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(config.mean or known["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std or known["std"]).view(3, 1, 1))
+        self.source_classes: int = self.model.num_classes
+        self.features: int = self.model.head_hidden_size
+        if not self.source_classes:
+            raise UserError(f"backbone {config.name} has no classifier, so no source classes to map from")
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode: BatchNorm statistics never move."""
+        return super().train(False)
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of any size, uint8 or float in [0, 1], as (N, 3, L, L) float32 in [0, 1].
+
+        Resizing is bilinear with antialias, aspect squashed, and on uint8 where the images are, as published.
+        """
+        size = (self.image_size, self.image_size)
+        whole = images.dtype == torch.uint8
+        if images.shape[-2:] != size:
+            if whole and images.device.type != "cpu":  # torch resizes uint8 on the CPU only
+                images = images.float()
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            if whole:
+                images = images.round().clamp(0, 255)
+        return images.float() / 255 if whole else images.float()
+
+    def forward(self, images: torch.Tensor, output: str) -> torch.Tensor:
+        """(N, 3, L, L) around [0, 1] to (N, source classes) `logits` or (N, features) `features`, float32."""
+        x = (images - self.mean) / self.std
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            if output == "logits":
+                return self.model(x).float()
+            return self.model.forward_head(self.model.forward_features(x), pre_logits=True).float()
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of each parameter and buffer, by name."""
+        return {
+            name: hashlib.blake2b(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest_size=8)
+            .hexdigest()
+            for name, tensor in self.model.state_dict().items()
+        }
+
+    def digest(self) -> str:
+        """One digest of all of it: which weights these are."""
+        return hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
+
+    def check_unmoved(self, before: dict[str, str]) -> None:
+        """Raises RuntimeError naming the tensors that differ from `before`, an earlier `fingerprint()`."""
+        moved = [name for name, digest in self.fingerprint().items() if before.get(name) != digest]
+        if moved:
+            raise RuntimeError(f"the frozen backbone moved during training: {', '.join(moved[:5])}")
+
+
+def _create(config: BackboneConfig) -> nn.Module:
+    if not timm.is_model(config.name.split(".")[0]):
+        close = timm.list_models(f"*{config.name.split('.')[0].split('_')[0]}*")[:5]
+        raise UserError(f"backbone.name: timm has no model {config.name!r}" + (f"; near: {', '.join(close)}" if close else ""))
+    kwargs = dict(config.kwargs)
+    if config.checkpoint is not None:
+        if not config.checkpoint.is_file():
+            raise UserError(f"backbone.checkpoint: no such file {config.checkpoint}")
+        kwargs["pretrained_cfg_overlay"] = {"file": str(config.checkpoint)} | kwargs.get("pretrained_cfg_overlay", {})
+    known = timm.get_pretrained_cfg(config.name, allow_unregistered=False)
+    if known and known.fixed_input_size and config.image_size not in (None, known.input_size[-1]):
+        kwargs.setdefault("img_size", config.image_size)  # ViTs build their position embedding for one size
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+    except Exception as error:  # timm, safetensors, torch and the hub each raise their own kinds
+        where = config.checkpoint or "the weights that timm names (set backbone.checkpoint where there is no internet)"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"backbone {config.name}: can't be built from {where}: {reason}") from error

@@ -1,0 +1,126 @@
+"""A tuned prompt as a folder: safetensors, JSON and a picture. `save` writes it, `load` makes a module of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lorvp import plugins
+from lorvp.backbone import Backbone
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.files import replacing
+from lorvp.methods import Method
+
+if TYPE_CHECKING:
+    from lorvp.training import EpochResult
+
+FORMAT_VERSION = 1
+TENSORS, DESCRIPTION, PICTURE = "tuned.safetensors", "bundle.json", "prompt.png"
+SELECTION = {
+    "val": "best epoch on the validation split; test read once, with that epoch's prompt and head",
+    "test_best_epoch": "published protocol: best epoch on the test set itself, an optimistic figure",
+}
+
+
+def save(
+    folder: Path,
+    method: Method,
+    config: TrialConfig,
+    precision: str,
+    class_names: Sequence[str],
+    best_epoch: int,
+    results: Sequence[EpochResult],
+) -> None:
+    """Writes `method`, which holds the best epoch's state, to `folder`, in place of what lies there."""
+    backbone = method.backbone
+    best, last = results[best_epoch - 1], results[-1]
+    description = {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "trial": config.content_hash(),
+        "metrics": {
+            "selection": SELECTION[config.select],
+            "epoch": best_epoch,
+            "epochs_trained": last.epoch,
+            "val_top1": best.val_top1,
+            "val_top5": best.val_top5,
+            "val_loss": best.val_loss,
+            "test_top1": best.test_top1 if config.select == "test_best_epoch" else last.test_top1,
+            "test_top5": best.test_top5 if config.select == "test_best_epoch" else last.test_top5,
+        },
+        "class_names": list(class_names),
+        "source": {
+            "digest": backbone.digest(),
+            "image_size": backbone.image_size,
+            "mean": backbone.mean.flatten().tolist(),
+            "std": backbone.std.flatten().tolist(),
+            "classes": backbone.source_classes,
+            "precision": precision,
+        },
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file(method.tuned(), temporary / TENSORS)
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        if hasattr(method, "prompt"):
+            picture(method.prompt.pattern()).save(temporary / PICTURE)
+
+
+def picture(pattern: torch.Tensor) -> Image.Image:
+    """A prompt (3, L, L) as an image: grey where it adds nothing, its largest value at full contrast."""
+    values = pattern.detach().float().cpu()
+    values = 0.5 + values / (2 * values.abs().max().clamp(min=1e-12))
+    pixels = (values * 255).round().byte().permute(1, 2, 0).numpy()
+    enlarge = max(1, 224 // pixels.shape[0])
+    return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The JSON of a bundle. Raises UserError for a folder that isn't one, or is of a newer version."""
+    path = Path(folder) / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        version = description["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a prompt bundle ({type(error).__name__})") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
+    return description
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
+    """The tuned model of a bundle, in eval mode.
+
+    It takes images of any size, (N, 3, H, W) uint8 or float in [0, 1], and returns downstream logits (N, classes)
+    float32, in the trial's own precision; its `class_names` say which is which. Raises UserError for a folder that is
+    no bundle, files that don't fit together, and a backbone whose weights are not the ones it was tuned on.
+    """
+    folder = Path(folder)
+    description = describe(folder)
+    try:
+        config = TrialConfig.model_validate(description["config"])
+        source, class_names = description["source"], description["class_names"]
+        tuned = load_file(folder / TENSORS)
+        backbone = Backbone(config.backbone, source["precision"])
+        method: Method = plugins.load("methods", config.method)(config, backbone, len(class_names))
+        method.load_tuned(tuned)
+    except (ValidationError, KeyError, OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: a bundle whose parts are missing or don't fit together ({reason})") from None
+    if backbone.digest() != source["digest"]:
+        raise UserError(f"{folder}: tuned on other weights of {config.backbone.name} than these")
+    method.class_names = class_names
+    return method.to(device).eval()

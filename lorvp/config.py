@@ -1,0 +1,172 @@
+"""What a trial is: one frozen, validated `TrialConfig`, the only thing that travels from a sweep to a job.
+
+This module imports no torch, so that the driver of a sweep can read and write configs without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import PositiveInt, model_validator
+
+from lorvp import plugins
+
+
+def _one_of(folder: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in plugins.names(folder):
+            raise ValueError(f"unknown name {name!r}; one of {', '.join(plugins.names(folder))}")
+        return name
+
+    return AfterValidator(check)
+
+
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+
+
+class Part(BaseModel):
+    """A frozen piece of a config that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BackboneConfig(Part):
+    """A timm model, frozen. Size and input statistics are the model's own unless given."""
+
+    name: str = Field(description="timm model name, with its pretraining tag")
+    pretrained: bool = Field(True, description="load weights: from `checkpoint`, else the ones timm names")
+    checkpoint: AbsolutePath | None = Field(None, description="local weights (safetensors or a state dict)")
+    kwargs: dict[str, Any] = Field({}, description="keyword arguments for timm.create_model")
+    image_size: PositiveInt | None = Field(None, description="L: side of the input, in pixels")
+    mean: tuple[float, float, float] | None = Field(None, description="input mean, of pixels in [0, 1]")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(None, description="input deviation")
+
+
+class DatasetConfig(Part):
+    """The downstream data. The validation set is split off the training set, stratified and seeded."""
+
+    name: Literal["image_folder", "cifar10", "cifar100", "digits"]
+    root: AbsolutePath | None = Field(None, description="folder of the images, or of the downloaded archive")
+    val_fraction: Fraction = 0.1
+    split_seed: NonNegativeInt = 0
+    max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
+    max_per_class: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first images of a class")
+    skip_unreadable: bool = Field(False, description="go on without images that can't be read")
+
+    @model_validator(mode="after")
+    def _has_root(self) -> DatasetConfig:
+        if self.root is None and self.name != "digits":
+            raise ValueError(f"dataset {self.name} needs root: the folder where it lies")
+        return self
+
+
+class PromptConfig(Part):
+    """What is added to the resized image in [0, 1] space, before normalisation."""
+
+    kind: Annotated[str, _one_of("prompts")] = "low_rank"
+    rank: PositiveInt = Field(4, description="r of low_rank")
+    init_b: Init = Field("zero", description="of B, and of prompts that are one tensor")
+    init_a: Init = Field("normal", description="of A")
+    init_std: PositiveFloat = Field(0.01, description="deviation of normal, half-width of uniform")
+    pad: PositiveInt = Field(30, description="width of border, in pixels at L = 224, scaled to other sizes")
+
+
+class OptimizerConfig(Part):
+    """One optimizer for the prompt and one for the head; as published both are SGD at one learning rate."""
+
+    name: OptimizerName = "sgd"
+    prompt_name: OptimizerName = Field(default_factory=lambda data: data["name"], description="default: name")
+    lr: PositiveFloat = 0.02
+    prompt_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
+    head_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    weight_decay: NonNegativeFloat = 1e-4
+    prompt_weight_decay: NonNegativeFloat = Field(
+        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+    )
+    head_weight_decay: NonNegativeFloat = Field(
+        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+    )
+    clip_grad_norm: PositiveFloat | None = Field(
+        None, description="largest gradient norm, of the prompt and of the head each"
+    )
+
+
+class ScheduleConfig(Part):
+    """The learning rate over the steps of a trial: a linear warm-up, then cosine or linear to 0, or constant."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_epochs: NonNegativeFloat = 0.0
+
+
+class TrialConfig(Part):
+    """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
+
+    method: Annotated[str, _one_of("methods")] = "lorvp"
+    backbone: BackboneConfig
+    dataset: DatasetConfig
+    prompt: PromptConfig = PromptConfig()
+    label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = "lp"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 256
+    eval_batch_size: PositiveInt = 512
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    select: Literal["val", "test_best_epoch"] = Field(
+        "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"
+    )
+    init_seed: NonNegativeInt = Field(0, description="of prompt, head and random mapping")
+    order_seed: NonNegativeInt = Field(0, description="of the order of the data; shared by the trials of a sweep")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrialConfig:
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ValueError(f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be below epochs")
+        if self.method == "linear_probe" and self.label_mapping not in HEAD_MAPPINGS:
+            raise ValueError("method linear_probe trains only a head: label_mapping must be lp or fm")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """The config as plain JSON values, without the keys that have no effect on this trial's result."""
+        values = self.model_dump(mode="json")
+        unused = []
+        if self.label_mapping not in HEAD_MAPPINGS:
+            unused += ["optimizer.name", "optimizer.lr", "optimizer.head_lr"]
+            unused += ["optimizer.weight_decay", "optimizer.head_weight_decay"]
+        else:  # what they are the defaults of has its own value by now
+            unused += ["optimizer.lr", "optimizer.weight_decay"]
+        if self.method == "linear_probe":
+            unused += ["prompt", "optimizer.prompt_name", "optimizer.prompt_lr", "optimizer.prompt_weight_decay"]
+        elif self.prompt.kind != "low_rank":
+            unused += ["prompt.rank", "prompt.init_a"]
+        if self.prompt.kind != "border":
+            unused += ["prompt.pad"]
+        if "sgd" not in (self.optimizer.name, self.optimizer.prompt_name):
+            unused += ["optimizer.momentum"]
+        for key in unused:
+            *parents, last = key.split(".")
+            part = values
+            for parent in parents:
+                part = part.get(parent, {})
+            part.pop(last, None)
+        return values
+
+    def canonical_json(self) -> str:
+        """One spelling for all equal configs: sorted keys, defaults filled in, no white space."""
+        return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+
+    def content_hash(self) -> str:
+        """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
+
+
+HEAD_MAPPINGS = ("fm", "lp")
+"""The label mappings that train a head; the others choose source classes and have nothing to learn."""

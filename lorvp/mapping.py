@@ -1,0 +1,141 @@
+"""Label mappings: from what the frozen backbone says to the downstream classes.
+
+RLM, FLM and ILM pick one source class for each downstream class; FM and LP learn a linear layer, on the source logits
+and on the features. `MAPPINGS` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorvp.errors import UserError
+
+
+class LabelMapping(nn.Module):
+    """Downstream logits from the backbone's output. `reads` says which output, `recount` when the map is made anew."""
+
+    reads = "logits"  # or "features"
+    recount = "never"  # or "once": before the first epoch, without the prompt; "epoch": before each, with the prompt
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__()
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """(N, source classes) logits or (N, features), float32, to (N, classes)."""
+        raise NotImplementedError
+
+
+class _Index(LabelMapping):
+    """Downstream class j reads source class `index[j]`; no source class is read twice."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        if source_classes < classes:
+            raise UserError(
+                f"a one-to-one label mapping needs a source class for each of the {classes} classes, and the backbone "
+                f"has {source_classes}: label_mapping must be lp or fm"
+            )
+        self.index: torch.Tensor
+        self.register_buffer("index", torch.randperm(source_classes)[:classes])
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return source[:, self.index]
+
+
+class RandomMapping(_Index):
+    """RLM: drawn once, with the init seed."""
+
+
+class FrequentMapping(_Index):
+    """FLM: by how often the unprompted backbone takes images of a class for each source class."""
+
+    recount = "once"
+
+
+class IterativeMapping(_Index):
+    """ILM: FLM again before every epoch, with the current prompt (Chen et al. 2023, ILM-VP)."""
+
+    recount = "epoch"
+
+
+class FullMapping(LabelMapping):
+    """FM: a linear layer on the source logits."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        self.head = nn.Linear(source_classes, classes)
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return self.head(source)
+
+
+class LinearProbing(LabelMapping):
+    """LP: a new head on the features."""
+
+    reads = "features"
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return self.head(source)
+
+
+MAPPINGS: dict[str, type[LabelMapping]] = {
+    "rlm": RandomMapping,
+    "flm": FrequentMapping,
+    "ilm": IterativeMapping,
+    "fm": FullMapping,
+    "lp": LinearProbing,
+}
+
+
+def count_matrix(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], source_classes: int, classes: int, device: torch.device
+) -> torch.Tensor:
+    """How many images of each class the backbone takes for each source class: (source classes, classes) int32.
+
+    `batches` yields raw source logits (n, source classes) and labels (n,). The one matrix is all that is kept: 83 MiB
+    at 21,841 x 1,000.
+    """
+    counts = torch.zeros(source_classes * classes, dtype=torch.int32, device=device)
+    for logits, labels in batches:
+        cells = logits.argmax(1) * classes + labels
+        counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+    return counts.view(source_classes, classes)
+
+
+def greedy_matching(counts: torch.Tensor) -> torch.Tensor:
+    """The source class of each class: (classes,) int64 on the CPU, from a count matrix (source classes, classes).
+
+    The published algorithm (OPTML-Group/ILM-VP): take the largest count, the first in row-major order on ties, bind
+    its row and column, strike both, repeat. Here the counts are sorted once; what has no count is filled in order.
+    """
+    source_classes, classes = counts.shape
+    if source_classes < classes:
+        raise ValueError(f"{source_classes} source classes can't be matched one to one with {classes} classes")
+    cells = counts.flatten().nonzero().flatten()
+    values = counts.flatten()[cells]
+    # stable: equal counts stay in row-major order
+    cells = cells[torch.sort(values, descending=True, stable=True).indices].cpu().numpy()
+    rows, columns = np.divmod(cells, classes)
+    index = np.full(classes, -1, dtype=np.int64)
+    row_free = np.ones(source_classes, dtype=bool)
+    step = 4096
+    for start in range(0, len(cells), step):
+        r, c = rows[start : start + step], columns[start : start + step]
+        open_pairs = row_free[r] & (index[c] < 0)
+        for row, column in zip(r[open_pairs].tolist(), c[open_pairs].tolist(), strict=True):
+            if row_free[row] and index[column] < 0:
+                index[column] = row
+                row_free[row] = False
+        if (index >= 0).all():
+            break
+    unbound = np.flatnonzero(index < 0)
+    index[unbound] = np.flatnonzero(row_free)[: len(unbound)]
+    return torch.from_numpy(index)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorvp import plugins
+from lorvp.backbone import Backbone
+from lorvp.config import TrialConfig
+from lorvp.methods import Method
+
+
+class LoRVP(Method):
+    """An input prompt, low-rank unless the config says otherwise, added before the backbone (LoR-VP, section 3)."""
+
+    def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
+        super().__init__(config, backbone, classes)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.init_seed)
+            self.prompt = plugins.load("prompts", config.prompt.kind)(config.prompt, backbone.image_size)
+
+    def prompted(self, images: torch.Tensor) -> torch.Tensor:
+        return self.prompt(images)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"prompt": list(self.prompt.parameters())} | super().groups()

@@ -1,0 +1,49 @@
+"""Input prompts: what is added to an image in [0, 1] space. A file each, found by name (`prompt.kind`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorvp.config import PromptConfig
+
+
+class Prompt(nn.Module):
+    """A trainable (3, L, L) pattern, added to every image before normalisation, without clamping.
+
+    A subclass takes `(config, image_size)`, draws its start from torch's global generator (seeded by the caller), and
+    defines `pattern`.
+    """
+
+    def __init__(self, config: PromptConfig, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def pattern(self) -> torch.Tensor:
+        """What is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
+        raise NotImplementedError
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, L, L) float in [0, 1] to the same shape; the result may leave [0, 1]."""
+        return images + self.pattern()
+
+
+def initialise(tensor: torch.Tensor, init: str, std: float) -> torch.Tensor:
+    """Fills `tensor` (channels, rows, columns) in place, each channel a matrix with fans of its own.
+
+    `init` is zero, normal (deviation `std`), uniform (in [-std, std]), xavier or kaiming (both uniform; fan_in is the
+    number of columns, fan_out of rows). torch's own fans of a 3-D tensor would take the channels for outputs and the
+    columns for a receptive field. Raises ValueError for another name.
+    """
+    fill = {
+        "zero": nn.init.zeros_,
+        "normal": lambda matrix: nn.init.normal_(matrix, std=std),
+        "uniform": lambda matrix: nn.init.uniform_(matrix, -std, std),
+        "xavier": nn.init.xavier_uniform_,
+        "kaiming": nn.init.kaiming_uniform_,
+    }
+    if init not in fill:
+        raise ValueError(f"unknown init {init!r}; one of {', '.join(fill)}")
+    for matrix in tensor:
+        fill[init](matrix)
+    return tensor
