@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import timm
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lorvp import plugins
 from lorvp.backbone import Backbone
+from lorvp.bundle_format import DESCRIPTION, FORMAT_VERSION, PICTURE, TENSORS, describe
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.files import replacing
@@ -26,8 +26,6 @@ from lorvp.methods import Method
 if TYPE_CHECKING:
     from lorvp.training import EpochResult
 
-FORMAT_VERSION = 1
-TENSORS, DESCRIPTION, PICTURE = "tuned.safetensors", "bundle.json", "prompt.png"
 SELECTION = {
     "val": "best epoch on the validation split; test read once, with that epoch's prompt and head",
     "test_best_epoch": "published protocol: best epoch on the test set itself, an optimistic figure",
@@ -86,19 +84,6 @@ def picture(pattern: torch.Tensor) -> Image.Image:
     pixels = (values * 255).round().byte().permute(1, 2, 0).numpy()
     enlarge = max(1, 224 // pixels.shape[0])
     return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """The JSON of a bundle. Raises UserError for a folder that isn't one, or is of a newer version."""
-    path = Path(folder) / DESCRIPTION
-    try:
-        description = json.loads(path.read_text())
-        version = description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a prompt bundle ({type(error).__name__})") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
-    return description
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:

@@ -1,0 +1,259 @@
+"""python sweeps/launch.py SPEC: carries out a sweep, from its YAML file to the best prompt in MLflow."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.folder import TrialFolder
+from cluster.local import LocalCluster
+from cluster.relay import Relay
+from lorvp.errors import UserError
+from lorvp.files import write_json
+from sweeps import spec as specs
+from sweeps.spec import Spec
+
+EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
+EXTENDABLE = {"search": {"trials", "concurrent"}}
+"""Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
+
+
+@app.command()
+def main(
+    file: Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file")],
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the spec")] = [],  # noqa: B006  typer's own form
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
+) -> None:
+    """Carries out the sweep that SPEC describes."""
+    try:
+        spec = specs.load(file, overrides)
+        if dry_run:
+            show_plan(spec)
+            return
+        check_inputs(spec)
+        with sweep_folder(spec, resume) as sweep_id:
+            code = carry_out(spec, sweep_id, file.read_text())
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    raise typer.Exit(code)
+
+
+def show_plan(spec: Spec) -> None:
+    """Prints the resolved space, the number of trials and one example config."""
+    console.print(f"sweep {spec.name}: {spec.search.algorithm}, objective {spec.objective}, in {spec.folder}")
+    console.print("space:")
+    for name, axis in spec.ordered_axes().items():
+        shown = axis.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+        when = " and ".join(f"{k} in {v}" for k, v in shown.pop("when", {}).items())
+        ((kind, value),) = shown.items()
+        console.print(f"  {name}: {kind} {json.dumps(value)}{f'  when {when}' if when else ''}", markup=False)
+    controls = spec.control_configs()
+    console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
+    example = spec.cells()[0] if spec.search.algorithm == "grid" else example_point(spec)
+    console.print("one config:")
+    console.print_json(spec.trial_config(example).model_dump_json())
+
+
+def example_point(spec: Spec) -> dict[str, specs.Scalar]:
+    """The point at the first end of every axis."""
+    point: dict[str, specs.Scalar] = {}
+    for name, axis in spec.ordered_axes().items():
+        if specs.active(axis, point):
+            point[name] = axis.examples()[0]
+    return point
+
+
+def check_inputs(spec: Spec) -> None:
+    """Raises UserError for data or weights that aren't there, before anything is written."""
+    for config in [spec.trial_config(example_point(spec)), *spec.control_configs()]:
+        root, checkpoint = config.dataset.root, config.backbone.checkpoint
+        if config.dataset.name == "image_folder" and not root.is_dir():
+            raise UserError(f"trial.dataset.root: no such folder {root}; point it at the images")
+        if checkpoint is not None and not checkpoint.is_file():
+            raise UserError(f"trial.backbone.checkpoint: no such file {checkpoint}")
+
+
+@contextmanager
+def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
+    """The sweep's folder, new or resumed, locked for this driver; gives the sweep's id."""
+    record = spec.folder / "sweep.json"
+    if record.exists() and not resume:
+        raise UserError(
+            f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
+        )
+    if resume and not record.exists():
+        raise UserError(f"{spec.folder}: no sweep to resume; leave --resume out to start it")
+    values = spec.model_dump(mode="json", by_alias=True)
+    if resume:
+        check_same_sweep(spec, json.loads(record.read_text())["spec"], values)
+    try:
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(spec.folder / "driver.lock", "a+")  # noqa: SIM115  held until the sweep ends
+    except OSError as error:
+        raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(f"{spec.folder}: another driver runs this sweep: {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        sweep_id = json.loads(record.read_text())["id"] if resume else uuid.uuid4().hex
+        write_json(record, {"id": sweep_id, "spec": values})
+        yield sweep_id
+
+
+def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
+    """Raises UserError when a resumed sweep would train something else than it did before."""
+    for key, value in now.items():
+        allowed = EXTENDABLE.get(key, set())
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            differing = [k for k in value.keys() | old.keys() if value.get(k) != old.get(k) and k not in allowed]
+        else:
+            differing = [""] if value != old else []
+        if differing:
+            path = ".".join(part for part in (key, differing[0]) if part)
+            raise UserError(f"{spec.folder}: {path} is not what this sweep was started with; --set name=NAME starts another")
+
+
+def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
+    """Runs the sweep to its end and returns the exit code."""
+    # Imported here: a spec that is refused shall not wait for MLflow and Ray.
+    from sweeps.follow import Follower
+    from sweeps.leaderboard import Leaderboard
+    from sweeps.tracking import Tracker
+
+    def interrupt(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+    tracker = Tracker(spec, sweep_id, spec_text)
+    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
+    relay = Relay(spec.trials, LocalCluster(spec.search.concurrent))
+    follower = Follower(spec, relay, tracker, console)
+    follower.start()
+    try:
+        for config in spec.control_configs():
+            TrialFolder.request(spec.trials, config)
+        run_search(spec)
+        all_sent = follower.finish()
+    except BaseException as error:
+        follower.halt()
+        console.print("ending: the jobs stop at their last epoch")
+        relay.interrupt()
+        follower.look()
+        tracker.close("KILLED", [])
+        console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        return EXIT_INTERRUPTED
+    board = Leaderboard.read(spec)
+    parquet = spec.folder / "results.parquet"
+    board.write_parquet(parquet)
+    console.print(board.table())
+    for line in board.verdict():
+        console.print(line, highlight=False)
+    best = board.best()
+    if best is not None:
+        console.print(f"best prompt: {best.trial.newest().bundle}", highlight=False)
+        console.print(f"as a model:  {tracker.log_best(best.trial)}", highlight=False)
+    tracker.close("FINISHED" if best else "FAILED", [parquet])
+    console.print(f"every epoch: {parquet}", highlight=False)
+    console.print(f"look at it:  {tracker.ui_command()}", highlight=False)
+    if not all_sent:
+        console.print("MLflow did not take everything; --resume sends what is missing", style="red")
+    return 0 if best is not None and all_sent else EXIT_NO_RESULT
+
+
+def run_search(spec: Spec) -> None:
+    """Lets Tune suggest, follow and stop trials until the search is through. Ray lives in this process's children."""
+    os.environ |= {
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home folder
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the driver's own business
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are recorded in the folders and in MLflow
+    }
+    import optuna
+    import ray
+    from ray import tune
+
+    from sweeps.search import RecordingSearch, Suggestions, make_scheduler
+    from sweeps.tune_trial import StopGivenUp, TuneTrial
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told below, and by the follower
+    files = spec.folder / "ray"
+    shutil.rmtree(files, ignore_errors=True)  # of a driver that was killed: nothing is restored from it
+    (files / "session").mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="lorvp-") as short:
+        # Ray's sockets lie in its folder, and the path of a socket may be 107 bytes long: a short way there
+        link = Path(short) / "ray"
+        link.symlink_to(files / "session")
+        ray.init(
+            address="local",
+            num_cpus=spec.search.concurrent,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 << 20,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(link),
+        )
+        try:
+            max_epochs = spec.trial_config(example_point(spec)).epochs
+            tuner = tune.Tuner(
+                tune.with_resources(tune.with_parameters(TuneTrial, spec=spec), {"cpu": 1}),
+                tune_config=tune.TuneConfig(
+                    search_alg=RecordingSearch(spec, Suggestions(spec.folder)),
+                    scheduler=make_scheduler(spec, max_epochs),
+                    num_samples=spec.number_of_trials(),
+                    max_concurrent_trials=spec.search.concurrent,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(files),
+                    callbacks=[StopGivenUp(spec)],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the folder is the checkpoint
+                    verbose=0,
+                ),
+            )
+            for error in tuner.fit().errors:
+                if "TrialFailed" not in str(error):  # those that failed in training are recorded as such
+                    raise error
+        finally:
+            ray.shutdown()
+    shutil.rmtree(files, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,148 @@
+"""What a sweep found, read from its trials' folders: the order of the trials, the gain over the control, a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from cluster.folder import End, State, TrialFolder
+from lorvp.files import replacing
+from sweeps.spec import Spec
+from sweeps.tracking import epoch_metrics, flatten
+
+MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trial, with the epochs that it recorded."""
+
+    trial: TrialFolder
+    params: dict[str, Any]
+    """Its values on the axes of the space, those that it has."""
+    control: bool
+    results: list[dict[str, Any]]
+    end: End | None
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None and self.end.state == State.FINISHED
+
+    def best(self, spec: Spec) -> dict[str, Any]:
+        """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set."""
+        protocol = self.trial.config.select
+        return max(self.results, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
+
+    def score(self, spec: Spec) -> float:
+        """The objective's best value, larger is better."""
+        values = [result[spec.objective] for result in self.results]
+        return max(values) if spec.mode == "max" else -min(values)
+
+    def test_top1(self, spec: Spec) -> float | None:
+        """With the best epoch's prompt; None for a trial that never read the test set."""
+        return self.best(spec)["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """A sweep's trials, best first: finished ones, then those stopped early, then those without a result.
+
+    A trial that was stopped early never wins: it was given up, and has not read the test set.
+    """
+
+    spec: Spec
+    entries: list[Entry]
+
+    @classmethod
+    def read(cls, spec: Spec) -> Leaderboard:
+        controls = {config.content_hash() for config in spec.control_configs()}
+        entries = []
+        for trial in TrialFolder.requested(spec.trials):
+            values = flatten(trial.config.canonical())
+            params = {key: values[key] for key in spec.space if key in values}
+            end = trial.ended()
+            entries.append(Entry(trial, params, trial.name in controls, trial.results(), end))
+
+        def order(entry: Entry) -> tuple[int, float]:
+            return (0 if entry.finished else 1, -entry.score(spec)) if entry.results else (2, 0.0)
+
+        return cls(spec, sorted(entries, key=order))
+
+    def best(self, control: bool = False) -> Entry | None:
+        """The best finished trial of the search, or of the control."""
+        return next((entry for entry in self.entries if entry.finished and entry.control == control), None)
+
+    def table(self, rows: int = 10) -> Table:
+        """The first `rows` trials, and the control."""
+        published = any(entry.trial.config.select != "val" for entry in self.entries)
+        test = "test top-1 (best test epoch)" if published else "test top-1"
+        table = Table(title=f"{self.spec.name}: {len(self.entries)} trials", title_justify="left", box=None)
+        for column in ("", "trial", "val top-1", test, "epochs", *self.spec.short_names().values(), ""):
+            text = column in ("trial", "")
+            table.add_column(column, justify="left" if text else "right", no_wrap=text)
+        search = [entry for entry in self.entries if not entry.control]
+        for place, entry in enumerate(search[:rows], start=1):
+            table.add_row(str(place), *self._cells(entry))
+        control = self.best(control=True)
+        if control:
+            table.add_section()
+            table.add_row("", *self._cells(control), style="bold")
+        return table
+
+    def _cells(self, entry: Entry) -> list[str]:
+        params = [number(entry.params.get(axis)) for axis in self.spec.space]
+        mark = "control" if entry.control else MARKS[entry.end.state] if entry.end else "unfinished"
+        if not entry.results:
+            return [entry.trial.name, "-", "-", "0", *params, mark]
+        val, test = entry.best(self.spec)["val_top1"], entry.test_top1(self.spec)
+        return [entry.trial.name, number(val), number(test), str(len(entry.results)), *params, mark]
+
+    def verdict(self) -> list[str]:
+        """The best trial, the control and the difference, in words."""
+        best, control = self.best(), self.best(control=True)
+        if best is None:
+            return ["no trial finished: there is no best prompt"]
+        lines = [f"best trial {best.trial.name}: {self._figures(best)}"]
+        if control is None:
+            return lines + (["the control did not finish"] if self.spec.control else [])
+        lines.append(f"control {control.trial.name}: {self._figures(control)}")
+        val = best.best(self.spec)["val_top1"] - control.best(self.spec)["val_top1"]
+        test = best.test_top1(self.spec) - control.test_top1(self.spec)
+        return [*lines, f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)"]
+
+    def _figures(self, entry: Entry) -> str:
+        label = "test top-1" if entry.trial.config.select == "val" else "test top-1 at the best test epoch (published)"
+        val, test = entry.best(self.spec)["val_top1"], entry.test_top1(self.spec)
+        return f"val top-1 {val:.2f} %, {label} {test:.2f} %"
+
+    def write_parquet(self, path: Path) -> None:
+        """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures."""
+        rows = [
+            {"trial": entry.trial.name, "control": entry.control, "state": entry.end.state if entry.end else "unfinished"}
+            | {f"param.{axis}": entry.params.get(axis) for axis in self.spec.space}
+            | epoch_metrics(result)
+            | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}
+            | {key: result[key] for key in ("test_loss", "test_top1", "test_top5")}
+            for entry in self.entries
+            for result in entry.results
+        ]
+        for axis in self.spec.space:  # a column has one type: an axis of mixed ones is written as text
+            kinds = {type(row[f"param.{axis}"]) for row in rows} - {type(None)}
+            if len(kinds) > 1 and kinds != {int, float}:
+                for row in rows:
+                    value = row[f"param.{axis}"]
+                    row[f"param.{axis}"] = None if value is None else str(value)
+        with replacing(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def number(value: Any) -> str:
+    """A value as it is shown in a table."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,205 @@
+"""MLflow: the sweep is a run, its trials are nested in it. The driver is the only writer, and the folders the source.
+
+Runs are found by tags, so that a driver that starts again goes on where the last one was killed: a run is never made
+twice, and an epoch that MLflow has is not sent again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# A sweep talks to nobody that its spec doesn't name, and to the user in its own words.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+import mlflow
+import numpy as np
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.models import ModelSignature
+from mlflow.types.schema import Schema, TensorSpec
+
+from cluster.folder import End, State, TrialFolder
+from lorvp.bundle_format import describe
+from lorvp.errors import UserError
+from sweeps.spec import Spec
+
+SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
+PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
+STATE_TAGS = {State.FINISHED: "finished", State.STOPPED: "stopped early", State.FAILED: "failed"}
+MODEL = "best_prompt"
+
+
+class Tracker:
+    """Writes one sweep to MLflow. Raises UserError when the store can't be reached at the start."""
+
+    def __init__(self, spec: Spec, sweep_id: str, spec_text: str) -> None:
+        self.spec = spec
+        self.sweep_id = sweep_id
+        self.uri = tracking_uri(spec)
+        spec.output.mkdir(parents=True, exist_ok=True)
+        self.client = mlflow.MlflowClient(self.uri)
+        try:
+            self.experiment = self._experiment()
+            found = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
+        except (mlflow.MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"MLflow at {self.uri} can't be used: {reason}") from None
+        self.runs = {run.data.tags[TRIAL]: run for run in found if TRIAL in run.data.tags}
+        parents = [run for run in found if TRIAL not in run.data.tags]
+        if parents:
+            self.parent = parents[0]
+            self.client.update_run(self.parent.info.run_id, "RUNNING")
+        else:
+            tags = {SWEEP: sweep_id, "git.commit": git_commit(), "python": platform.python_version()}
+            tags |= {f"version.{package}": version(package) for package in PACKAGES}
+            self.parent = self.client.create_run(self.experiment, tags=tags, run_name=spec.name)
+            self.client.log_text(self.parent.info.run_id, spec_text, "spec.yaml")
+            self.client.log_dict(self.parent.info.run_id, spec.model_dump(mode="json", by_alias=True), "spec.json")
+        self._epochs_sent = {name: int(run.data.metrics.get("epoch", 0)) for name, run in self.runs.items()}
+
+    def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
+        """Sends what MLflow has not got of the trial's epochs, in one batch."""
+        run = self._run(trial, control)
+        new = [result for result in results if result["epoch"] > self._epochs_sent.get(trial.name, 0)]
+        if not new:
+            return
+        metrics = [
+            Metric(key, value, int(result["time"] * 1000), result["epoch"])
+            for result in new
+            for key, value in epoch_metrics(result).items()
+        ]
+        self.client.log_batch(run.info.run_id, metrics=metrics)
+        self._epochs_sent[trial.name] = new[-1]["epoch"]
+
+    def end(self, trial: TrialFolder, end: End, control: bool) -> None:
+        """Closes the trial's run: its state, the best epoch's figures and its bundle."""
+        run = self._run(trial, control)
+        if run.data.tags.get(STATE) == STATE_TAGS[end.state]:
+            return  # closed by an earlier driver
+        tags = [RunTag(STATE, STATE_TAGS[end.state])]
+        if end.reason:
+            tags.append(RunTag("reason", end.reason[:5000]))
+        attempt = trial.newest()
+        if attempt and attempt.bundle.is_dir():
+            figures = describe(attempt.bundle)["metrics"]
+            tags.append(RunTag("selection", figures["selection"]))
+            now = int(time.time() * 1000)
+            summary = {"best_val_top1": figures["val_top1"], "best_epoch": figures["epoch"]}
+            metrics = [Metric(key, value, now, 0) for key, value in summary.items()]
+            self.client.log_batch(run.info.run_id, metrics=metrics)
+            self.client.log_artifacts(run.info.run_id, str(attempt.bundle), "bundle")
+        # the state comes last: a run that has it is complete
+        self.client.log_batch(run.info.run_id, tags=tags)
+        self.client.set_terminated(run.info.run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
+
+    def log_best(self, trial: TrialFolder) -> str:
+        """Logs the trial's bundle as the sweep's model and returns its URI, for `mlflow.pyfunc.load_model`."""
+        run_id = self.parent.info.run_id
+        uri = f"runs:/{run_id}/{MODEL}"
+        if self.client.get_run(run_id).data.tags.get("best.trial") == trial.name:
+            return uri
+        description = describe(trial.newest().bundle)
+        classes = len(description["class_names"])
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), "images")]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
+        )
+        package = Path(__file__).parent.parent / "lorvp"
+        mlflow.set_tracking_uri(self.uri)
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            # MLflow would like an input example, to try the model on: that takes torch, here in the driver
+            warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)
+            mlflow.pyfunc.log_model(
+                name=MODEL,
+                python_model=str(Path(__file__).parent / "pyfunc_model.py"),
+                artifacts={"bundle": str(trial.newest().bundle)},
+                signature=signature,
+                code_paths=[str(package)],
+                pip_requirements=[f"{p}=={version(p)}" for p in ("torch", "timm", "pydantic", "safetensors", "pillow")],
+            )
+        self.client.set_tag(run_id, "best.trial", trial.name)
+        return uri
+
+    def close(self, status: str, files: list[Path]) -> None:
+        """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED) and the sweep's own files as artifacts."""
+        for file in files:
+            self.client.log_artifact(self.parent.info.run_id, str(file))
+        self.client.set_terminated(self.parent.info.run_id, status)
+
+    def ui_command(self) -> str:
+        if self.uri.startswith("http"):
+            return f"open {self.uri}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+    def _experiment(self) -> str:
+        name = self.spec.tracking.experiment
+        existing = self.client.get_experiment_by_name(name)
+        if existing:
+            return existing.experiment_id
+        local = self.uri.startswith("sqlite:")
+        artifacts = (self.spec.output / "mlartifacts").as_uri() if local else None  # a server knows where it keeps them
+        return self.client.create_experiment(name, artifact_location=artifacts)
+
+    def _runs(self, query: str) -> list[Run]:
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment], query, max_results=1000, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _run(self, trial: TrialFolder, control: bool) -> Run:
+        if trial.name not in self.runs:
+            config = trial.config
+            tags = {
+                SWEEP: self.sweep_id,
+                TRIAL: trial.name,
+                "mlflow.parentRunId": self.parent.info.run_id,
+                "control": str(control).lower(),
+                "method": config.method,
+                "label_mapping": config.label_mapping,
+            }
+            name = f"control-{trial.name}" if control else trial.name
+            run = self.client.create_run(self.experiment, tags=tags, run_name=name)
+            params = [Param(key, str(value)) for key, value in flatten(config.canonical()).items()]
+            self.client.log_batch(run.info.run_id, params=params)
+            self.runs[trial.name] = run
+        return self.runs[trial.name]
+
+
+def tracking_uri(spec: Spec) -> str:
+    """The spec's, else the environment's, else SQLite in the output folder."""
+    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{spec.output / 'mlflow.db'}"
+
+
+def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """An EpochResult's figures by the names they have in MLflow."""
+    values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
+    return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def git_commit() -> str:
+    """The commit of this checkout, `-dirty` where it was edited; empty outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
