@@ -95,7 +95,7 @@ def decode(path: Path, size: int) -> np.ndarray:
             rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from None
-    return np.asarray(rgb).transpose(2, 0, 1)
+    return np.array(rgb).transpose(2, 0, 1)
 
 
 def image_folder(folder: Path, size: int) -> FolderImages:

@@ -196,6 +196,7 @@ def run_search(spec: Spec) -> None:
     os.environ |= {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home folder
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: Ray listens on loopback only
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the driver's own business
@@ -225,7 +226,6 @@ def run_search(spec: Spec) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=100 << 20,
-            _node_ip_address="127.0.0.1",
             _temp_dir=str(link),
         )
         try:

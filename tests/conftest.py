@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorvp.config import TrialConfig
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def digits_values(**changes: Any) -> dict[str, Any]:
+    """A trial of a second or two: the quickstart's backbone on 200 digits."""
+    values: dict[str, Any] = {
+        "backbone": {"name": "lorvp_tiny_32.cifar10"},
+        "dataset": {"name": "digits", "max_per_class": 20, "val_fraction": 0.2},
+        "prompt": {"rank": 2},
+        "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.05},
+        "epochs": 3,
+        "batch_size": 32,
+    }
+    return values | changes
+
+
+@pytest.fixture
+def digits():
+    """Makes a config of `digits_values`."""
+
+    def make(**changes: Any) -> TrialConfig:
+        return TrialConfig.model_validate(digits_values(**changes))
+
+    return make
+
+
+@pytest.fixture
+def image_root(tmp_path: Path) -> Path:
+    """A folder in ImageNet's layout: three classes, 8 images each to train on and 4 to test on."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label, name in enumerate(("n01", "n02", "n03")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 80, (40, 48, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG", "JPEG")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def imagenette(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Real photos of ten ImageNet classes and MobileNetV2's weights, where this workplace has them."""
+    archive, weights = SHARED / "imagenette.zip", SHARED / "weights" / "mobilenetv2_100.safetensors"
+    if not (archive.exists() and weights.exists()):
+        pytest.skip(f"no real photos: {SHARED} has no imagenette.zip and mobilenetv2_100.safetensors")
+    import zipfile
+
+    folder = tmp_path_factory.mktemp("imagenette")
+    with zipfile.ZipFile(archive) as photos:
+        photos.extractall(folder)
+    return folder, weights

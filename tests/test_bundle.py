@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import lorvp
+from lorvp import bundle, plugins
+from lorvp.backbone import Backbone
+from lorvp.errors import UserError
+from lorvp.tiny import WEIGHTS
+from lorvp.training import train
+
+
+@pytest.fixture
+def saved(digits, tmp_path):
+    results = list(train(digits(label_mapping="fm"), folder=tmp_path))
+    return tmp_path / "bundle", results
+
+
+def test_bundle_holds_what_is_needed_to_use_it(saved):
+    folder, results = saved
+    assert sorted(path.name for path in folder.iterdir()) == ["bundle.json", "prompt.png", "tuned.safetensors"]
+    description = json.loads((folder / "bundle.json").read_text())
+    assert description["class_names"] == [str(d) for d in range(10)]
+    assert description["metrics"]["val_top1"] == max(r.val_top1 for r in results)
+    assert description["source"]["mean"] == [0.5] * 3
+    with Image.open(folder / "prompt.png") as picture:
+        assert picture.size == (224, 224)
+
+
+@pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "fm", "lp"])
+def test_loaded_module_equals_the_trials_own(digits, tmp_path, monkeypatch, mapping):
+    kept = {}
+    save = bundle.save
+
+    def spy(folder, method, *rest):
+        kept["method"] = method
+        save(folder, method, *rest)
+
+    monkeypatch.setattr(bundle, "save", spy)
+    list(train(digits(label_mapping=mapping), folder=tmp_path))
+    loaded = lorvp.load(tmp_path / "bundle")
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = kept["method"](images)
+        torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5)
+        resized = loaded.backbone.prepare(images)
+        torch.testing.assert_close(loaded(resized), expected, rtol=0, atol=1e-5)
+        as_bytes = (resized * 255).round().byte()
+        torch.testing.assert_close(loaded(as_bytes), expected, rtol=0, atol=1e-5)
+    assert not loaded.training
+    assert loaded.class_names == [str(d) for d in range(10)]
+
+
+def test_bundles_that_cannot_be_loaded(saved):
+    folder, _ = saved
+    with pytest.raises(UserError, match="not a prompt bundle"):
+        lorvp.load(folder.parent)
+    description = json.loads((folder / "bundle.json").read_text())
+
+    def write(**changes):
+        (folder / "bundle.json").write_text(json.dumps(description | changes))
+
+    write(format_version=99)
+    with pytest.raises(UserError, match="bundle format 99"):
+        lorvp.load(folder)
+    write(source=description["source"] | {"digest": "0" * 16})
+    with pytest.raises(UserError, match="tuned on other weights"):
+        lorvp.load(folder)
+    write(class_names=["a", "b"])
+    with pytest.raises(UserError, match="don't fit together"):
+        lorvp.load(folder)
+    write()
+    (folder / "tuned.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="don't fit together"):
+        lorvp.load(folder)
+    (folder / "tuned.safetensors").unlink()
+    with pytest.raises(UserError, match="don't fit together"):
+        lorvp.load(folder)
+
+
+def test_a_prompt_as_a_picture():
+    pattern = torch.zeros(3, 16, 16)
+    pattern[0, 0, 0], pattern[1, 1, 1] = 0.5, -0.5
+    pixels = np.asarray(bundle.picture(pattern))
+    assert pixels.shape == (224, 224, 3)
+    assert pixels[0, 0, 0] == 255
+    assert pixels[14, 14, 1] == 0
+    assert pixels[100, 100].tolist() == [128] * 3
+
+
+def test_the_quickstarts_backbone_is_small_and_says_where_it_is_from(digits):
+    assert WEIGHTS.stat().st_size <= 1_000_000
+    with safe_open(WEIGHTS, "pt") as weights:
+        metadata = weights.metadata()
+    assert metadata["command"].startswith("python -m lorvp.tiny --data")
+    assert float(metadata["cifar10_test_top1"]) > 75
+    backbone = Backbone(digits().backbone, "fp32")
+    assert 0.25e6 < sum(p.numel() for p in backbone.parameters()) < 0.35e6
+
+
+def test_parameter_count_of_the_paper(digits):
+    """10,506 with ResNet-18's head for CIFAR-10."""
+    config = digits(backbone={"name": "resnet18", "pretrained": False}, prompt={"rank": 4})
+    method = plugins.load("methods", "lorvp")(config, Backbone(config.backbone, "fp32"), 10)
+    assert sum(p.numel() for group in method.groups().values() for p in group) == 10506
