@@ -4,6 +4,7 @@
     job.json               the job that was submitted for it, and how often
     stop                   the driver's word that the trial shall end, and why
     attempts/0001/         one start of the job; a later one begins with a copy of what it continues
+        started.json       where and when
         results.jsonl      a line per epoch, appended
         checkpoint.pt      after the last of them
         bundle/            the best epoch's prompt
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -148,6 +150,8 @@ class TrialFolder:
             number = int(before.path.name) + 1 if before else 1
             draft = Path(tempfile.mkdtemp(prefix=".claim-", dir=attempts))
             draft.chmod(0o755)
+            started = {"host": socket.gethostname(), "process": os.getpid(), "time": time.time()}
+            write_json(draft / "started.json", started)
             if before:
                 if before.checkpoint.exists():
                     os.link(before.checkpoint, draft / before.checkpoint.name)  # replaced later, never written into
@@ -155,7 +159,7 @@ class TrialFolder:
                     Attempt(draft).append(result)
             try:
                 draft.rename(attempts / f"{number:04}")
-            except OSError:  # another job took this number meanwhile
+            except OSError:  # another job took this number meanwhile; the folder is never empty, so none replaces it
                 shutil.rmtree(draft)
                 continue
             return Attempt(attempts / f"{number:04}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -32,9 +33,12 @@ class Relay:
         self.trials = trials
         self.cluster = cluster
         self._ended: set[str] = set()
-        self._submitted: set[str] = set()  # by this relay: older stop files were for older jobs
+        self._ending = False
+        self._submissions: Counter[str] = Counter()  # by this relay: an earlier driver's are another story
 
     def poll(self) -> None:
+        if self._ending:
+            return
         open_trials = self.open_trials()
         jobs = {trial.name: job for trial in open_trials if (job := trial.job())}
         alive = self.cluster.alive([job["id"] for job in jobs.values()])
@@ -43,17 +47,15 @@ class Relay:
         for trial in waiting:
             if trial.ended():  # between the look at its folder and the look at its job
                 continue
-            mine = trial.name in self._submitted
-            if mine and trial.stop_reason() == StopReason.INTERRUPT:
-                continue
-            if mine and jobs[trial.name]["submissions"] >= MAX_SUBMISSIONS:
+            submissions = self._submissions[trial.name]
+            if submissions >= MAX_SUBMISSIONS:
                 reason = f"its job ended {MAX_SUBMISSIONS} times without a result"
                 trial.claim().end(State.FAILED, ": ".join([reason, *trial.last_log_lines(1)]))
             elif free > 0:
-                if not mine:
-                    trial.clear_stop()
+                if not submissions:
+                    trial.clear_stop()  # it was meant for an earlier driver's job
                 trial.submitted(self.cluster.submit(trial))
-                self._submitted.add(trial.name)
+                self._submissions[trial.name] += 1
                 free -= 1
 
     def open_trials(self) -> list[TrialFolder]:
@@ -63,7 +65,8 @@ class Relay:
         return [t for t in trials if t.name not in self._ended]
 
     def interrupt(self, patience: float = 20.0) -> None:
-        """Ends all jobs so that their trials can be continued; those that don't listen in `patience` seconds are killed."""
+        """Ends all jobs so that their trials can be continued; deaf ones are killed after `patience` s."""
+        self._ending = True
         for trial in self.open_trials():
             trial.stop(StopReason.INTERRUPT)
         deadline = time.monotonic() + patience

@@ -82,8 +82,9 @@ class Backbone(nn.Module):
     def fingerprint(self) -> dict[str, str]:
         """A digest of each parameter and buffer, by name."""
         return {
-            name: hashlib.blake2b(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest_size=8)
-            .hexdigest()
+            name: hashlib.blake2b(
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest_size=8
+            ).hexdigest()
             for name, tensor in self.model.state_dict().items()
         }
 
@@ -101,7 +102,9 @@ class Backbone(nn.Module):
 def _create(config: BackboneConfig) -> nn.Module:
     if not timm.is_model(config.name.split(".")[0]):
         close = timm.list_models(f"*{config.name.split('.')[0].split('_')[0]}*")[:5]
-        raise UserError(f"backbone.name: timm has no model {config.name!r}" + (f"; near: {', '.join(close)}" if close else ""))
+        raise UserError(
+            f"backbone.name: timm has no model {config.name!r}" + (f"; near: {', '.join(close)}" if close else "")
+        )
     kwargs = dict(config.kwargs)
     if config.checkpoint is not None:
         if not config.checkpoint.is_file():

@@ -16,8 +16,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
-from torch import nn
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
@@ -81,7 +80,12 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     top, left = torch.randint(0, 9, (2, n), generator=generator)
     rows = top[:, None] + torch.arange(size)
     columns = left[:, None] + torch.arange(size)
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(3)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
 
 
 def main() -> None:
@@ -118,7 +122,10 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"epoch {epoch + 1}/{options.epochs}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{options.epochs}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
 
     # Half precision keeps the file under 1 MB; the accuracy below is that of the weights as they are stored.
     stored = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in model.state_dict().items()}

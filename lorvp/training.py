@@ -125,9 +125,9 @@ def train(
             first_lr = {}
             training_start = time.perf_counter()
             for step, (pixels, labels) in enumerate(watched(splits.train, config.batch_size, order)):
-                if not groups:  # nothing to learn: a one-to-one mapping without a prompt
-                    break
-                factor = lr_factor(config.schedule, steps_taken + step, config.epochs * steps_per_epoch, steps_per_epoch)
+                factor = lr_factor(
+                    config.schedule, steps_taken + step, config.epochs * steps_per_epoch, steps_per_epoch
+                )
                 loss = F.cross_entropy(method(pixels), labels)
                 scaler.scale(loss).backward()
                 finite = torch.ones((), dtype=torch.bool, device=device)

@@ -127,7 +127,9 @@ class Follower(threading.Thread):
             progress.end = end
             progress.closed = True
             if not self._terminal and (end.state != State.FINISHED or not results):
-                self.console.print(f"{self._called(progress)}  {end.state}  {end.reason}", markup=False, highlight=False)
+                self.console.print(
+                    f"{self._called(progress)}  {end.state}  {end.reason}", markup=False, highlight=False
+                )
 
     def _show(self, progress: Progress, result: dict) -> None:
         value = result[self.spec.objective]

@@ -40,7 +40,9 @@ console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.
 @app.command()
 def main(
     file: Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file")],
-    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the spec")] = [],  # noqa: B006  typer's own form
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the spec")
+    ] = [],  # noqa: B006  typer's own form
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
 ) -> None:
@@ -137,7 +139,9 @@ def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
             differing = [""] if value != old else []
         if differing:
             path = ".".join(part for part in (key, differing[0]) if part)
-            raise UserError(f"{spec.folder}: {path} is not what this sweep was started with; --set name=NAME starts another")
+            raise UserError(
+                f"{spec.folder}: {path} is not what this sweep was started with; --set name=NAME starts another"
+            )
 
 
 def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
@@ -147,12 +151,7 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
     from sweeps.leaderboard import Leaderboard
     from sweeps.tracking import Tracker
 
-    def interrupt(signum: int, frame: object) -> None:
-        signal.signal(signum, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
+    end_in_order_on_signals()
     tracker = Tracker(spec, sweep_id, spec_text)
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
     relay = Relay(spec.trials, LocalCluster(spec.search.concurrent))
@@ -189,6 +188,19 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
     if not all_sent:
         console.print("MLflow did not take everything; --resume sends what is missing", style="red")
     return 0 if best is not None and all_sent else EXIT_NO_RESULT
+
+
+def end_in_order_on_signals() -> None:
+    """Makes SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, once: the jobs are then ended before the driver is."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(signum: int, frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
 
 
 def run_search(spec: Spec) -> None:
@@ -228,6 +240,7 @@ def run_search(spec: Spec) -> None:
             object_store_memory=100 << 20,
             _temp_dir=str(link),
         )
+        end_in_order_on_signals()  # again: Ray has put its own handler in
         try:
             max_epochs = spec.trial_config(example_point(spec)).epochs
             tuner = tune.Tuner(

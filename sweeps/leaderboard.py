@@ -123,7 +123,11 @@ class Leaderboard:
     def write_parquet(self, path: Path) -> None:
         """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures."""
         rows = [
-            {"trial": entry.trial.name, "control": entry.control, "state": entry.end.state if entry.end else "unfinished"}
+            {
+                "trial": entry.trial.name,
+                "control": entry.control,
+                "state": entry.end.state if entry.end else "unfinished",
+            }
             | {f"param.{axis}": entry.params.get(axis) for axis in self.spec.space}
             | epoch_metrics(result)
             | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}

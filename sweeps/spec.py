@@ -14,6 +14,7 @@ from lorvp.errors import UserError
 from sweeps import yaml_lines
 from sweeps.yaml_lines import Location
 
+
 def _scalar(value: Any) -> Any:
     if value is not None and not isinstance(value, bool | int | float | str):
         raise ValueError(f"must be a single number, text, true, false or null, not {value!r}")
@@ -59,7 +60,11 @@ class Axis(Part):
         """Every value it can take, in order; None if they can't be listed."""
         if self.choice is not None:
             return self.choice
-        return list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:])) if self.integers is not None else None
+        return (
+            list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:]))
+            if self.integers is not None
+            else None
+        )
 
     def examples(self) -> list[Scalar]:
         """The values that must be valid for all of the axis to be."""
@@ -142,7 +147,9 @@ class Spec(Part):
         """The axes, each after those that its condition names. Raises ValueError naming a cycle."""
         ordered: dict[str, Axis] = {}
         while len(ordered) < len(self.space):
-            ready = [name for name, axis in self.space.items() if name not in ordered and set(axis.when) <= set(ordered)]
+            ready = [
+                name for name, axis in self.space.items() if name not in ordered and set(axis.when) <= set(ordered)
+            ]
             if not ready:
                 raise ValueError(f"conditions in a circle: {', '.join(n for n in self.space if n not in ordered)}")
             ordered |= {name: self.space[name] for name in ready}
@@ -264,9 +271,9 @@ def _check_configs(spec: Spec, fail: Any) -> None:
             owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
             if owner is None and inner:
                 fail(("trial", *inner), message)
-            fail(location if owner is None else (location[0], owner, *location[2:]), message)
+            fail(location if owner is None else ("space", owner, *location[2:]), message)
 
-    check(first_cell({}), ("space",))
+    check(first_cell({}), ("trial",))
     for name, axis in spec.space.items():
         for i, value in enumerate(axis.examples()):
             config = check(first_cell({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
@@ -299,13 +306,14 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
 
 def _explain(error: ValidationError, model: type[Part]) -> tuple[Location, str]:
     """Where the first error is and what would be right."""
-    first = error.errors()[0]
+    # a misspelt key is told before the one that is missing for it
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(part for part in first["loc"] if part != "[key]")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return location, f"no such key{_closest(str(location[-1]), _siblings(model, location[:-1]))}"
     if first["type"] == "missing":
-        return location[:-1], f"the key {location[-1]} is missing"
+        return location, "this key is missing"
     given = first["input"]
     if first["type"] != "value_error" and not isinstance(given, dict):
         message += f", not {given!r}"
@@ -314,18 +322,21 @@ def _explain(error: ValidationError, model: type[Part]) -> tuple[Location, str]:
 
 def _siblings(model: type[Part], location: Location) -> list[str]:
     for part in location:
-        if part not in model.model_fields:
-            return list(Axis.model_fields) if model is Spec else []
-        annotation = model.model_fields[part].annotation
+        if model is Spec and part == "space":
+            return _keys(Axis)
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, Part)):
-            is_space = model is Spec and part == "space"
-            return list(Axis.model_fields) if is_space else []
+            return []
         model = annotation
-    return list(model.model_fields)
+    return _keys(model)
+
+
+def _keys(model: type[Part]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; one of {', '.join(known)}" if 0 < len(known) <= 12 else ""

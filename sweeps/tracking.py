@@ -109,7 +109,7 @@ class Tracker:
         description = describe(trial.newest().bundle)
         classes = len(description["class_names"])
         signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), "images")]),
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
             outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
         )
         package = Path(__file__).parent.parent / "lorvp"

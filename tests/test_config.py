@@ -31,7 +31,7 @@ def test_equal_configs_are_one_trial(digits):
 
 
 def test_hash_is_the_same_in_another_process(digits):
-    code = "import sys; from lorvp.config import TrialConfig as T; print(T.model_validate_json(sys.argv[1]).content_hash())"
+    code = "import sys, lorvp; print(lorvp.TrialConfig.model_validate_json(sys.argv[1]).content_hash())"
     command = [sys.executable, "-c", code, digits().model_dump_json()]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == digits().content_hash()
 

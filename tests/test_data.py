@@ -81,7 +81,8 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize(
-    "damage", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_text("a text"), lambda p: p.unlink() or p.symlink_to(p)]
+    "damage",
+    [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_text("a text"), lambda p: p.unlink() or p.symlink_to(p)],
 )
 def test_unreadable_images_are_named_and_counted(image_root, monkeypatch, capsys, damage, in_memory):
     if not in_memory:

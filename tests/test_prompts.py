@@ -44,7 +44,7 @@ def test_gradient_of_a_is_zero_at_the_start():
 
 @pytest.mark.parametrize(("init", "bound"), [("xavier", math.sqrt(6 / (200 + 5))), ("kaiming", math.sqrt(6 / 5))])
 def test_fans_are_those_of_the_factor_matrices(init, bound):
-    """B's channels are 200 x 5 matrices: fan_in 5, fan_out 200. torch's fans of the 3-D tensor would be 1,000 and 15."""
+    """B's channels are 200 x 5 matrices: fan_in 5, fan_out 200."""
     tensor = initialise(torch.empty(3, 200, 5), init, 0.01)
     assert 0.97 * bound < tensor.abs().max() <= bound
 

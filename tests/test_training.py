@@ -235,7 +235,8 @@ def test_statistics_and_head_are_the_models_own(name, mean, features):
 
 def test_backbone_at_another_size():
     backbone = Backbone(
-        BackboneConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, mean=(0, 0, 0), std=(1, 1, 1)), "fp32"
+        BackboneConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, mean=(0, 0, 0), std=(1, 1, 1)),
+        "fp32",
     )
     assert backbone(backbone.prepare(torch.rand(1, 3, 40, 50)), "logits").shape == (1, 1000)
 

@@ -1,0 +1,25 @@
+PYTHON ?= python3
+INSTALLED = .venv/.installed
+
+.PHONY: quickstart test check install
+
+install: $(INSTALLED)
+
+# Sweeps the quickstart; a second call goes on with it, or shows again what it found.
+quickstart: $(INSTALLED)
+	.venv/bin/python sweeps/launch.py sweeps/quickstart.yaml $(if $(wildcard runs/quickstart/sweep.json),--resume)
+
+# Everything that this machine can run; what it can't is named with the reason.
+test: check
+	.venv/bin/python -m pytest -rs --durations=5
+
+check: $(INSTALLED)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(INSTALLED)

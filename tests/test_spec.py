@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import optuna
+import pytest
+from typer.testing import CliRunner
+
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from sweeps import launch, spec
+from sweeps.search import CellSampler, make_sampler, suggest
+
+SWEEPS = Path(launch.__file__).parent
+
+GOOD = """\
+name: good
+trial:
+  backbone: {name: lorvp_tiny_32.cifar10}
+  dataset: {name: digits}
+  epochs: 4
+space:
+  label_mapping: {choice: [flm, fm, lp]}
+  prompt.rank: {int: [1, 3]}
+  optimizer.prompt_lr: {choice: [1e-3, 0.1]}
+  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}
+search: {algorithm: grid}
+early_stopping: {rule: asha, grace_epochs: 2}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a spec, `GOOD` with one piece replaced, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(old: str = "", new: str = "") -> Path:
+        assert old in GOOD
+        path = tmp_path / "sweep.yaml"
+        path.write_text(GOOD.replace(old, new, 1) if old else GOOD)
+        return path
+
+    return make
+
+
+BROKEN = {
+    "unknown key": ("early_stopping", "early_stoping", ":12: early_stoping: no such key; did you mean early_stopping?"),
+    "no name": ("name: good\n", "", ": name: this key is missing"),
+    "name with a slash": ("name: good", "name: a/b", ":1: name: 'a/b' names the sweep's folder"),
+    "wrong type": ("epochs: 4", "epochs: four", ":5: trial.epochs: Input should be a valid integer"),
+    "unknown key in trial": ("epochs: 4", "epoch: 4", ":5: trial.epoch: no such key; did you mean epochs?"),
+    "unknown key deep in trial": ("{name: digits}", "{nam: digits}", "trial.dataset.nam: no such key; did you mean name?"),
+    "missing part of trial": ("  dataset: {name: digits}\n", "", ":2: trial.dataset: this key is missing"),
+    "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.optimizer.prompt_lr.choice: List should have at least 1"),
+    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.label_mapping.choice[3]: Input should be 'rlm', "),
+    "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
+    "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
+    "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
+    "axis with two kinds": ("{int: [1, 3]}", "{int: [1, 3], choice: [1]}", "it has choice and int"),
+    "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
+    "axis that is a number": ("{int: [1, 3]}", "3", ":8: space.prompt.rank: Input should be a valid dictionary"),
+    "bounds the wrong way round": ("int: [1, 3]", "int: [3, 1]", "the low end 3 must be below the high end 1"),
+    "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.optimizer.prompt_lr: log_uniform needs a low end above 0"),
+    "value twice": ("[flm, fm, lp]", "[flm, fm, flm]", "choice names a value twice"),
+    "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.label_mapping.choice[1]: must be a single"),
+    "condition on a missing axis": ("when: {label_mapping:", "when: {label_maping:", ":10: space.optimizer.head_lr.when.label_maping: no such axis in space; did you mean label_mapping?"),
+    "condition that can't be met": ("when: {label_mapping: [fm, lp]}", "when: {label_mapping: [ilm]}", ":10: space.optimizer.head_lr.when.label_mapping: 'ilm' is not a value"),
+    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {optimizer.head_lr: 0.1}}", ":6: space: conditions in a circle: label_mapping, optimizer.head_lr"),
+    "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.optimizer.prompt_lr: a grid takes choice and int axes only"),
+    "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.label_mapping: cmaes can't take categories"),
+    "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
+    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: Input should be 'grid', 'random'"),
+    "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
+    "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
+    "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
+    "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
+    "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
+    "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: Input should be 'local'"),
+    "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
+    "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
+    "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
+    "a key twice": ("  epochs: 4", "  epochs: 4\n  epochs: 5", ":6: not valid YAML"),
+    "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
+    "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys (name, trial, space, search, ...), and is empty"),
+}  # fmt: skip
+
+
+def refused(arguments: list[str], folder: Path) -> str:
+    """The one line that launching says, with exit code 2 and nothing written."""
+    before = sorted(folder.rglob("*"))
+    result = CliRunner().invoke(launch.app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.count("\n") == 1, result.output
+    assert sorted(folder.rglob("*")) == before
+    return result.output
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_spec(kind, write, tmp_path):
+    old, new, message = BROKEN[kind]
+    path = write(old, new)
+    said = refused([str(path)], tmp_path)
+    assert message in said
+    assert str(path) in said
+
+
+def test_files_that_are_no_specs(tmp_path):
+    assert "no such file" in refused([str(tmp_path / "none.yaml")], tmp_path)
+    assert "a folder" in refused([str(tmp_path)], tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "can't be read" in refused([str(tmp_path / "binary.yaml")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.trials", "must be KEY=VALUE"),
+        ("search.trails=3", "search.trails: no such key; did you mean trials?"),
+        ("trial.epochs=[", "not a YAML value"),
+        ("trial.dataset={name: cifar10}", "dataset cifar10 needs root"),
+        ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
+        ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
+        ("output=/proc/nothing", "can't be written"),
+    ],
+)
+def test_broken_overrides(override, message, write, tmp_path):
+    assert message in refused([str(write()), "--set", override], tmp_path)
+
+
+def test_resuming_what_is_not_there(write, tmp_path):
+    assert "no sweep to resume" in refused([str(write()), "--resume"], tmp_path)
+
+
+def test_overrides_reach_every_kind_of_key(write):
+    overrides = [
+        "search.algorithm=random",
+        "search.trials=3",
+        "trial.prompt.init_std=1e-3",
+        "space.prompt.rank.int=[2, 6]",
+        "space.optimizer.prompt_lr={log_uniform: [1e-3, 1e-1]}",
+        "space.prompt.init_a={choice: [normal, uniform]}",
+        "control.method=linear_probe",
+        "control.optimizer.lr=[0.1, 1]",
+    ]
+    changed = spec.load(write(), [*overrides, "trial.label_mapping=lp", "control.label_mapping=lp"])
+    assert changed.search.trials == 3
+    assert changed.space["prompt.rank"].integers == [2, 6]
+    assert changed.space["optimizer.prompt_lr"].log_uniform == (1e-3, 1e-1)
+    assert changed.space["optimizer.prompt_lr"].choice is None
+    assert list(changed.space)[-1] == "prompt.init_a"
+    assert changed.trial["prompt"] == {"init_std": 1e-3}
+    assert [config.optimizer.head_lr for config in changed.control_configs()] == [0.1, 1.0]
+
+
+def test_grid_has_every_valid_cell_once(write):
+    good = spec.load(write())
+    cells = good.cells()
+    expected = [
+        {"label_mapping": m, "prompt.rank": r, "optimizer.prompt_lr": p} | ({"optimizer.head_lr": h} if h else {})
+        for m, r, p in itertools.product(["flm", "fm", "lp"], [1, 2, 3], [0.001, 0.1])
+        for h in ([None] if m == "flm" else [0.1, 1])
+    ]
+    assert len(cells) == good.number_of_trials() == 30
+    assert sorted(map(str, cells)) == sorted(
+        map(str, ({k: e[k] for k in good.ordered_axes() if k in e} for e in expected))
+    )
+    assert len({good.trial_config(cell).content_hash() for cell in cells}) == 30
+
+
+def test_grid_sampler_follows_the_conditions(write):
+    good = spec.load(write())
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=CellSampler(good.cells()))
+    suggested = [suggest(good, study.ask()) for _ in good.cells()]
+    assert suggested == good.cells()
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe", "gp"])
+def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    overrides = [f"search.algorithm={algorithm}", "search.trials=12", "search.seed=4"]
+    sweep = spec.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
+
+    def run(seed: int) -> list[dict]:
+        study = optuna.create_study(sampler=make_sampler(sweep, seed), direction="maximize")
+        points = []
+        for _ in range(12):
+            trial = study.ask()
+            points.append(suggest(sweep, trial))
+            study.tell(trial, points[-1]["optimizer.prompt_lr"])
+        return points
+
+    points = run(4)
+    assert points == run(4) != run(5)
+    for point in points:
+        assert ("optimizer.head_lr" in point) == (point["label_mapping"] != "flm")
+        assert isinstance(sweep.trial_config(point), TrialConfig)
+
+
+def test_cmaes_takes_numbers(write):
+    overrides = ["search={algorithm: cmaes, trials: 8}", "trial.label_mapping=lp"]
+    path = write(
+        GOOD[GOOD.index("  label_mapping") : GOOD.index("search:")],
+        "  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
+    )
+    sweep = spec.load(path, overrides)
+    study = optuna.create_study(sampler=make_sampler(sweep, 0))
+    for _ in range(8):
+        trial = study.ask()
+        study.tell(trial, suggest(sweep, trial)["prompt.rank"])
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_project(path):
+    loaded = spec.load(path)
+    assert loaded.name == path.stem
+    assert path.read_text().startswith("#")
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run"])
+    assert result.exit_code == 0
+    assert f"trials: {loaded.number_of_trials()}" in result.output
+
+
+def test_published_settings():
+    imagenet = spec.load(SWEEPS / "lorvp_imagenet.yaml")
+    config = imagenet.trial_config({})
+    assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
+    assert {"optimizer.lr", "optimizer.prompt_lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
+    cifar = spec.load(SWEEPS / "lorvp_cifar100.yaml")
+    row = cifar.trial_config({})
+    assert (row.optimizer.lr, row.prompt.rank, row.label_mapping, row.epochs, row.batch_size) == (
+        0.02,
+        4,
+        "lp",
+        20,
+        256,
+    )
+    published = {"label_mapping": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "optimizer.prompt_lr": 0.02}
+    assert published in cifar.cells()
+
+
+def test_dry_run_writes_nothing(write, tmp_path):
+    path = write()
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run"])
+    assert result.exit_code == 0
+    assert "trials: 30" in result.output
+    assert '"prompt_lr": 0.001' in result.output
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+def test_errors_are_user_errors(write):
+    with pytest.raises(UserError):
+        spec.load(write("epochs: 4", "epochs: 0"))

@@ -1,0 +1,282 @@
+"""Whole sweeps, as a user starts them: real processes, Ray, SQLite and MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import save_file
+
+import lorvp
+from cluster.folder import State, TrialFolder
+
+pytestmark = pytest.mark.slow
+LAUNCH = Path(__file__).parent.parent / "sweeps" / "launch.py"
+
+SPEC = """\
+name: small
+trial:
+  backbone: {name: lorvp_tiny_32.cifar10}
+  dataset: {name: digits, max_per_class: 20, val_fraction: 0.2}
+  optimizer: {lr: 0.5, prompt_name: adam}
+  epochs: 3
+  batch_size: 32
+space:
+  label_mapping: {choice: [rlm, flm, ilm, fm, lp]}
+  prompt.rank: {choice: [1, 4]}
+  optimizer.prompt_lr: {log_uniform: [0.005, 0.2]}
+search: {algorithm: tpe, trials: 4, seed: 1, concurrent: 2}
+early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
+control: {method: linear_probe, label_mapping: lp}
+"""
+
+
+class Sweep:
+    """A spec in a folder of its own, and what launching it leaves there."""
+
+    def __init__(self, folder: Path, text: str = SPEC) -> None:
+        self.folder = folder
+        (folder / "sweep.yaml").write_text(text)
+        self.environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(LAUNCH), "sweep.yaml", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output
+        return output
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "runs" / "small"
+
+    def trials(self) -> list[TrialFolder]:
+        return TrialFolder.requested(self.path / "trials")
+
+    def recorded(self) -> int:
+        return sum(len(trial.results()) for trial in self.trials())
+
+    def wait_for_epochs(self, process: subprocess.Popen[str], count: int) -> None:
+        while self.recorded() < count:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(f"sqlite:///{self.folder / 'runs' / 'mlflow.db'}")
+
+    def runs(self) -> list:
+        client = self.client()
+        return client.search_runs([client.get_experiment_by_name("lorvp").experiment_id], max_results=1000)
+
+    def check_complete(self, trials: int) -> None:
+        """Every trial ended, its epochs once in its folder and once in MLflow, one run a trial, nothing left over."""
+        folders = self.trials()
+        assert len(folders) == trials
+        runs = self.runs()
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        assert len(parents) == 1
+        assert Counter(run.data.tags["lorvp.trial"] for run in runs if run not in parents) == Counter(
+            trial.name for trial in folders
+        )
+        by_name = {run.data.tags.get("lorvp.trial"): run for run in runs}
+        for trial in folders:
+            run = by_name[trial.name]
+            epochs = [result["epoch"] for result in trial.results()]
+            assert epochs == list(range(1, len(epochs) + 1))
+            history = self.client().get_metric_history(run.info.run_id, "val_top1")
+            assert sorted((m.step, m.value) for m in history) == [(r["epoch"], r["val_top1"]) for r in trial.results()]
+            assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+            end = trial.ended()
+            assert (end.state == State.FINISHED) == (len(epochs) == trial.config.epochs)
+            assert run.data.tags["state"] == {"finished": "finished", "stopped": "stopped early"}[end.state]
+            assert run.info.status == "FINISHED"
+            artifacts = {a.path for a in self.client().list_artifacts(run.info.run_id, "bundle")}
+            assert artifacts == {"bundle/bundle.json", "bundle/tuned.safetensors"} | (
+                {"bundle/prompt.png"} if trial.config.method == "lorvp" else set()
+            )
+        assert not (self.path / "ray").exists()
+        assert not [
+            p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])
+        ]
+
+    def best_model(self) -> np.ndarray:
+        (parent,) = [run for run in self.runs() if "mlflow.parentRunId" not in run.data.tags]
+        mlflow.set_tracking_uri(f"sqlite:///{self.folder / 'runs' / 'mlflow.db'}")
+        model = mlflow.pyfunc.load_model(f"runs:/{parent.info.run_id}/best_prompt")
+        return model.predict(np.random.default_rng(0).integers(0, 256, (4, 20, 24, 3), dtype=np.uint8))
+
+
+def test_a_sweep_from_yaml_to_mlflow(tmp_path):
+    sweep = Sweep(tmp_path)
+    output = sweep.run()
+    sweep.check_complete(trials=5)
+    assert sweep.best_model().shape == (4, 10)
+    for phrase in ("small: 5 trials", "best trial", "control", "difference: val", "mlflow ui --backend-store-uri"):
+        assert phrase in output
+    best = re.search(r"best prompt: (\S+)", output)[1]
+    assert lorvp.load(best).class_names[9] == "9"
+    table = pq.read_table(sweep.path / "results.parquet").to_pylist()
+    assert len(table) == sweep.recorded()
+    for trial in sweep.trials():
+        rows = [row for row in table if row["trial"] == trial.name]
+        assert [row["val_top1"] for row in rows] == [r["val_top1"] for r in trial.results()]
+        assert {row["state"] for row in rows} == {trial.ended().state}
+    finished = [t for t in sweep.trials() if t.ended().state == State.FINISHED and t.config.method == "lorvp"]
+    best_val = max(max(r["val_top1"] for r in t.results()) for t in finished)
+    assert f"val top-1 {best_val:.2f} %" in output
+    # again: refused; resumed: everything is taken from the folders, and the sweep can be made longer
+    assert "--resume goes on" in sweep.run(code=2)
+    assert "trial.epochs is not what" in sweep.run("--resume", "--set", "trial.epochs=4", code=2)
+    before = {trial.name: trial.results() for trial in sweep.trials()}
+    sweep.run("--resume", "--set", "search.trials=5")
+    sweep.check_complete(trials=6)
+    for name, results in before.items():
+        assert TrialFolder(sweep.path / "trials" / name).results() == results
+        assert len(list((sweep.path / "trials" / name / "attempts").iterdir())) == 1
+
+
+def test_driver_killed_and_resumed(tmp_path):
+    sweep = Sweep(tmp_path)
+    process = sweep.start()
+    sweep.wait_for_epochs(process, 7)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ended = {t.name: t.results() for t in sweep.trials() if t.ended()}
+    recorded = {t.name: t.results() for t in sweep.trials()}
+    assert ended
+    sweep.run("--resume")
+    sweep.check_complete(trials=5)
+    for name, results in recorded.items():
+        now = TrialFolder(sweep.path / "trials" / name).results()
+        assert now[: len(results)] == results  # with their times: no epoch was trained again
+        if name in ended:
+            assert len(now) == len(results)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_driver_interrupted_and_resumed(tmp_path, signum):
+    sweep = Sweep(tmp_path)
+    process = sweep.start()
+    sweep.wait_for_epochs(process, 3)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume goes on" in output
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    recorded = {t.name: t.results() for t in sweep.trials()}
+    sweep.run("--resume")
+    sweep.check_complete(trials=5)
+    for name, results in recorded.items():
+        assert TrialFolder(sweep.path / "trials" / name).results()[: len(results)] == results
+
+
+def test_two_drivers_at_once(tmp_path):
+    sweep = Sweep(tmp_path)
+    process = sweep.start()
+    sweep.wait_for_epochs(process, 1)
+    assert f"another driver runs this sweep: process {process.pid} on" in sweep.run("--resume", code=2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+def test_failing_trials_do_not_end_the_sweep(tmp_path):
+    text = SPEC.replace(
+        "optimizer.prompt_lr: {log_uniform: [0.005, 0.2]}", "optimizer.prompt_lr: {choice: [0.05, 1e30]}"
+    )
+    text = text.replace("prompt_name: adam", "prompt_name: sgd").replace("rule: asha", "rule: none")
+    text = text.replace("[rlm, flm, ilm, fm, lp]", "[lp]").replace("algorithm: tpe, trials: 4,", "algorithm: grid,")
+    sweep = Sweep(tmp_path, text)
+    output = sweep.run()
+    assert len(sweep.trials()) == 5
+    failed = [run for run in sweep.runs() if run.data.tags.get("state") == "failed"]
+    assert len(failed) == 2
+    assert {run.data.tags["reason"] for run in failed} == {"train loss is nan in epoch 1"}
+    assert {run.info.status for run in failed} == {"FAILED"}
+    assert output.count("failed  train loss is nan in epoch 1") == 2
+    everything = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, fm, lp]", "[lp]")
+    (tmp_path / "none").mkdir()
+    assert "no trial finished" in Sweep(tmp_path / "none", everything).run(code=1)
+
+
+def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
+    """The paper's spec as it stands, pointed at a small folder of ImageNet's layout and a local checkpoint."""
+    import timm
+
+    model = timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False)
+    checkpoint = tmp_path / "vit.safetensors"
+    save_file(model.state_dict(), checkpoint)
+    sweep = Sweep(tmp_path, (LAUNCH.parent / "lorvp_imagenet.yaml").read_text())
+    overrides = {
+        "name": "small",
+        "trial.dataset.root": image_root,
+        "trial.backbone.checkpoint": checkpoint,
+        "trial.epochs": 2,
+        "trial.batch_size": 9,
+        "search.trials": 2,
+        "search.concurrent": 2,
+        "early_stopping.grace_epochs": 1,
+        "control.optimizer.lr": 0.1,
+    }
+    arguments = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    output = sweep.run(*arguments)
+    assert "difference: val" in output
+    sweep.check_complete(trials=3)
+    assert all(trial.config.backbone.checkpoint == checkpoint for trial in sweep.trials())
+
+
+def test_tracking_on_a_server(tmp_path):
+    """A real MLflow server on loopback, named by the usual environment variable."""
+    import socket
+    import urllib.request
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = tmp_path / "server"
+    store.mkdir()
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{store}/mlflow.db",
+        "--artifacts-destination",
+        str(store / "artifacts"),
+    ]
+    with open(store / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=1)
+                break
+            except OSError:
+                assert time.monotonic() < deadline, (store / "log").read_text()
+                time.sleep(0.3)
+        sweep = Sweep(tmp_path, SPEC.replace("trials: 4", "trials: 2"))
+        sweep.environment["MLFLOW_TRACKING_URI"] = uri
+        output = sweep.run()
+        assert f"open {uri}" in output
+        client = mlflow.MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name("lorvp").experiment_id])
+        assert len(runs) == 4
+        assert not (tmp_path / "runs" / "mlflow.db").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
