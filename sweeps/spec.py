@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from lorvp.config import AbsolutePath, Part, TrialConfig
 from lorvp.errors import UserError
-from sweeps import yaml_lines
-from sweeps.yaml_lines import Location
+from lorvp.yaml_file import Location, YamlFile, closest, explain, parse_value
+
+Fail = Callable[[Location, str], NoReturn]
 
 
 def _scalar(value: Any) -> Any:
@@ -191,40 +192,31 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 def load(path: Path, overrides: list[str] = ()) -> Spec:
     """The spec in `path`, with each override `KEY=VALUE` put in. Raises UserError: one line, with file, line, key."""
-    values, lines = yaml_lines.read(path)
+    file = YamlFile(path)
     for override in overrides:
-        _override(values, override)
-
-    def fail(location: Location, message: str) -> None:
-        known = [lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines]
-        where = f"{path}:{known[0]}" if known else str(path)
-        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-        raise UserError(f"{where}: {key + ': ' if key else ''}{message}")
-
-    try:
-        spec = Spec.model_validate(values)
-    except ValidationError as error:
-        fail(*_explain(error, Spec))
+        _override(file.values, override)
+    spec = file.validate(Spec)
     try:
         spec.ordered_axes()
     except ValueError as error:
         for name, axis in spec.space.items():
             for other in axis.when:
                 if other not in spec.space:
-                    close = _closest(other, list(spec.space))
-                    fail(("space", name, "when", other), f"no such axis in space{close}")
-        fail(("space",), str(error))
+                    file.fail(
+                        ("space", name, "when", other), f"no such axis in space{closest(other, list(spec.space))}"
+                    )
+        file.fail(("space",), str(error))
     known = dotted_keys(TrialConfig)
     for kind in ("space", "control"):
         for key in getattr(spec, kind):
             if key not in known:
-                fail((kind, key), f"no such key of a trial{_closest(key, known)}")
-    _check_search(spec, fail)
-    _check_configs(spec, fail)
+                file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
+    _check_search(spec, file.fail)
+    _check_configs(spec, file.fail)
     return spec
 
 
-def _check_search(spec: Spec, fail: Any) -> None:
+def _check_search(spec: Spec, fail: Fail) -> None:
     """What pydantic can't see: whether the algorithm can take these axes, and the conditions be met."""
     search = spec.search
     if not spec.space:
@@ -247,7 +239,7 @@ def _check_search(spec: Spec, fail: Any) -> None:
         fail(("search",), f"{search.algorithm} needs trials: how many")
 
 
-def _check_configs(spec: Spec, fail: Any) -> None:
+def _check_configs(spec: Spec, fail: Fail) -> None:
     """That `trial`, each axis and the control give valid configs."""
 
     def first_cell(fixed: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -265,7 +257,7 @@ def _check_configs(spec: Spec, fail: Any) -> None:
         try:
             return spec.trial_config(params)
         except ValidationError as error:
-            inner, message = _explain(error, TrialConfig)
+            inner, message = explain(error, TrialConfig)
             dotted = ".".join(str(part) for part in inner)
             # an error about a searched key belongs to its axis, any other to the fixed values
             owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
@@ -286,7 +278,7 @@ def _check_configs(spec: Spec, fail: Any) -> None:
         try:
             spec.control_configs()
         except ValidationError as error:
-            inner, message = _explain(error, TrialConfig)
+            inner, message = explain(error, TrialConfig)
             dotted = ".".join(str(part) for part in inner)
             if dotted in spec.control:
                 fail(("control", dotted), message)
@@ -304,51 +296,13 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError, model: type[Part]) -> tuple[Location, str]:
-    """Where the first error is and what would be right."""
-    # a misspelt key is told before the one that is missing for it
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = tuple(part for part in first["loc"] if part != "[key]")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return location, f"no such key{_closest(str(location[-1]), _siblings(model, location[:-1]))}"
-    if first["type"] == "missing":
-        return location, "this key is missing"
-    given = first["input"]
-    if first["type"] != "value_error" and not isinstance(given, dict):
-        message += f", not {given!r}"
-    return location, message
-
-
-def _siblings(model: type[Part], location: Location) -> list[str]:
-    for part in location:
-        if model is Spec and part == "space":
-            return _keys(Axis)
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Part)):
-            return []
-        model = annotation
-    return _keys(model)
-
-
-def _keys(model: type[Part]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; one of {', '.join(known)}" if 0 < len(known) <= 12 else ""
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     """Puts one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip("."):
         raise UserError(f"--set {override}: must be KEY=VALUE, as in search.trials=8")
     try:
-        value = yaml_lines.parse_value(text)
+        value = parse_value(text)
     except UserError as error:
         raise UserError(f"--set {override}: {error}") from None
     parts = key.strip().split(".")

@@ -82,7 +82,7 @@ BROKEN = {
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
     "a key twice": ("  epochs: 4", "  epochs: 4\n  epochs: 5", ":6: not valid YAML"),
     "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
-    "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys (name, trial, space, search, ...), and is empty"),
+    "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys, and is empty"),
 }  # fmt: skip
 
 
