@@ -9,10 +9,11 @@
         checkpoint.pt      after the last of them
         bundle/            the best epoch's prompt
         end.json           finished, stopped or failed, and why; absent while it runs or if it died
-    logs/                  the job's output
 
-Whoever reads it may be killed and start again at any time. Only the newest attempt counts: a job that finds a newer
-one than its own stops without another word.
+The jobs' output, and what submitit needs, lie together in `jobs/`, beside the folders of the trials.
+
+Whoever reads a folder may be killed and start again at any time. Only the newest attempt counts: a job that finds a
+newer one than its own stops without another word.
 """
 
 from __future__ import annotations
@@ -44,6 +45,25 @@ class StopReason(StrEnum):
     """The search gave up on the trial: its state becomes `stopped`, for good."""
     INTERRUPT = "interrupt"
     """The driver is ending: the trial stays open and can be continued."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What the place where a job runs says of it, in SLURM's words."""
+
+    state: str
+    reason: str = ""
+    """Why it waits."""
+    node: str = ""
+
+    @property
+    def waiting(self) -> bool:
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs or will run; a suspended job does."""
+        return self.waiting or self.state in ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT")
 
 
 @dataclass(frozen=True)
@@ -113,10 +133,6 @@ class TrialFolder:
         """The config's content hash."""
         return self.path.name
 
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
     @classmethod
     def request(cls, trials: Path, config: TrialConfig) -> TrialFolder:
         """The folder of `config` under `trials`, made if there is none: equal configs are one trial."""
@@ -175,12 +191,13 @@ class TrialFolder:
         return newest.ended() if newest else None
 
     def job(self) -> dict[str, Any] | None:
-        """What was submitted for it: `id` and `submissions`."""
+        """What was submitted for it: `id`, `log` and `submissions`."""
         return _read_json(self.path / "job.json")
 
-    def submitted(self, job_id: str) -> None:
+    def submitted(self, job_id: str, log: Path) -> None:
         before = self.job()
-        write_json(self.path / "job.json", {"id": job_id, "submissions": before["submissions"] + 1 if before else 1})
+        submissions = before["submissions"] + 1 if before else 1
+        write_json(self.path / "job.json", {"id": job_id, "log": str(log), "submissions": submissions})
 
     def stop(self, reason: StopReason) -> None:
         """Asks the job to end within a batch. The first reason given stays."""
@@ -198,13 +215,12 @@ class TrialFolder:
         (self.path / "stop").unlink(missing_ok=True)
 
     def last_log_lines(self, count: int = 3) -> list[str]:
-        """The end of the newest log that says anything."""
-        logs = sorted(self.logs.glob("*_log.*"), key=lambda path: path.stat().st_mtime)
-        for log in reversed(logs):
-            lines = log.read_text(errors="replace").strip().splitlines()
-            if lines:
-                return lines[-count:]
-        return []
+        """The end of the newest job's output."""
+        job = self.job()
+        try:
+            return Path(job["log"]).read_text(errors="replace").strip().splitlines()[-count:] if job else []
+        except FileNotFoundError:
+            return []
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

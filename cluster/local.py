@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import submitit
 
-from cluster import job
-from cluster.folder import TrialFolder
+from cluster.folder import JobState, TrialFolder
+from cluster.job import TrialJob
+from cluster.profile import Profile
 
 UNLIMITED_MINUTES = 60 * 24 * 365
 
@@ -19,29 +20,36 @@ UNLIMITED_MINUTES = 60 * 24 * 365
 class LocalCluster:
     """Starts a process per job, and gives each the GPU that the fewest of them use, where there is one."""
 
-    def __init__(self, jobs_in_flight: int) -> None:
-        self.jobs_in_flight = jobs_in_flight
-        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs_in_flight)
+    max_submissions = 3
+
+    def __init__(self, profile: Profile, folder: Path, sweep_id: str, concurrent: int) -> None:
+        self.folder = folder
+        self.jobs_in_flight = profile.jobs_in_flight or concurrent
+        self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, int] = {}
 
-    def submit(self, trial: TrialFolder) -> str:
-        """Starts the trial's job and returns its id."""
-        gpu = self._free_gpu()
-        executor = submitit.LocalExecutor(trial.logs)
-        executor.update_parameters(
-            timeout_min=UNLIMITED_MINUTES,
-            gpus_per_node=0 if gpu is None else 1,
-            visible_gpus=() if gpu is None else (gpu,),
-            stderr_to_stdout=True,
-        )
-        job_id = executor.submit(job.run, trial.path, self.threads).job_id
-        if gpu is not None:
-            self._gpu_of[job_id] = gpu
-        return job_id
+    def submit(self, trials: Sequence[TrialFolder]) -> None:
+        """Starts a job for each of `trials` and notes its id in the folder."""
+        for trial in trials:
+            gpu = self._free_gpu()
+            executor = submitit.LocalExecutor(self.folder)
+            executor.update_parameters(
+                timeout_min=UNLIMITED_MINUTES,
+                gpus_per_node=0 if gpu is None else 1,
+                visible_gpus=() if gpu is None else (gpu,),
+                stderr_to_stdout=True,
+            )
+            submitted = executor.submit(TrialJob(), trial.path, self.threads)
+            trial.submitted(submitted.job_id, submitted.paths.stdout)
+            if gpu is not None:
+                self._gpu_of[submitted.job_id] = gpu
 
-    def alive(self, job_ids: Sequence[str]) -> set[str]:
-        """Those of `job_ids` whose process runs, also when another driver started it."""
-        return {job_id for job_id in job_ids if _process(job_id)}
+    def adopt(self, trials: Sequence[TrialFolder]) -> None:
+        """Nothing to do: an id is noted in the moment that the process starts."""
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """RUNNING for those whose process runs, also when another driver started it; the others are left out."""
+        return {job_id: JobState("RUNNING") for job_id in job_ids if _process(job_id)}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         for job_id in job_ids:
@@ -56,7 +64,7 @@ class LocalCluster:
             gpus = [int(gpu) for gpu in visible.split(",") if gpu.isdigit()]
         else:
             gpus = sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit())
-        alive = self.alive(list(self._gpu_of))
+        alive = self.states(list(self._gpu_of))
         used = Counter(gpu for job_id, gpu in self._gpu_of.items() if job_id in alive)
         return min(gpus, key=lambda gpu: used[gpu]) if gpus else None
 

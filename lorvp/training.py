@@ -65,9 +65,9 @@ def train(
 
     With a `folder`, a checkpoint is written there after every epoch, before its result is yielded, and the best
     epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, the epochs in it are yielded as
-    they were recorded and training goes on after them: on one machine the results are, bit for bit, those of a trial
-    that was never interrupted. `should_stop` is asked before every batch; once it says so the iterator ends, within
-    the batch, and the last epoch that was completed counts.
+    they were recorded and training goes on where it was: on one machine the results are, bit for bit, those of a
+    trial that was never interrupted. `should_stop` is asked before every batch; once it says so the iterator ends,
+    within the batch. A checkpoint is then written between two steps too, and holds the part of the epoch done so far.
 
     Raises UserError for input that can't work, and TrialFailed when the loss is no longer a number.
     """
@@ -86,10 +86,11 @@ def train(
     results: list[EpochResult] = []
     best: dict[str, Any] = {"epoch": 0, "tuned": {}}
     steps_taken = 0  # without those that fp16 skipped
+    part: dict[str, Any] | None = None  # of an epoch that was begun
     if resume_from is not None:
         state = read_checkpoint(resume_from, config)
         results = [EpochResult(**values) for values in state["results"]]
-        best, steps_taken = state["best"], state["steps_taken"]
+        best, steps_taken, part = state["best"], state["steps_taken"], state["part"]
         method.load_tuned(state["tuned"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -115,16 +116,55 @@ def train(
         loss, top1, top5 = (sums / len(images)).tolist()
         return loss, 100 * top1, 100 * top5
 
+    def save(part: dict[str, Any] | None) -> None:
+        if folder is None:
+            return
+        state = {
+            "config_hash": config.content_hash(),
+            "results": [asdict(r) for r in results],
+            "best": best,
+            "steps_taken": steps_taken,
+            "part": part,
+            "tuned": method.tuned(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "scaler": scaler.state_dict(),
+            "random_states": random_states(),
+        }
+        with replacing(folder / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
+
     try:
         for epoch in range(len(results) + 1, config.epochs + 1):
             start = time.perf_counter()
             order = data.epoch_order(len(splits.train), config.order_seed, epoch)
-            method.start_epoch(epoch, lambda: watched(splits.train, config.eval_batch_size))
-            total_loss = torch.zeros((), dtype=torch.float64, device=device)
-            skipped = torch.zeros((), dtype=torch.int64, device=device)
-            first_lr = {}
-            training_start = time.perf_counter()
-            for step, (pixels, labels) in enumerate(watched(splits.train, config.batch_size, order)):
+            if part is None:
+                method.start_epoch(epoch, lambda: watched(splits.train, config.eval_batch_size))
+                part = {
+                    "step": 0,
+                    "total_loss": torch.zeros((), dtype=torch.float64),
+                    "skipped": 0,
+                    "lr": {},
+                    "seconds": 0.0,
+                }
+            first_step, first_lr = part["step"], part["lr"]
+            total_loss = part["total_loss"].to(device)
+            skipped = torch.tensor(part["skipped"], device=device)
+            training_start = time.perf_counter() - part["seconds"]
+            rest = order[first_step * config.batch_size :]
+            for step, (pixels, labels) in enumerate(data.batches(splits.train, config.batch_size, rest), first_step):
+                if should_stop():
+                    seconds = time.perf_counter() - training_start
+                    save(
+                        {
+                            "step": step,
+                            "total_loss": total_loss.cpu(),
+                            "skipped": int(skipped),
+                            "lr": first_lr,
+                            "seconds": seconds,
+                        }
+                    )
+                    raise _Stop
+                pixels, labels = pixels.to(device), labels.to(device)
                 factor = lr_factor(
                     config.schedule, steps_taken + step, config.epochs * steps_per_epoch, steps_per_epoch
                 )
@@ -181,19 +221,8 @@ def train(
                 test_top5=test_top5,
             )
             results.append(result)
-            if folder is not None:
-                state = {
-                    "config_hash": config.content_hash(),
-                    "results": [asdict(r) for r in results],
-                    "best": best,
-                    "steps_taken": steps_taken,
-                    "tuned": method.tuned(),
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                    "scaler": scaler.state_dict(),
-                    "random_states": random_states(),
-                }
-                with replacing(folder / CHECKPOINT) as temporary:
-                    torch.save(state, temporary)
+            part = None
+            save(part)
             yield result
     except _Stop:
         pass

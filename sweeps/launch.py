@@ -21,9 +21,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cluster import profile as profiles
 from cluster.folder import TrialFolder
-from cluster.local import LocalCluster
-from cluster.relay import Relay
+from cluster.relay import Relay, make_cluster
+from cluster.slurm import sbatch_file
 from lorvp.errors import UserError
 from lorvp.files import write_json
 from sweeps import spec as specs
@@ -75,6 +76,10 @@ def show_plan(spec: Spec) -> None:
     example = spec.cells()[0] if spec.search.algorithm == "grid" else example_point(spec)
     console.print("one config:")
     console.print_json(spec.trial_config(example).model_dump_json())
+    profile = profiles.load(spec.cluster)
+    if profile.kind == "slurm":
+        console.print(f"one sbatch file, by profile {spec.cluster}:")
+        console.print(sbatch_file(profile, spec.folder / "jobs"), markup=False, highlight=False, soft_wrap=True)
 
 
 def example_point(spec: Spec) -> dict[str, specs.Scalar]:
@@ -154,7 +159,8 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
     end_in_order_on_signals()
     tracker = Tracker(spec, sweep_id, spec_text)
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
-    relay = Relay(spec.trials, LocalCluster(spec.search.concurrent))
+    profile = profiles.load(spec.cluster)
+    relay = Relay(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent))
     follower = Follower(spec, relay, tracker, console)
     follower.start()
     try:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from cluster import profile as profiles
 from lorvp.config import AbsolutePath, Part, TrialConfig
 from lorvp.errors import UserError
 from lorvp.yaml_file import Location, YamlFile, closest, explain, parse_value
@@ -114,7 +115,7 @@ class Spec(Part):
     control: dict[str, Any] = Field(
         {}, description="values, by dotted path, that make the control; lists are tried one by one"
     )
-    cluster: Literal["local"] = "local"
+    cluster: str = Field("local", description="a profile in cluster/profiles, or the path of one")
     tracking: Tracking = Tracking()
     output: AbsolutePath = Field(Path("runs"), validate_default=True, description="folder of all sweeps")
 
@@ -211,6 +212,10 @@ def load(path: Path, overrides: list[str] = ()) -> Spec:
         for key in getattr(spec, kind):
             if key not in known:
                 file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
+    try:
+        profiles.load(spec.cluster)
+    except UserError as error:
+        file.fail(("cluster",), str(error))
     _check_search(spec, file.fail)
     _check_configs(spec, file.fail)
     return spec

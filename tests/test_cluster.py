@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from cluster import job
-from cluster.folder import End, State, StopReason, TrialFolder
-from cluster.local import LocalCluster
-from cluster.relay import MAX_SUBMISSIONS, Relay
+from cluster.folder import End, JobState, State, StopReason, TrialFolder
+from cluster.profile import Profile
+from cluster.relay import UNEXPLAINED, Relay, make_cluster
 
 
 @pytest.fixture
@@ -144,6 +144,11 @@ def test_failures_are_recorded_with_their_reason(digits, tmp_path):
     assert "no such folder" in missing.ended().reason
 
 
+def local_relay(sweep: Path) -> Relay:
+    """A relay for one job at a time on this machine."""
+    return Relay(sweep / "trials", make_cluster(Profile(kind="local"), sweep, "", concurrent=1))
+
+
 def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -153,17 +158,17 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 @pytest.mark.slow
 def test_local_jobs_die_are_submitted_again_and_finish(digits, tmp_path):
-    trial = TrialFolder.request(tmp_path, digits(epochs=30))
-    relay = Relay(tmp_path, LocalCluster(jobs_in_flight=1))
+    trial = TrialFolder.request(tmp_path / "trials", digits(epochs=30))
+    relay = local_relay(tmp_path)
     relay.poll()
     wait_until(lambda: len(trial.results()) >= 2)
     first_job = trial.job()["id"]
-    assert relay.cluster.alive([first_job]) == {first_job}
+    assert relay.cluster.states([first_job])[first_job].alive
     for process in [psutil.Process(int(first_job)), *psutil.Process(int(first_job)).children()]:
         process.kill()
-    wait_until(lambda: not relay.cluster.alive([first_job]))
+    wait_until(lambda: not relay.cluster.states([first_job]))
     recorded = trial.results()
-    another_driver = Relay(tmp_path, LocalCluster(jobs_in_flight=1))
+    another_driver = local_relay(tmp_path)
     another_driver.poll()
     assert trial.job()["id"] != first_job
     wait_until(lambda: trial.newest().path.name == "0002" and len(trial.results()) > len(recorded) + 1)
@@ -179,15 +184,15 @@ def test_local_jobs_die_are_submitted_again_and_finish(digits, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_leaves_trials_that_can_be_continued(digits, tmp_path):
-    trial = TrialFolder.request(tmp_path, digits(epochs=30))
-    waiting = TrialFolder.request(tmp_path, digits(epochs=29))
-    relay = Relay(tmp_path, LocalCluster(jobs_in_flight=1))
+    trial = TrialFolder.request(tmp_path / "trials", digits(epochs=30))
+    waiting = TrialFolder.request(tmp_path / "trials", digits(epochs=29))
+    relay = local_relay(tmp_path)
     relay.poll()
     relay.poll()
     assert waiting.job() is None  # one job at a time
     wait_until(lambda: trial.results())
     relay.interrupt()
-    assert relay.cluster.alive([trial.job()["id"]]) == set()
+    assert relay.cluster.states([trial.job()["id"]]) == {}
     assert trial.ended() is None
     relay.poll()
     assert trial.job()["submissions"] == 1  # this driver is ending
@@ -198,28 +203,69 @@ class DeadCluster:
     """Jobs that die before they have said a word."""
 
     jobs_in_flight = 4
+    max_submissions = 10
 
-    def submit(self, trial: TrialFolder) -> str:
-        trial.logs.mkdir(exist_ok=True)
-        (trial.logs / "1_0_log.out").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
-        return "1"
+    def __init__(self, log: Path, state: JobState | None) -> None:
+        self.log, self.state = log, state
+        log.write_text("slurmstepd: error: Detected 1 oom_kill event\n")
 
-    def alive(self, job_ids):
-        return set()
+    def submit(self, trials):
+        for trial in trials:
+            trial.submitted("1", self.log)
+
+    def adopt(self, trials):
+        pass
+
+    def states(self, job_ids):
+        return {job_id: self.state for job_id in job_ids if self.state}
 
     def cancel(self, job_ids):
         raise AssertionError
 
 
-def test_a_job_that_dies_every_time_is_given_up(trial):
-    relay = Relay(trial.path.parent, DeadCluster())
-    for _ in range(MAX_SUBMISSIONS):
+@pytest.mark.parametrize(
+    ("state", "submissions", "reason"),
+    [
+        (None, UNEXPLAINED, "3 times without a result: slurmstepd: error: Detected 1 oom_kill event"),
+        ("FAILED", UNEXPLAINED, "3 times without a result"),
+        ("OUT_OF_MEMORY", 1, "out of memory: slurmstepd"),
+        ("TIMEOUT", DeadCluster.max_submissions, "10 times without a result"),
+        ("NODE_FAIL", DeadCluster.max_submissions, "10 times"),
+    ],
+)
+def test_a_job_that_dies_every_time_is_given_up(trial, tmp_path, state, submissions, reason):
+    relay = Relay(trial.path.parent, DeadCluster(tmp_path / "log", JobState(state) if state else None))
+    for _ in range(submissions):
         assert trial.ended() is None
         relay.poll()
     relay.poll()
-    assert trial.job()["submissions"] == MAX_SUBMISSIONS
+    assert trial.job()["submissions"] == submissions
     assert trial.ended().state == State.FAILED
-    assert "3 times without a result: slurmstepd: error: Detected 1 oom_kill event" in trial.ended().reason
+    assert reason in trial.ended().reason
+
+
+def test_a_refused_submission_is_tried_again_later(trial, tmp_path, monkeypatch):
+    cluster = DeadCluster(tmp_path / "log", None)
+    relay = Relay(trial.path.parent, cluster)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tries = []
+
+    def refuse(trials):
+        tries.append(clock[0])
+        raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "submit", refuse)
+        for clock[0] in range(20):
+            try:
+                relay.poll()
+            except OSError as error:
+                assert "QOSMaxSubmitJobPerUserLimit" in str(error)  # noqa: PT017  each refusal is told
+    assert tries == [0, 1, 4, 11]
+    clock[0] = 100
+    relay.poll()
+    assert trial.job()["submissions"] == 1
 
 
 def test_results_are_files_that_a_person_can_read(trial):

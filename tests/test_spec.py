@@ -76,7 +76,7 @@ BROKEN = {
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
     "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
-    "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: Input should be 'local'"),
+    "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
     "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),

@@ -51,6 +51,26 @@ def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, ma
     assert str(final[0]["optimizers"]) == str(final[1]["optimizers"])
 
 
+@pytest.mark.parametrize("mapping", ["ilm", "lp"])
+@pytest.mark.parametrize("calls", range(1, 40, 3))
+def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, calls):
+    """Before any batch, of training, of a recount or of validation."""
+    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=70)
+    expected = figures(list(train(config)))
+    left = calls
+
+    def stop() -> bool:
+        nonlocal left
+        left -= 1
+        return left <= 0
+
+    first = list(train(config, folder=tmp_path, should_stop=stop))
+    checkpoint = tmp_path / CHECKPOINT
+    continued = list(train(config, resume_from=checkpoint if checkpoint.exists() else None))
+    assert figures(continued) == expected
+    assert figures(first) == expected[: len(first)]
+
+
 def test_it_learns_and_the_test_set_is_read_once(digits):
     results = list(train(digits(epochs=6, optimizer={"lr": 1.0, "prompt_name": "adam", "prompt_lr": 0.05})))
     assert [r.test_top1 is None for r in results] == [True] * 5 + [False]

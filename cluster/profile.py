@@ -1,0 +1,61 @@
+"""Where and how jobs run: a YAML file in `cluster/profiles`, or one of the user's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from lorvp.config import Part
+from lorvp.errors import UserError
+from lorvp.yaml_file import YamlFile, closest
+
+PROFILES = Path(__file__).parent / "profiles"
+
+
+class Profile(Part):
+    """One place to run jobs. All keys but `kind` and `jobs_in_flight` are SLURM's."""
+
+    kind: Literal["local", "slurm"]
+    jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gres: str | None = Field(None, description="GPUs by type, as gpu:rtx8000:1")
+    constraint: str | None = Field(None, description="features that a node must have")
+    exclude: str | None = Field(None, description="nodes not to use")
+    cpus_per_gpu: PositiveInt = 4
+    memory_gb_per_gpu: PositiveFloat = 32
+    time_limit_minutes: PositiveInt = Field(24 * 60, description="of one start of a job; it goes on after a requeue")
+    requeues: NonNegativeInt = Field(20, description="starts after the first that a trial may need")
+    array_chunk: PositiveInt = Field(100, description="jobs in one array at most; the site's MaxArraySize binds too")
+    setup: list[str] = Field([], description="shell lines before the job: modules, environment, proxy")
+    container: str | None = Field(None, description="goes before python, as `apptainer exec --nv image.sif`")
+    mail_user: str | None = None
+    mail_type: str | None = Field(None, description="as END,FAIL")
+    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int | bool] = Field(
+        {}, description="other options of sbatch, by their long name"
+    )
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a job; CPUs and memory are asked for as if a job without any had one."""
+        count = re.search(r":(\d+)$", self.gres or "")
+        return int(count[1]) if count else 1
+
+
+def names() -> list[str]:
+    """The profiles that come with the project."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def load(name: str) -> Profile:
+    """The profile of that name, or in the YAML file at that path. Raises UserError in one line."""
+    path = Path(name).expanduser()
+    if name in names():
+        path = PROFILES / f"{name}.yaml"
+    elif path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"no such profile {name!r}{closest(name, names())}, or name a YAML file of your own")
+    return YamlFile(path).validate(Profile)

@@ -1,0 +1,157 @@
+"""Jobs on a SLURM cluster, submitted by submitit; what became of them is asked of squeue, for all at once."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import submitit
+from submitit.slurm import slurm
+
+from cluster.folder import JobState, TrialFolder
+from cluster.job import TrialJob
+from cluster.profile import Profile
+from lorvp.files import write_json
+
+FIRST_POLL, LAST_POLL = 2.0, 30.0
+"""Seconds between two questions to the controller: the first while something changes, growing to the last."""
+CLIENT_TIMEOUT = 30
+
+
+class SlurmCluster:
+    """Submits in arrays, and keeps the last answer of squeue between two questions.
+
+    Accounting is not needed: squeue knows the jobs that wait and run and, for some minutes, those that ended.
+    """
+
+    def __init__(self, profile: Profile, folder: Path, sweep_id: str, concurrent: int) -> None:
+        self.profile = profile
+        self.folder = folder
+        self.jobs_in_flight = profile.jobs_in_flight or concurrent
+        self.max_submissions = 1 + profile.requeues
+        self.name = f"lorvp-{sweep_id[:8]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._states: dict[str, JobState] = {}
+        self._pause = FIRST_POLL
+        self._next_question = 0.0
+
+    def submit(self, trials: Sequence[TrialFolder]) -> None:
+        """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder."""
+        chunk = min(self.profile.array_chunk, max_array_size())
+        for start in range(0, len(trials), chunk):
+            part = trials[start : start + chunk]
+            # Written first: a driver that is killed before it has noted the ids finds the jobs by their name.
+            intent = self.folder / f"{self.name}-{uuid.uuid4().hex[:8]}.json"
+            write_json(intent, [trial.name for trial in part])
+            executor = submitit.SlurmExecutor(
+                self.folder, max_num_timeout=self.profile.requeues, python=python(self.profile)
+            )
+            executor.update_parameters(**sbatch_parameters(self.profile, intent.stem))
+            with executor.batch():
+                jobs = [executor.submit(TrialJob(), trial.path, self._threads) for trial in part]
+            for trial, job in zip(part, jobs, strict=True):
+                trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
+            intent.unlink()
+        self._pause, self._next_question = FIRST_POLL, 0.0
+
+    def adopt(self, trials: Sequence[TrialFolder]) -> None:
+        """Finds the jobs that a killed driver submitted and had no time to note."""
+        by_name = {trial.name: trial for trial in trials}
+        for intent in self.folder.glob(f"{self.name}-*.json"):
+            asked_for = json.loads(intent.read_text())
+            for job_id, job_name, *_ in self._squeue("%i|%j"):
+                if job_name == intent.stem:
+                    _, _, index = job_id.partition("_")
+                    trial = by_name.get(asked_for[int(index or 0)])
+                    if trial:
+                        trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")
+            intent.unlink()
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """What SLURM last said of each job; those that it has forgotten, or never knew, are left out."""
+        if time.monotonic() >= self._next_question:
+            rows = self._squeue("%i|%T|%r|%N")
+            states = {job_id: JobState(state, reason, node) for job_id, state, reason, node in rows}
+            self._pause = FIRST_POLL if states != self._states else min(1.5 * self._pause, LAST_POLL)
+            self._states = states
+            self._next_question = time.monotonic() + self._pause
+        return {job_id: self._states[job_id] for job_id in job_ids if job_id in self._states}
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        if job_ids:
+            _client("scancel", *job_ids)
+            self._next_question = 0.0
+
+    @property
+    def _threads(self) -> int:
+        return self.profile.cpus_per_gpu * self.profile.gpus
+
+    def _squeue(self, columns: str) -> list[list[str]]:
+        """All jobs of this sweep, an array's each on its own. Raises OSError when the controller doesn't answer."""
+        question = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}"]
+        rows = [row.split("|") for row in _client(*question, f"--format=%j|{columns}").splitlines()]
+        return [row[1:] for row in rows if row[0].startswith(self.name)]
+
+
+def python(profile: Profile) -> str:
+    """The command that starts python in a job."""
+    return " ".join(filter(None, [profile.container, shlex.quote(sys.executable)]))
+
+
+def sbatch_parameters(profile: Profile, name: str) -> dict[str, object]:
+    """The profile in submitit's words."""
+    limit = profile.time_limit_minutes
+    parameters = {
+        "job_name": name,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "gres": profile.gres,
+        "constraint": profile.constraint,
+        "exclude": profile.exclude,
+        "mail_user": profile.mail_user,
+        "mail_type": profile.mail_type,
+        "time": limit,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": profile.cpus_per_gpu * profile.gpus,
+        "mem": f"{round(1024 * profile.memory_gb_per_gpu * profile.gpus)}M",
+        "signal_delay_s": min(90, 60 * limit // 3),
+        "setup": profile.setup or None,
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, **profile.sbatch},
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def sbatch_file(profile: Profile, folder: Path) -> str:
+    """The file that sbatch would be given for one trial."""
+    command = f"{python(profile)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return slurm._make_sbatch_string(command, folder, **sbatch_parameters(profile, "lorvp"))
+
+
+def max_array_size() -> int:
+    """How many jobs this site lets an array have."""
+    for line in _client("scontrol", "show", "config").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "MaxArraySize":
+            return max(1, int(value) - 1)
+    return 1
+
+
+def _client(*command: str) -> str:
+    """What a SLURM command prints. Raises OSError with its own words when it fails or doesn't answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} did not answer within {CLIENT_TIMEOUT} s") from None
+    if done.returncode:
+        raise OSError(f"{command[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    return done.stdout
