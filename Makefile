@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test check install
+.PHONY: quickstart test check install slurm-up slurm-down
 
 install: $(INSTALLED)
 
@@ -16,6 +16,13 @@ test: check
 check: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+
+# A real SLURM of three nodes on this machine, to try a sweep on; needs root and the packages in tests/slurm_sim.py.
+slurm-up: $(INSTALLED)
+	.venv/bin/python tests/slurm_sim.py up /tmp/lorvp-slurm
+
+slurm-down:
+	.venv/bin/python tests/slurm_sim.py down /tmp/lorvp-slurm
 
 $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version if sys.version_info < (3, 11) else 0)'

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +28,14 @@ from cluster.slurm import sbatch_file
 from lorvp.errors import UserError
 from lorvp.files import write_json
 from sweeps import spec as specs
+from sweeps import status
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
 EXTENDABLE = {"search": {"trials", "concurrent"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
+
+RECORD = "sweep.json"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
@@ -46,6 +49,11 @@ def main(
     ] = [],  # noqa: B006  typer's own form
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
+    leave_running: Annotated[
+        bool, typer.Option("--leave-running", help="on a signal, leave the jobs to be re-attached by --resume")
+    ] = False,
+    show_status: Annotated[bool, typer.Option("--status", help="show every trial and its job")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="end the sweep's jobs, and its driver")] = False,
 ) -> None:
     """Carries out the sweep that SPEC describes."""
     try:
@@ -53,9 +61,15 @@ def main(
         if dry_run:
             show_plan(spec)
             return
+        if show_status or cancel:
+            relay = make_relay(spec, existing_sweep(spec)["id"])
+            if cancel:
+                console.print(f"{status.cancel(spec, relay)} trials left unfinished; --resume goes on with them")
+            console.print(status.table(spec, relay))
+            return
         check_inputs(spec)
         with sweep_folder(spec, resume) as sweep_id:
-            code = carry_out(spec, sweep_id, file.read_text())
+            code = carry_out(spec, sweep_id, file.read_text(), leave_running)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(EXIT_BAD_INPUT) from None
@@ -73,27 +87,17 @@ def show_plan(spec: Spec) -> None:
         console.print(f"  {name}: {kind} {json.dumps(value)}{f'  when {when}' if when else ''}", markup=False)
     controls = spec.control_configs()
     console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
-    example = spec.cells()[0] if spec.search.algorithm == "grid" else example_point(spec)
     console.print("one config:")
-    console.print_json(spec.trial_config(example).model_dump_json())
+    console.print_json(spec.trial_config(spec.example()).model_dump_json())
     profile = profiles.load(spec.cluster)
     if profile.kind == "slurm":
         console.print(f"one sbatch file, by profile {spec.cluster}:")
         console.print(sbatch_file(profile, spec.folder / "jobs"), markup=False, highlight=False, soft_wrap=True)
 
 
-def example_point(spec: Spec) -> dict[str, specs.Scalar]:
-    """The point at the first end of every axis."""
-    point: dict[str, specs.Scalar] = {}
-    for name, axis in spec.ordered_axes().items():
-        if specs.active(axis, point):
-            point[name] = axis.examples()[0]
-    return point
-
-
 def check_inputs(spec: Spec) -> None:
     """Raises UserError for data or weights that aren't there, before anything is written."""
-    for config in [spec.trial_config(example_point(spec)), *spec.control_configs()]:
+    for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
         root, checkpoint = config.dataset.root, config.backbone.checkpoint
         if config.dataset.name == "image_folder" and not root.is_dir():
             raise UserError(f"trial.dataset.root: no such folder {root}; point it at the images")
@@ -104,16 +108,14 @@ def check_inputs(spec: Spec) -> None:
 @contextmanager
 def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
     """The sweep's folder, new or resumed, locked for this driver; gives the sweep's id."""
-    record = spec.folder / "sweep.json"
-    if record.exists() and not resume:
+    values = spec.model_dump(mode="json", by_alias=True)
+    if resume:
+        before = existing_sweep(spec)
+        check_same_sweep(spec, before["spec"], values)
+    elif (spec.folder / RECORD).exists():
         raise UserError(
             f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
         )
-    if resume and not record.exists():
-        raise UserError(f"{spec.folder}: no sweep to resume; leave --resume out to start it")
-    values = spec.model_dump(mode="json", by_alias=True)
-    if resume:
-        check_same_sweep(spec, json.loads(record.read_text())["spec"], values)
     try:
         spec.folder.mkdir(parents=True, exist_ok=True)
         lock = open(spec.folder / "driver.lock", "a+")  # noqa: SIM115  held until the sweep ends
@@ -128,9 +130,28 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        sweep_id = json.loads(record.read_text())["id"] if resume else uuid.uuid4().hex
-        write_json(record, {"id": sweep_id, "spec": values})
-        yield sweep_id
+        sweep_id = before["id"] if resume else uuid.uuid4().hex
+        write_json(spec.folder / RECORD, {"id": sweep_id, "spec": values})
+        try:
+            yield sweep_id
+        except UserError:
+            if not resume:  # it never began
+                shutil.rmtree(spec.folder)
+                with suppress(OSError):  # it may hold other sweeps
+                    spec.output.rmdir()
+            raise
+
+
+def existing_sweep(spec: Spec) -> dict:
+    """What was recorded of the sweep when it was started: its id and its spec."""
+    try:
+        return json.loads((spec.folder / RECORD).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{spec.folder}: no such sweep; it is started without --resume") from None
+
+
+def make_relay(spec: Spec, sweep_id: str) -> Relay:
+    return Relay(spec.trials, make_cluster(profiles.load(spec.cluster), spec.folder, sweep_id, spec.search.concurrent))
 
 
 def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
@@ -149,7 +170,7 @@ def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
             )
 
 
-def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
+def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) -> int:
     """Runs the sweep to its end and returns the exit code."""
     # Imported here: a spec that is refused shall not wait for MLflow and Ray.
     from sweeps.follow import Follower
@@ -159,8 +180,7 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
     end_in_order_on_signals()
     tracker = Tracker(spec, sweep_id, spec_text)
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
-    profile = profiles.load(spec.cluster)
-    relay = Relay(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent))
+    relay = make_relay(spec, sweep_id)
     follower = Follower(spec, relay, tracker, console)
     follower.start()
     try:
@@ -170,10 +190,13 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
         all_sent = follower.finish()
     except BaseException as error:
         follower.halt()
-        console.print("ending: the jobs stop at their last epoch")
-        relay.interrupt()
-        follower.look()
-        tracker.close("KILLED", [])
+        if leave_running:
+            console.print("ending: the jobs go on")
+        else:
+            console.print("ending: the jobs write their checkpoints and stop")
+            relay.interrupt()
+            follower.look()
+        tracker.try_to(lambda: tracker.close("KILLED", []))
         console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
         if not isinstance(error, KeyboardInterrupt):
             raise
@@ -184,16 +207,19 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str) -> int:
     console.print(board.table())
     for line in board.verdict():
         console.print(line, highlight=False)
+    console.print(f"every epoch: {parquet}", highlight=False)
     best = board.best()
     if best is not None:
         console.print(f"best prompt: {best.trial.newest().bundle}", highlight=False)
-        console.print(f"as a model:  {tracker.log_best(best.trial)}", highlight=False)
-    tracker.close("FINISHED" if best else "FAILED", [parquet])
-    console.print(f"every epoch: {parquet}", highlight=False)
-    console.print(f"look at it:  {tracker.ui_command()}", highlight=False)
+        all_sent &= tracker.try_to(lambda: tracker.log_best(best.trial))
+    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED" if best else "FAILED", [parquet]))
     if not all_sent:
         console.print("MLflow did not take everything; --resume sends what is missing", style="red")
-    return 0 if best is not None and all_sent else EXIT_NO_RESULT
+        return EXIT_NO_RESULT
+    if best is not None:
+        console.print(f"as a model:  {tracker.model_uri}", highlight=False)
+    console.print(f"look at it:  {tracker.ui_command()}", highlight=False)
+    return 0 if best is not None else EXIT_NO_RESULT
 
 
 def end_in_order_on_signals() -> None:
@@ -248,12 +274,11 @@ def run_search(spec: Spec) -> None:
         )
         end_in_order_on_signals()  # again: Ray has put its own handler in
         try:
-            max_epochs = spec.trial_config(example_point(spec)).epochs
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(TuneTrial, spec=spec), {"cpu": 1}),
                 tune_config=tune.TuneConfig(
                     search_alg=RecordingSearch(spec, Suggestions(spec.folder)),
-                    scheduler=make_scheduler(spec, max_epochs),
+                    scheduler=make_scheduler(spec),
                     num_samples=spec.number_of_trials(),
                     max_concurrent_trials=spec.search.concurrent,
                     reuse_actors=True,

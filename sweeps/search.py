@@ -119,7 +119,7 @@ def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
     return params
 
 
-def make_scheduler(spec: Spec, max_epochs: int) -> TrialScheduler:
+def make_scheduler(spec: Spec) -> TrialScheduler:
     """Tune's early stopping by epochs, on the score."""
     rule = spec.early_stopping
     if rule.rule == "asha":
@@ -127,7 +127,7 @@ def make_scheduler(spec: Spec, max_epochs: int) -> TrialScheduler:
             time_attr="epoch",
             metric=SCORE,
             mode=spec.mode,
-            max_t=max_epochs,
+            max_t=spec.max_epochs(),
             grace_period=rule.grace_epochs,
             reduction_factor=rule.reduction_factor,
         )

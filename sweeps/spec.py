@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -167,6 +167,24 @@ class Spec(Part):
             cells = grown
         return cells
 
+    def example(self, fixed: dict[str, Scalar] | None = None) -> dict[str, Scalar]:
+        """A point of the space that has the parameters `fixed` and what they need to exist; else first values."""
+        point = dict(fixed or {})
+        for name in reversed(self.ordered_axes()):
+            if name in point:
+                point = {other: allowed[0] for other, allowed in self.space[name].when.items()} | point
+        for name, axis in self.ordered_axes().items():
+            if name not in point and active(axis, point):
+                point[name] = axis.examples()[0]
+        return point
+
+    def max_epochs(self) -> int:
+        """The epochs of the longest trial."""
+        lengths = (
+            self.space["epochs"].examples() if "epochs" in self.space else [self.trial_config(self.example()).epochs]
+        )
+        return max(lengths)
+
     def short_names(self) -> dict[str, str]:
         """What to call each axis where there is little room: its last part, if no other axis ends in it."""
         last = [name.split(".")[-1] for name in self.space]
@@ -191,7 +209,7 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def load(path: Path, overrides: list[str] = ()) -> Spec:
+def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     """The spec in `path`, with each override `KEY=VALUE` put in. Raises UserError: one line, with file, line, key."""
     file = YamlFile(path)
     for override in overrides:
@@ -218,6 +236,9 @@ def load(path: Path, overrides: list[str] = ()) -> Spec:
         file.fail(("cluster",), str(error))
     _check_search(spec, file.fail)
     _check_configs(spec, file.fail)
+    for part, key in (("dataset", "root"), ("backbone", "checkpoint")):
+        if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
+            spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
     return spec
 
 
@@ -247,17 +268,6 @@ def _check_search(spec: Spec, fail: Fail) -> None:
 def _check_configs(spec: Spec, fail: Fail) -> None:
     """That `trial`, each axis and the control give valid configs."""
 
-    def first_cell(fixed: dict[str, Scalar]) -> dict[str, Scalar]:
-        """A point of the space that has the parameters `fixed`, and what they need to exist."""
-        point = dict(fixed)
-        for name in reversed(spec.ordered_axes()):
-            if name in point:
-                point = {n: allowed[0] for n, allowed in spec.space[name].when.items()} | point
-        for name, axis in spec.ordered_axes().items():
-            if name not in point and active(axis, point):
-                point[name] = axis.examples()[0]
-        return point
-
     def check(params: dict[str, Scalar], location: Location) -> TrialConfig:
         try:
             return spec.trial_config(params)
@@ -270,10 +280,10 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
                 fail(("trial", *inner), message)
             fail(location if owner is None else ("space", owner, *location[2:]), message)
 
-    check(first_cell({}), ("trial",))
+    check(spec.example(), ("trial",))
     for name, axis in spec.space.items():
         for i, value in enumerate(axis.examples()):
-            config = check(first_cell({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+            config = check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
             if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > config.epochs:
                 fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {config.epochs}")
     for key, value in spec.control.items():

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the follower tries again by itself
 
 import mlflow
 import numpy as np
@@ -45,12 +47,12 @@ class Tracker:
         self.sweep_id = sweep_id
         self.uri = tracking_uri(spec)
         spec.output.mkdir(parents=True, exist_ok=True)
-        self.client = mlflow.MlflowClient(self.uri)
         try:
+            self.client = mlflow.MlflowClient(self.uri)
             self.experiment = self._experiment()
             found = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
         except (mlflow.MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             raise UserError(f"MLflow at {self.uri} can't be used: {reason}") from None
         self.runs = {run.data.tags[TRIAL]: run for run in found if TRIAL in run.data.tags}
         parents = [run for run in found if TRIAL not in run.data.tags]
@@ -100,12 +102,16 @@ class Tracker:
         self.client.log_batch(run.info.run_id, tags=tags)
         self.client.set_terminated(run.info.run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
-    def log_best(self, trial: TrialFolder) -> str:
-        """Logs the trial's bundle as the sweep's model and returns its URI, for `mlflow.pyfunc.load_model`."""
+    @property
+    def model_uri(self) -> str:
+        """Where `log_best` puts the model, for `mlflow.pyfunc.load_model`."""
+        return f"runs:/{self.parent.info.run_id}/{MODEL}"
+
+    def log_best(self, trial: TrialFolder) -> None:
+        """Logs the trial's bundle as the sweep's model."""
         run_id = self.parent.info.run_id
-        uri = f"runs:/{run_id}/{MODEL}"
         if self.client.get_run(run_id).data.tags.get("best.trial") == trial.name:
-            return uri
+            return
         description = describe(trial.newest().bundle)
         classes = len(description["class_names"])
         signature = ModelSignature(
@@ -126,7 +132,14 @@ class Tracker:
                 pip_requirements=[f"{p}=={version(p)}" for p in ("torch", "timm", "pydantic", "safetensors", "pillow")],
             )
         self.client.set_tag(run_id, "best.trial", trial.name)
-        return uri
+
+    def try_to(self, send: Callable[[], None]) -> bool:
+        """Whether MLflow took it: at its end, a sweep does not fail because a server is away."""
+        try:
+            send()
+        except (mlflow.MlflowException, OSError):
+            return False
+        return True
 
     def close(self, status: str, files: list[Path]) -> None:
         """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED) and the sweep's own files as artifacts."""

@@ -122,6 +122,8 @@ def test_files_that_are_no_specs(tmp_path):
         ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
         ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
         ("output=/proc/nothing", "can't be written"),
+        ("tracking.uri=nowhere://x", "MLflow at nowhere://x can't be used"),
+        ("tracking.uri=http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 can't be used"),
     ],
 )
 def test_broken_overrides(override, message, write, tmp_path):
@@ -129,7 +131,7 @@ def test_broken_overrides(override, message, write, tmp_path):
 
 
 def test_resuming_what_is_not_there(write, tmp_path):
-    assert "no sweep to resume" in refused([str(write()), "--resume"], tmp_path)
+    assert "no such sweep" in refused([str(write()), "--resume"], tmp_path)
 
 
 def test_overrides_reach_every_kind_of_key(write):

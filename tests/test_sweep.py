@@ -269,7 +269,8 @@ def test_tracking_on_a_server(tmp_path):
             except OSError:
                 assert time.monotonic() < deadline, (store / "log").read_text()
                 time.sleep(0.3)
-        sweep = Sweep(tmp_path, SPEC.replace("trials: 4", "trials: 2"))
+        text = SPEC.replace("algorithm: tpe, trials: 4", "algorithm: random, trials: 2")
+        sweep = Sweep(tmp_path, text.replace("rule: asha", "rule: median"))
         sweep.environment["MLFLOW_TRACKING_URI"] = uri
         output = sweep.run()
         assert f"open {uri}" in output

@@ -1,0 +1,268 @@
+"""A real SLURM on this machine: munged, MariaDB, slurmdbd, slurmctld and several slurmd, all on loopback.
+
+    python tests/slurm_sim.py up FOLDER      starts it, writes FOLDER/profile.yaml and prints the line to use it by
+    python tests/slurm_sim.py down FOLDER    stops it and removes FOLDER
+
+Each node has a hostname and a process tree of its own (a namespace), so that `Simulation.power_loss` is one. There
+are two GPU types, which are device files without a GPU behind them, a partition `gpu` and a preemptible one,
+`scavenge`. Needs root, and Debian's packages (PACKAGES).
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+PACKAGES = ["slurm-wlm", "munge", "mariadb-server-core", "mariadb-client-core", "slurmdbd", "slurm-wlm-mysql-plugin"]
+TYPES = ("rtx8000", "rtx8000", "a100")
+"""GPU type of each node."""
+PROFILE = """\
+kind: slurm
+partition: gpu
+gres: gpu:rtx8000:1
+cpus_per_gpu: 1
+memory_gb_per_gpu: 1.5
+time_limit_minutes: 30
+jobs_in_flight: 2
+"""
+"""Jobs on it as the tests start them; two at a time suit two cores."""
+
+
+class Simulation:
+    """The daemons of one cluster, in one folder, each with its process id in `run/NAME.pid`."""
+
+    def __init__(self, folder: Path, accounting: bool = True, **options: str) -> None:
+        self.folder = folder
+        self.accounting = accounting
+        self.options = options
+        """Lines of slurm.conf, in place of the usual ones or beside them."""
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"node{i}" for i in range(1, len(TYPES) + 1)]
+
+    def up(self) -> None:
+        """Starts everything and returns when all nodes are idle."""
+        for name in ("run", "log", "state", "spool", "munge", "db"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "munge").chmod(0o700)
+        self.port = free_ports()
+        self._write_configs()
+        munge = self.folder / "munge"
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o600)
+        arguments = [f"--key-file={munge}/key", f"--socket={self.folder}/run/munge.sock", f"--seed-file={munge}/seed"]
+        arguments += [f"--pid-file={munge}/pid", f"--log-file={munge}/log", "--foreground"]
+        self.start("munged", *arguments)
+        if self.accounting:
+            data, sock = self.folder / "db", self.folder / "run" / "mysql.sock"
+            arguments = ["--no-defaults", f"--user={getpass.getuser()}", f"--datadir={data}", f"--socket={sock}"]
+            arguments += [
+                f"--port={self.port + 3}",
+                "--bind-address=127.0.0.1",
+                "--skip-grant-tables",
+                "--skip-log-bin",
+            ]
+            arguments += ["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=16M"]
+            self.start("mariadbd", *arguments)
+            client = ["mariadb", "--no-defaults", f"--socket={sock}", "--execute"]
+            self.wait(lambda: self.works(*client, "create database if not exists slurm_acct_db"))
+            self.start("slurmdbd", "-D")
+            self.wait(lambda: self.works("sacctmgr", "--noheader", "show", "cluster"))
+        self.start("slurmctld", "-D")
+        self.wait(lambda: self.works("scontrol", "ping"))
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait(lambda: self.say("sinfo", "--noheader", "--Node", "--format=%T", "-p", "gpu").split() == ["idle"] * 3)
+
+    def down(self) -> None:
+        """Stops everything, jobs included, and removes the folder."""
+        for node in self.nodes:
+            self.power_loss(node)
+        for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
+            self.stop(name)
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if ours and ("SLURM_JOB_ID" in process.environ() or "slurmstepd" in process.name()):
+                    process.kill()
+            except psutil.Error:
+                continue
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def say(self, *command: str) -> str:
+        """What a SLURM command prints."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        return done.stdout
+
+    def works(self, *command: str) -> bool:
+        try:
+            return not subprocess.run(command, env=self.environment, capture_output=True, timeout=10).returncode
+        except subprocess.TimeoutExpired:
+            return False
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                logs = [path.read_text(errors="replace")[-500:] for path in (self.folder / "log").iterdir()]
+                raise TimeoutError("SLURM: " + "\n".join(logs))
+            time.sleep(0.05)
+
+    def start(self, name: str, *arguments: str, program: str | None = None) -> None:
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        command = [shutil.which(program or name, path=path) or (program or name), *arguments]
+        with open(self.folder / "log" / f"{name}.out", "a") as log:
+            process = subprocess.Popen(
+                command, env=self.environment | {"PATH": path}, stdout=log, stderr=log, start_new_session=True
+            )
+        (self.folder / "run" / f"{name}.pid").write_text(str(process.pid))
+
+    def stop(self, name: str, signum: signal.Signals = signal.SIGTERM) -> None:
+        """Ends a daemon; by force where it takes longer than 2 s."""
+        pid_file = self.folder / "run" / f"{name}.pid"
+        if not pid_file.exists():
+            return
+        pid = int(pid_file.read_text())
+        for each in (signum, signal.SIGKILL):
+            deadline = time.monotonic() + 2
+            if not gone(pid):
+                os.kill(pid, each)
+            while not gone(pid) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        pid_file.unlink()
+
+    def start_node(self, node: str) -> None:
+        hosts = self.folder / "run" / f"{node}.hosts"
+        others = " ".join(self.nodes)
+        hosts.write_text(f"127.0.0.1 localhost {node} {others} {socket.gethostname()}\n")
+        script = f"mount --bind {hosts} /etc/hosts; hostname {node}; exec slurmd -D -N {node}"
+        flags = ["--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+        self.start(node, *flags, "bash", "-c", script, program="unshare")
+
+    def power_loss(self, node: str) -> None:
+        """The node and all that ran on it are gone at once."""
+        self.stop(node, signal.SIGKILL)
+
+    def _write_configs(self) -> None:
+        folder, port, user = self.folder, self.port, getpass.getuser()
+        auth = f"AuthType=auth/munge\nAuthInfo=socket={folder}/run/munge.sock"
+        (folder / "plugstack.conf").write_text("")
+        (folder / "slurmdbd.conf").write_text(
+            f"{auth}\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={port + 1}\nSlurmUser={user}\n"
+            f"LogFile={folder}/log/slurmdbd.log\nPidFile={folder}/run/slurmdbd.own.pid\n"
+            f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={port + 3}\n"
+            f"StorageUser={user}\nStorageLoc=slurm_acct_db\nCommitDelay=0\n"
+        )
+        (folder / "slurmdbd.conf").chmod(0o600)
+        storage = {"AccountingStorageType": "accounting_storage/none"}
+        if self.accounting:
+            storage = {
+                "AccountingStorageType": "accounting_storage/slurmdbd",
+                "AccountingStorageHost": "127.0.0.1",
+                "AccountingStoragePort": port + 1,
+                "AccountingStoragePass": f"{folder}/run/munge.sock",  # clients take the socket from here
+                "AccountingStorageTRES": "gres/gpu",
+            }
+        lines = {
+            "ClusterName": "sim",
+            "SlurmctldHost": f"{socket.gethostname()}(127.0.0.1)",
+            "SlurmctldPort": port,
+            "SlurmUser": user,
+            "SlurmdUser": user,
+            "AuthType": "auth/munge",
+            "CredType": "cred/munge",
+            "AuthInfo": f"socket={folder}/run/munge.sock,cred_expire=5",  # else a requeued job waits 120 s
+            **storage,
+            "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
+            "StateSaveLocation": f"{folder}/state",
+            "SlurmdSpoolDir": f"{folder}/spool/%n",
+            "SlurmctldPidFile": f"{folder}/run/slurmctld.own.pid",
+            "SlurmdPidFile": f"{folder}/run/%n.own.pid",
+            "SlurmctldLogFile": f"{folder}/log/slurmctld.log",
+            "SlurmdLogFile": f"{folder}/log/%n.log",
+            "PlugStackConfig": f"{folder}/plugstack.conf",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "SwitchType": "switch/none",
+            "MpiDefault": "none",
+            "SlurmdParameters": "config_overrides",  # more CPUs than there are
+            "PropagateResourceLimits": "NONE",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core_Memory",
+            "SchedulerType": "sched/backfill",
+            "SchedulerParameters": "sched_min_interval=0,sched_interval=1,batch_sched_delay=0,bf_interval=1",
+            "PriorityType": "priority/basic",
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
+            "JobRequeue": 1,
+            "ReturnToService": 2,
+            "SlurmctldTimeout": 5,
+            "SlurmdTimeout": 3,
+            "MessageTimeout": 2,
+            "TCPTimeout": 2,
+            "KillWait": 5,
+            "MinJobAge": 300,
+            "InactiveLimit": 0,
+            "Waittime": 0,
+            "BatchStartTimeout": 10,
+            "OverTimeLimit": 0,
+            "MaxArraySize": 1001,
+            "GresTypes": "gpu",
+        } | self.options
+        text = "".join(f"{key}={value}\n" for key, value in lines.items())
+        gres = ""
+        for i, (node, kind) in enumerate(zip(self.nodes, TYPES, strict=True), 1):
+            text += (
+                f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port + 10 + i} CPUs=8 Sockets=1 "
+                f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{kind}:2 Feature={kind} State=UNKNOWN\n"
+            )
+            gres += f"NodeName={node} Name=gpu Type={kind} File={folder}/run/nvidia[0-1]\n"
+        partition = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=500 State=UP"
+        preempt = lines["PreemptMode"]
+        text += f"PartitionName=gpu {partition} Default=YES PriorityTier=10 PreemptMode=OFF\n"
+        text += f"PartitionName=scavenge {partition} PriorityTier=1 PreemptMode={preempt} GraceTime=0\n"
+        for k in (0, 1):  # real device nodes, or CUDA_VISIBLE_DEVICES is not set
+            device = folder / "run" / f"nvidia{k}"
+            if not device.exists():
+                os.mknod(device, 0o600 | 0o020000, os.makedev(195, k))
+        (folder / "gres.conf").write_text(gres)
+        (folder / "slurm.conf").write_text(text)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def free_ports() -> int:
+    """The first of 20 ports that nobody listens on."""
+    for first in range(17000, 19000, 20):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", first)) and probe.connect_ex(("127.0.0.1", first + 3)):
+                return first
+    raise OSError("no free ports for SLURM")
+
+
+if __name__ == "__main__":
+    verb, folder = sys.argv[1], Path(sys.argv[2]).absolute()
+    simulation = Simulation(folder)
+    if verb == "up":
+        simulation.up()
+        (folder / "profile.yaml").write_text(PROFILE)
+        print(f"export SLURM_CONF={folder}/slurm.conf")
+    else:
+        simulation.down()

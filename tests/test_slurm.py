@@ -1,0 +1,273 @@
+"""Whole sweeps on real SLURM daemons, and what a cluster does to them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_sim import PACKAGES, PROFILE, TYPES, Simulation
+from test_sweep import SPEC, Sweep
+from typer.testing import CliRunner
+
+from cluster.folder import State, TrialFolder
+from sweeps import launch
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def install() -> str:
+    """Installs what SLURM needs; why it can't, if it can't."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")):
+        return "" if os.geteuid() == 0 else "starting SLURM's nodes in namespaces needs root"
+    if os.geteuid() or not shutil.which("apt-get"):
+        return f"no SLURM here, and no root with apt-get to install {' '.join(PACKAGES)}"
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-yqq", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            return f"{' '.join(command[:2])} failed: {done.stderr.strip().splitlines()[-1:]}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def installed() -> None:
+    problem = install()
+    if problem and os.environ.get("CI"):
+        pytest.fail(problem)
+    if problem:
+        pytest.skip(problem)
+
+
+@contextmanager
+def started(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Simulation]:
+    """A cluster of three nodes, in a folder that munge trusts: pytest's own are closed to others."""
+    folder = Path(tempfile.mkdtemp(prefix="lorvp-slurm-"))
+    folder.chmod(0o755)
+    simulation = Simulation(folder, **options)
+    monkeypatch.setenv("SLURM_CONF", simulation.environment["SLURM_CONF"])
+    try:
+        simulation.up()
+        yield simulation
+    finally:
+        simulation.down()
+
+
+@pytest.fixture
+def slurm(installed, monkeypatch) -> Iterator[Simulation]:
+    with started(monkeypatch) as simulation:
+        yield simulation
+
+
+def make_sweep(tmp_path: Path, profile: str = PROFILE, **changes: str) -> Sweep:
+    """The small sweep with its trials on SLURM; `changes` replace text of the spec."""
+    (tmp_path / "profile.yaml").write_text(profile)
+    text = SPEC.replace("rule: asha", "rule: none") + f"cluster: {tmp_path / 'profile.yaml'}\n"
+    for old, new in changes.values():
+        assert old in text
+        text = text.replace(old, new)
+    return Sweep(tmp_path, text)
+
+
+CONTROL = "control: {method: linear_probe, label_mapping: lp}\n"
+LONG = {
+    "longer": ("epochs: 3", "epochs: 25"),
+    "larger": ("max_per_class: 20", "max_per_class: 60"),
+    "few": ("trials: 4", "trials: 2"),
+    "alone": (CONTROL, ""),
+}
+"""Two trials, long enough for something to happen to them."""
+
+
+def running(sweep: Sweep, process: subprocess.Popen, epochs: int = 2) -> TrialFolder:
+    """A trial of the search whose job runs and has recorded `epochs`."""
+    while True:
+        assert process.poll() is None, process.communicate()[0]
+        for trial in sweep.trials():
+            if trial.config.method == "lorvp" and len(trial.results()) >= epochs and not trial.ended():
+                return trial
+        time.sleep(0.05)
+
+
+def finish(sweep: Sweep, slurm: Simulation, process: subprocess.Popen, trials: int) -> str:
+    """Waits for the driver; every trial has its epochs once, here and in MLflow, and no job is left."""
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    sweep.check_complete(trials)
+    assert all(trial.ended().state == State.FINISHED for trial in sweep.trials())
+    assert sweep.best_model().shape == (4, 10)
+    assert no_jobs(slurm)
+    return output
+
+
+def no_jobs(slurm: Simulation) -> bool:
+    slurm.wait(lambda: slurm.say("squeue", "--noheader").strip() == "")
+    return True
+
+
+def kept(before: dict[str, list], sweep: Sweep) -> None:
+    """No epoch that was recorded was trained again."""
+    for name, results in before.items():
+        assert TrialFolder(sweep.path / "trials" / name).results()[: len(results)] == results
+
+
+def recorded(sweep: Sweep) -> dict[str, list]:
+    return {trial.name: trial.results() for trial in sweep.trials()}
+
+
+def test_grid_on_three_nodes(slurm, tmp_path):
+    """12 cells and the control; the type of GPU asked for is the one got."""
+    grid = ("algorithm: tpe, trials: 4,", "algorithm: grid,")
+    axes = ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05, 0.1]}")
+    mappings = ("[rlm, flm, ilm, fm, lp]", "[flm, fm, lp]")
+    probe = 'setup: ["echo on $SLURMD_NODENAME with GPU $CUDA_VISIBLE_DEVICES"]\n'
+    sweep = make_sweep(
+        tmp_path, PROFILE + probe, grid=grid, axes=axes, mappings=mappings, short=("epochs: 3", "epochs: 1")
+    )
+    output = finish(sweep, slurm, sweep.start(), trials=13)
+    assert "small: 13 trials" in output
+    for trial in sweep.trials():
+        first = Path(trial.job()["log"]).read_text()
+        node, gpu = first.split("on ", 1)[1].split()[0], first.split("GPU ", 1)[1].split()[0]
+        assert TYPES[slurm.nodes.index(node)] == "rtx8000"
+        assert gpu in "01"
+
+
+def test_driver_killed_while_jobs_run(slurm, tmp_path):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    running(sweep, process)
+    process.kill()
+    process.wait()
+    before = recorded(sweep)
+    jobs = {trial.name: trial.job() for trial in sweep.trials() if trial.job()}
+    finish(sweep, slurm, sweep.start("--resume"), trials=2)
+    kept(before, sweep)
+    for name, job in jobs.items():
+        assert TrialFolder(sweep.path / "trials" / name).job() == job  # re-attached, not submitted twice
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_driver_ended_and_resumed(slurm, tmp_path, signum):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    running(sweep, process)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, output
+    assert no_jobs(slurm)
+    before = recorded(sweep)
+    finish(sweep, slurm, sweep.start("--resume"), trials=2)
+    kept(before, sweep)
+
+
+@pytest.mark.parametrize("event", ["requeue", "scancel", "power loss"])
+def test_what_happens_to_a_running_job(slurm, tmp_path, event):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    trial = running(sweep, process)
+    job = trial.job()["id"]
+    before = recorded(sweep)
+    if event == "requeue":
+        slurm.say("scontrol", "requeue", job)
+    elif event == "scancel":
+        slurm.say("scancel", job)
+    else:
+        node = slurm.say("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+        slurm.power_loss(node)
+    finish(sweep, slurm, process, trials=2)
+    kept(before, sweep)
+    assert trial.newest().path.name == "0002"
+
+
+def test_preempted_by_a_higher_partition(slurm, tmp_path):
+    sweep = make_sweep(tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **LONG)
+    process = sweep.start()
+    trial = running(sweep, process)
+    before = recorded(sweep)
+    command = ["sbatch", "--partition=gpu", "--gres=gpu:rtx8000:2", "--ntasks=1", "--array=0-1", "--wrap=sleep 10"]
+    slurm.say(*command, "--output=/dev/null", "--mem=100M")
+    slurm.wait(lambda: trial.newest().path.name == "0002")
+    finish(sweep, slurm, process, trials=2)
+    kept(before, sweep)
+    assert any(t.newest().path.name >= "0002" for t in sweep.trials())
+
+
+def test_time_limit_shorter_than_a_trial(slurm, tmp_path):
+    """A limit of a minute, and a trial that needs more; the checkpoint of the signal loses no step."""
+    changes = {
+        "longer": ("epochs: 3", "epochs: 40"),
+        "larger": ("max_per_class: 20", "max_per_class: 100"),
+        "one": ("trials: 4", "trials: 1"),
+        "alone": (CONTROL, ""),
+        "mapping": ("[rlm, flm, ilm, fm, lp]", "[ilm]"),
+    }
+    sweep = make_sweep(tmp_path, PROFILE.replace("minutes: 30", "minutes: 1"), **changes)
+    process = sweep.start()
+    finish(sweep, slurm, process, trials=1)
+    (trial,) = sweep.trials()
+    assert trial.newest().path.name >= "0002"
+
+
+def test_accounting_off(installed, tmp_path, monkeypatch):
+    with started(monkeypatch, accounting=False) as slurm:
+        sweep = make_sweep(tmp_path, **LONG)
+        process = sweep.start()
+        slurm.say("scancel", running(sweep, process).job()["id"])
+        finish(sweep, slurm, process, trials=2)
+
+
+def test_array_limit_below_the_number_of_trials(installed, tmp_path, monkeypatch):
+    with started(monkeypatch, MaxArraySize="3") as slurm:
+        sweep = make_sweep(
+            tmp_path, PROFILE.replace("flight: 2", "flight: 8"), concurrent=("concurrent: 2", "concurrent: 5")
+        )
+        finish(sweep, slurm, sweep.start(), trials=5)
+
+
+def test_early_stopping_ends_jobs_soon(slurm, tmp_path):
+    asha = ("rule: none", "rule: asha")
+    sweep = make_sweep(tmp_path, asha=asha, longer=("epochs: 3", "epochs: 30"))
+    process = sweep.start()
+    stopped: dict[str, float] = {}
+    slowest = 0.0
+    while process.poll() is None:
+        jobs = slurm.say("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
+        for trial in sweep.trials():
+            if trial.stop_reason():
+                start = stopped.setdefault(trial.name, time.monotonic())
+                if trial.job()["id"] in jobs:
+                    slowest = max(slowest, time.monotonic() - start)
+        time.sleep(0.3)
+    assert process.returncode == 0, process.communicate()[0]
+    sweep.check_complete(trials=5)
+    assert stopped
+    assert slowest <= 10
+    assert no_jobs(slurm)
+
+
+def test_dry_run_shows_the_exact_sbatch_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    container = "container: apptainer exec --nv lab.sif\nsbatch: {reservation: lab}\n"
+    make_sweep(tmp_path, PROFILE + container)
+    result = CliRunner().invoke(launch.app, ["sweep.yaml", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for line in (
+        "#SBATCH --gres=gpu:rtx8000:1",
+        "#SBATCH --mem=1536M",
+        "#SBATCH --reservation=lab",
+        "#SBATCH --time=30",
+        "#SBATCH --requeue",
+        "apptainer exec --nv lab.sif",
+    ):
+        assert line in result.output
+    assert not (tmp_path / "runs").exists()
