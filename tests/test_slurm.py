@@ -170,6 +170,38 @@ def test_driver_ended_and_resumed(slurm, tmp_path, signum):
     kept(before, sweep)
 
 
+def test_left_running_and_resumed(slurm, tmp_path):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start("--leave-running")
+    trial = running(sweep, process)
+    job = trial.job()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, output
+    assert job["id"] in slurm.say("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
+    before = recorded(sweep)
+    finish(sweep, slurm, sweep.start("--resume"), trials=2)
+    kept(before, sweep)
+    assert trial.job() == job
+
+
+def test_status_and_cancel(slurm, tmp_path):
+    """With all nodes drained the jobs wait, and say why; cancelled with no driver alive, none is left."""
+    slurm.say("scontrol", "update", f"nodename={','.join(slurm.nodes)}", "state=drain", "reason=test")
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    slurm.wait(lambda: sum(trial.job() is not None for trial in sweep.trials()) == 2, seconds=60)
+    process.kill()
+    process.wait()
+    shown = sweep.run("--status")
+    assert shown.count("pending") == 2
+    assert "Nodes required for job are DOWN" in shown.replace("_", " ") or "ReqNodeNotAvail" in shown
+    assert "2 trials left unfinished" in sweep.run("--cancel")
+    assert no_jobs(slurm)
+    slurm.say("scontrol", "update", f"nodename={','.join(slurm.nodes)}", "state=resume")
+    finish(sweep, slurm, sweep.start("--resume"), trials=2)
+
+
 @pytest.mark.parametrize("event", ["requeue", "scancel", "power loss"])
 def test_what_happens_to_a_running_job(slurm, tmp_path, event):
     sweep = make_sweep(tmp_path, **LONG)
