@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -58,7 +58,7 @@ class Follower(threading.Thread):
             self._see(trial).seen_before = len(trial.results())
 
     def run(self) -> None:
-        live = Live(console=self.console, get_renderable=self.table, refresh_per_second=2) if self._terminal else None
+        live = Live(console=self.console, get_renderable=self.view, refresh_per_second=2) if self._terminal else None
         if live:
             live.start()
         try:
@@ -144,7 +144,7 @@ class Follower(threading.Thread):
     def _called(self, progress: Progress) -> str:
         return f"{progress.trial.name}  {'control  ' if progress.control else ''}{progress.label}"
 
-    def table(self) -> Table:
+    def view(self) -> Group:
         """The live view: running trials, and a line that sums up."""
         seen = list(self._progress.values())
         table = Table(title=f"sweep {self.spec.name}", title_justify="left", box=None)
@@ -159,13 +159,12 @@ class Follower(threading.Thread):
         counts = {state: sum(p.end.state == state for p in ended) for state in State}
         finished = [p.best for p in ended if p.end.state == State.FINISHED and not p.control and p.best is not None]
         best = (max if self.spec.mode == "max" else min)(finished, default=None)
-        table.caption = (
+        summary = (
             f"{len(seen)} of {self.total} trials begun: {counts[State.FINISHED]} finished, "
             f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; best so far {number(best)}; "
             f"{self._time_left(ended)} left"
         )
-        table.caption_justify = "left"
-        return table
+        return Group(table, summary)
 
     def _time_left(self, ended: list[Progress]) -> str:
         """At the rate at which trials ended since this driver started."""
