@@ -251,7 +251,7 @@ def run_search(spec: Spec) -> None:
     from ray import tune
 
     from sweeps.search import RecordingSearch, Suggestions, make_scheduler
-    from sweeps.tune_trial import StopGivenUp, TuneTrial
+    from sweeps.tune_trial import NOT_VALID, StopGivenUp, TuneTrial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told below, and by the follower
@@ -292,8 +292,11 @@ def run_search(spec: Spec) -> None:
                 ),
             )
             for error in tuner.fit().errors:
-                if "TrialFailed" not in str(error):  # those that failed in training are recorded as such
+                reason = str(error).strip().splitlines()[-1]
+                if "TrialFailed" not in reason:  # those that failed in training are recorded as such
                     raise error
+                if NOT_VALID in reason:  # those have no folder to be recorded in
+                    console.print(reason[reason.index(NOT_VALID) :], style="yellow", markup=False)
         finally:
             ray.shutdown()
     shutil.rmtree(files, ignore_errors=True)

@@ -268,11 +268,13 @@ def _check_search(spec: Spec, fail: Fail) -> None:
 def _check_configs(spec: Spec, fail: Fail) -> None:
     """That `trial`, each axis and the control give valid configs."""
 
-    def check(params: dict[str, Scalar], location: Location) -> TrialConfig:
+    def check(params: dict[str, Scalar], location: Location) -> None:
         try:
-            return spec.trial_config(params)
+            spec.trial_config(params)
         except ValidationError as error:
             inner, message = explain(error, TrialConfig)
+            if not inner and "choice" in location and spec.search.algorithm != "grid":
+                return  # two values that don't go together; with others this one may
             dotted = ".".join(str(part) for part in inner)
             # an error about a searched key belongs to its axis, any other to the fixed values
             owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
@@ -283,9 +285,12 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     check(spec.example(), ("trial",))
     for name, axis in spec.space.items():
         for i, value in enumerate(axis.examples()):
-            config = check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
-            if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > config.epochs:
-                fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {config.epochs}")
+            check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+    if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
+        fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
+    if spec.search.algorithm == "grid":
+        for cell in spec.cells():
+            check(cell, ("space",))
     for key, value in spec.control.items():
         if value == []:
             fail(("control", key), "an empty list; give at least one value")

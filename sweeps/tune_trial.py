@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pydantic import ValidationError
 from ray import tune
 from ray.tune.experiment import Trial
 
 from cluster.folder import State, StopReason, TrialFolder
+from lorvp.config import TrialConfig
 from lorvp.errors import TrialFailed
+from lorvp.yaml_file import explain
 from sweeps.search import SCORE
 from sweeps.spec import Scalar, Spec
 
 POLL_SECONDS = 0.2
+NOT_VALID = "no trial is possible at"
 
 
 class TuneTrial(tune.Trainable):
@@ -34,7 +38,12 @@ class TuneTrial(tune.Trainable):
 
     def follow(self, params: dict[str, Scalar]) -> None:
         """Asks for the trial at this point of the space, and starts over with its first epoch."""
-        self.folder = TrialFolder.request(self.spec.trials, self.spec.trial_config(params))
+        try:
+            config = self.spec.trial_config(params)
+        except ValidationError as error:  # each axis is valid by itself, but not every two of them together
+            location, message = explain(error, TrialConfig)
+            raise TrialFailed(f"{NOT_VALID} {params}: {'.'.join(map(str, (*location, message)))}") from None
+        self.folder = TrialFolder.request(self.spec.trials, config)
         self.handed_on = 0
         self.score: float | None = None
 

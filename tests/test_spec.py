@@ -77,6 +77,7 @@ BROKEN = {
     "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
     "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
+    "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
     "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
@@ -239,6 +240,12 @@ def test_published_settings():
     )
     published = {"label_mapping": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "optimizer.prompt_lr": 0.02}
     assert published in cifar.cells()
+
+
+def test_values_that_go_with_some_others_only(write):
+    """A grid over them is refused (above); a search is not, and such a point is a failed trial."""
+    path = write("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}")
+    assert spec.load(path, ["search={algorithm: random, trials: 3}"]).number_of_trials() == 3
 
 
 def test_dry_run_writes_nothing(write, tmp_path):
