@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import submitit
 
+from cluster import code
 from cluster.folder import JobState, TrialFolder
 from cluster.job import TrialJob
 from cluster.profile import Profile
@@ -22,8 +23,9 @@ class LocalCluster:
 
     max_submissions = 3
 
-    def __init__(self, profile: Profile, folder: Path, sweep_id: str, concurrent: int) -> None:
-        self.folder = folder
+    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
+        self.folder = sweep / "jobs"
+        self.python = code.python(sweep / "code")
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, int] = {}
@@ -32,7 +34,7 @@ class LocalCluster:
         """Starts a job for each of `trials` and notes its id in the folder."""
         for trial in trials:
             gpu = self._free_gpu()
-            executor = submitit.LocalExecutor(self.folder)
+            executor = submitit.LocalExecutor(self.folder, python=self.python)
             executor.update_parameters(
                 timeout_min=UNLIMITED_MINUTES,
                 gpus_per_node=0 if gpu is None else 1,

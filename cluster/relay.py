@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cluster import code
 from cluster.folder import JobState, State, StopReason, TrialFolder
 from cluster.local import LocalCluster
 from cluster.profile import Profile
@@ -37,8 +38,9 @@ class Cluster(Protocol):
 
 def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> Cluster:
     """The place that `profile` describes, for the sweep in the folder `sweep`."""
+    code.snapshot(sweep / "code")
     kind = {"local": LocalCluster, "slurm": SlurmCluster}[profile.kind]
-    return kind(profile, sweep / "jobs", sweep_id, concurrent)
+    return kind(profile, sweep, sweep_id, concurrent)
 
 
 class Relay:

@@ -6,7 +6,6 @@ import getpass
 import json
 import shlex
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import submitit
 from submitit.slurm import slurm
 
+from cluster import code
 from cluster.folder import JobState, TrialFolder
 from cluster.job import TrialJob
 from cluster.profile import Profile
@@ -31,9 +31,10 @@ class SlurmCluster:
     Accounting is not needed: squeue knows the jobs that wait and run and, for some minutes, those that ended.
     """
 
-    def __init__(self, profile: Profile, folder: Path, sweep_id: str, concurrent: int) -> None:
+    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
         self.profile = profile
-        self.folder = folder
+        self.folder = sweep / "jobs"
+        self.python = code.python(sweep / "code", profile.container)
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.max_submissions = 1 + profile.requeues
         self.name = f"lorvp-{sweep_id[:8]}"
@@ -50,9 +51,7 @@ class SlurmCluster:
             # Written first: a driver that is killed before it has noted the ids finds the jobs by their name.
             intent = self.folder / f"{self.name}-{uuid.uuid4().hex[:8]}.json"
             write_json(intent, [trial.name for trial in part])
-            executor = submitit.SlurmExecutor(
-                self.folder, max_num_timeout=self.profile.requeues, python=python(self.profile)
-            )
+            executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
             executor.update_parameters(**sbatch_parameters(self.profile, intent.stem))
             with executor.batch():
                 jobs = [executor.submit(TrialJob(), trial.path, self._threads) for trial in part]
@@ -100,11 +99,6 @@ class SlurmCluster:
         return [row[1:] for row in rows if row[0].startswith(self.name)]
 
 
-def python(profile: Profile) -> str:
-    """The command that starts python in a job."""
-    return " ".join(filter(None, [profile.container, shlex.quote(sys.executable)]))
-
-
 def sbatch_parameters(profile: Profile, name: str) -> dict[str, object]:
     """The profile in submitit's words."""
     limit = profile.time_limit_minutes
@@ -131,10 +125,11 @@ def sbatch_parameters(profile: Profile, name: str) -> dict[str, object]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def sbatch_file(profile: Profile, folder: Path) -> str:
-    """The file that sbatch would be given for one trial."""
-    command = f"{python(profile)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    return slurm._make_sbatch_string(command, folder, **sbatch_parameters(profile, "lorvp"))
+def sbatch_file(profile: Profile, sweep: Path) -> str:
+    """The file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
+    python, jobs = code.python(sweep / "code", profile.container), sweep / "jobs"
+    command = f"{python} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
+    return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
 
 
 def max_array_size() -> int:

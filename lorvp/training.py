@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ class EpochResult:
     `select: test_best_epoch`, there with that epoch's own."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """An epoch that was begun: how many steps of it were taken, and what they gave."""
+
+    step: int = 0
+    total_loss: float = 0.0
+    skipped: int = 0
+    lr: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 class _Stop(Exception):
     """The search gave up on the trial."""
 
@@ -86,11 +97,12 @@ def train(
     results: list[EpochResult] = []
     best: dict[str, Any] = {"epoch": 0, "tuned": {}}
     steps_taken = 0  # without those that fp16 skipped
-    part: dict[str, Any] | None = None  # of an epoch that was begun
+    part: _Part | None = None
     if resume_from is not None:
         state = read_checkpoint(resume_from, config)
         results = [EpochResult(**values) for values in state["results"]]
-        best, steps_taken, part = state["best"], state["steps_taken"], state["part"]
+        best, steps_taken = state["best"], state["steps_taken"]
+        part = _Part(**state["part"]) if state["part"] else None
         method.load_tuned(state["tuned"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -116,7 +128,7 @@ def train(
         loss, top1, top5 = (sums / len(images)).tolist()
         return loss, 100 * top1, 100 * top5
 
-    def save(part: dict[str, Any] | None) -> None:
+    def save(part: _Part | None) -> None:
         if folder is None:
             return
         state = {
@@ -124,7 +136,7 @@ def train(
             "results": [asdict(r) for r in results],
             "best": best,
             "steps_taken": steps_taken,
-            "part": part,
+            "part": asdict(part) if part else None,
             "tuned": method.tuned(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "scaler": scaler.state_dict(),
@@ -139,30 +151,16 @@ def train(
             order = data.epoch_order(len(splits.train), config.order_seed, epoch)
             if part is None:
                 method.start_epoch(epoch, lambda: watched(splits.train, config.eval_batch_size))
-                part = {
-                    "step": 0,
-                    "total_loss": torch.zeros((), dtype=torch.float64),
-                    "skipped": 0,
-                    "lr": {},
-                    "seconds": 0.0,
-                }
-            first_step, first_lr = part["step"], part["lr"]
-            total_loss = part["total_loss"].to(device)
-            skipped = torch.tensor(part["skipped"], device=device)
-            training_start = time.perf_counter() - part["seconds"]
-            rest = order[first_step * config.batch_size :]
-            for step, (pixels, labels) in enumerate(data.batches(splits.train, config.batch_size, rest), first_step):
+                part = _Part()
+            first_lr = part.lr
+            total_loss = torch.tensor(part.total_loss, dtype=torch.float64, device=device)
+            skipped = torch.tensor(part.skipped, device=device)
+            training_start = time.perf_counter() - part.seconds
+            rest = order[part.step * config.batch_size :]
+            for step, (pixels, labels) in enumerate(data.batches(splits.train, config.batch_size, rest), part.step):
                 if should_stop():
                     seconds = time.perf_counter() - training_start
-                    save(
-                        {
-                            "step": step,
-                            "total_loss": total_loss.cpu(),
-                            "skipped": int(skipped),
-                            "lr": first_lr,
-                            "seconds": seconds,
-                        }
-                    )
+                    save(_Part(step, total_loss.item(), int(skipped), first_lr, seconds))
                     raise _Stop
                 pixels, labels = pixels.to(device), labels.to(device)
                 factor = lr_factor(
@@ -198,7 +196,7 @@ def train(
                 test = evaluate(splits.test)
             score = val_top1 if test is None else test[1]
             if not best["epoch"] or score > best["score"]:
-                best = {"epoch": epoch, "score": score, "val_top1": val_top1, "tuned": method.tuned()}
+                best = {"epoch": epoch, "score": score, "tuned": method.tuned()}
             if config.select == "val" and epoch == config.epochs:
                 last = method.tuned()
                 method.load_tuned(best["tuned"])

@@ -92,7 +92,7 @@ def show_plan(spec: Spec) -> None:
     profile = profiles.load(spec.cluster)
     if profile.kind == "slurm":
         console.print(f"one sbatch file, by profile {spec.cluster}:")
-        console.print(sbatch_file(profile, spec.folder / "jobs"), markup=False, highlight=False, soft_wrap=True)
+        console.print(sbatch_file(profile, spec.folder), markup=False, highlight=False, soft_wrap=True)
 
 
 def check_inputs(spec: Spec) -> None:

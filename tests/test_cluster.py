@@ -199,6 +199,19 @@ def test_an_interrupt_leaves_trials_that_can_be_continued(digits, tmp_path):
     assert waiting.job() is None
 
 
+@pytest.mark.slow
+def test_jobs_run_the_code_as_it_was_when_the_sweep_started(digits, tmp_path):
+    trial = TrialFolder.request(tmp_path / "trials", digits(epochs=1))
+    local_relay(tmp_path)
+    job_file = tmp_path / "code" / "cluster" / "job.py"
+    job_file.write_text(job_file.read_text().replace("epoch {result.epoch}", "epoch of the copy {result.epoch}"))
+    later_driver = local_relay(tmp_path)
+    later_driver.poll()
+    wait_until(trial.ended)
+    assert trial.ended().state == State.FINISHED
+    assert "epoch of the copy 1" in Path(trial.job()["log"]).read_text()
+
+
 class DeadCluster:
     """Jobs that die before they have said a word."""
 

@@ -1,0 +1,33 @@
+"""The code that jobs run: a copy from when the sweep was started, whatever is edited in the checkout meanwhile."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from lorvp.files import replacing
+
+PACKAGES = ("lorvp", "cluster")
+CHECKOUT = Path(__file__).parent.parent
+
+
+def snapshot(folder: Path) -> None:
+    """Copies the packages that a job imports to `folder`, unless an earlier driver of the sweep has done so."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
+        for package in PACKAGES:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(CHECKOUT / package, temporary / package, ignore=ignored)
+
+
+def python(code: Path, container: str | None = None) -> str:
+    """The shell command that starts python, in the container if there is one, with the packages of `code` first.
+
+    PYTHONSAFEPATH keeps out the folder where the driver was started, which may be the checkout.
+    """
+    command = f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))} {shlex.quote(sys.executable)}"
+    return f"{container} {command}" if container else command
