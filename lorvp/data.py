@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -176,8 +176,7 @@ def _limit(images: Images, config: DatasetConfig) -> Images:
         return images
     classes = len(images.class_names) if config.max_classes is None else config.max_classes
     keep = np.concatenate([np.flatnonzero(images.labels == c)[: config.max_per_class] for c in range(classes)])
-    limited = images.subset(np.sort(keep))
-    return type(images)(**{**vars(limited), "class_names": images.class_names[:classes]})
+    return replace(images.subset(np.sort(keep)), class_names=images.class_names[:classes])
 
 
 def _readable(folder: FolderImages, skip_unreadable: bool) -> Images:

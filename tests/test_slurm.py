@@ -228,7 +228,7 @@ def test_preempted_by_a_higher_partition(slurm, tmp_path):
     before = recorded(sweep)
     command = ["sbatch", "--partition=gpu", "--gres=gpu:rtx8000:2", "--ntasks=1", "--array=0-1", "--wrap=sleep 10"]
     slurm.say(*command, "--output=/dev/null", "--mem=100M")
-    slurm.wait(lambda: trial.newest().path.name == "0002")
+    slurm.wait(lambda: trial.newest().path.name == "0002", seconds=90)
     finish(sweep, slurm, process, trials=2)
     kept(before, sweep)
     assert any(t.newest().path.name >= "0002" for t in sweep.trials())
