@@ -7,6 +7,7 @@ antialias, aspect squashed, no crop.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -255,12 +256,12 @@ def _cifar(config: DatasetConfig, image_size: int) -> tuple[Images, Images | Non
 
 def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
+    # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    grey = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
     pixels = grey[:, None].repeat(1, 3, 1, 1)
-    return ArrayImages(pixels, digits.target.astype(np.int64), tuple(str(d) for d in range(10))), None
+    return ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))), None
 
 
 LOADERS = {"image_folder": _image_folder, "cifar10": _cifar, "cifar100": _cifar, "digits": _digits}
