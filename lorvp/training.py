@@ -62,6 +62,23 @@ class _Part:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What trials have in common that share backbone, data and precision (`TrialConfig.shares_with`)."""
+
+    backbone: Backbone
+    splits: data.Splits
+    precision: str
+
+
+def load(config: TrialConfig) -> Loaded:
+    """Builds the backbone on the device and reads the data. Raises UserError where either can't be had."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.precision, device)
+    backbone = Backbone(config.backbone, precision).to(device)
+    return Loaded(backbone, data.load(config.dataset, backbone.image_size), precision)
+
+
 class _Stop(Exception):
     """The search gave up on the trial."""
 
@@ -71,6 +88,7 @@ def train(
     folder: Path | None = None,
     resume_from: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    loaded: Loaded | None = None,
 ) -> Iterator[EpochResult]:
     """Trains as `config` says and yields each epoch's result.
 
@@ -79,13 +97,13 @@ def train(
     they were recorded and training goes on where it was: on one machine the results are, bit for bit, those of a
     trial that was never interrupted. `should_stop` is asked before every batch; once it says so the iterator ends,
     within the batch. A checkpoint is then written between two steps too, and holds the part of the epoch done so far.
+    `loaded` saves loading backbone and data again; the results are the same.
 
     Raises UserError for input that can't work, and TrialFailed when the loss is no longer a number.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(config.precision, device)
-    backbone = Backbone(config.backbone, precision)
-    splits = data.load(config.dataset, backbone.image_size)
+    loaded = loaded or load(config)
+    backbone, splits, precision = loaded.backbone, loaded.splits, loaded.precision
+    device = backbone.mean.device
     method: Method = plugins.load("methods", config.method)(config, backbone, len(splits.class_names)).to(device)
     groups = method.groups()
     optimizers = {name: make_optimizer(name, parameters, config.optimizer) for name, parameters in groups.items()}
@@ -142,8 +160,8 @@ def train(
             "scaler": scaler.state_dict(),
             "random_states": random_states(),
         }
-        with replacing(folder / CHECKPOINT) as temporary:
-            torch.save(state, temporary)
+        with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # given a path, torch would not say that the disk is full
 
     try:
         for epoch in range(len(results) + 1, config.epochs + 1):
@@ -195,11 +213,12 @@ def train(
             if config.select == "test_best_epoch":
                 test = evaluate(splits.test)
             score = val_top1 if test is None else test[1]
+            best_yet = best
             if not best["epoch"] or score > best["score"]:
-                best = {"epoch": epoch, "score": score, "tuned": method.tuned()}
+                best_yet = {"epoch": epoch, "score": score, "tuned": method.tuned()}
             if config.select == "val" and epoch == config.epochs:
                 last = method.tuned()
-                method.load_tuned(best["tuned"])
+                method.load_tuned(best_yet["tuned"])
                 test = evaluate(splits.test)
                 method.load_tuned(last)
             test_loss, test_top1, test_top5 = test or (None, None, None)
@@ -218,7 +237,8 @@ def train(
                 test_top1=test_top1,
                 test_top5=test_top5,
             )
-            results.append(result)
+            results.append(result)  # with `best`, and not before: the test set may have been left half-way
+            best = best_yet
             part = None
             save(part)
             yield result
