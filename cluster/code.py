@@ -1,4 +1,5 @@
-"""The code that jobs run: a copy from when the sweep was started, whatever is edited in the checkout meanwhile."""
+"""The code that jobs run, a driver that is one among them: a copy from when the sweep was started, whatever is edited
+in the checkout meanwhile."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from lorvp.files import replacing
 
-PACKAGES = ("lorvp", "cluster")
+PACKAGES = ("lorvp", "cluster", "sweeps")
 CHECKOUT = Path(__file__).parent.parent
 
 

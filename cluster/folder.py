@@ -1,8 +1,9 @@
 """A trial's folder on the shared disk: the only channel between the driver of a sweep and the job.
 
     config.json            what to train, written by the driver: asking for a trial is writing this
-    job.json               the job that was submitted for it, and how often
+    job.json               the job that trains it, and how often one was submitted
     stop                   the driver's word that the trial shall end, and why
+    next                   the trial that the same job takes after this one; empty if there is none
     attempts/0001/         one start of the job; a later one begins with a copy of what it continues
         started.json       where and when
         results.jsonl      a line per epoch, appended
@@ -31,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from lorvp.config import TrialConfig
-from lorvp.files import replacing, write_json
+from lorvp.files import create, write_json
+
+ROOM_BYTES = 1 << 20
 
 
 class State(StrEnum):
@@ -40,11 +43,42 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Cause(StrEnum):
+    """Why a trial failed, as far as one can tell."""
+
+    DIVERGED = "diverged"
+    BAD_INPUT = "bad input"
+    OUT_OF_MEMORY = "out of memory"
+    DISK_FULL = "disk full"
+    NODE_FAILURE = "node failure"
+    EXCEPTION = "exception"
+    LOST = "job lost"
+
+
 class StopReason(StrEnum):
     SEARCH = "search"
     """The search gave up on the trial: its state becomes `stopped`, for good."""
     INTERRUPT = "interrupt"
     """The driver is ending: the trial stays open and can be continued."""
+
+
+CANNOT_START = (
+    "AccountNotAllowed",
+    "BadConstraints",
+    "DependencyNeverSatisfied",
+    "InvalidAccount",
+    "InvalidQOS",
+    "JobHeld",
+    "Nodes required for job are DOWN",
+    "PartitionDown",
+    "PartitionInactive",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "QOSNotAllowed",
+    "ReqNodeNotAvail",
+    "launch failed requeued held",
+)
+"""How SLURM's reasons begin for a job to wait that time alone does not end: an impossible request, drained nodes."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +95,18 @@ class JobState:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
     @property
+    def stuck(self) -> bool:
+        """Whether it waits for what will never come, or not without somebody's help."""
+        return self.waiting and self.reason.replace("_", " ").startswith(CANNOT_START)
+
+    def __str__(self) -> str:
+        if self.stuck:
+            return f"cannot start: {self.reason}"
+        if self.waiting and self.reason:
+            return f"{self.state.lower()}: {self.reason}"
+        return self.state.lower()
+
+    @property
     def alive(self) -> bool:
         """Whether it runs or will run; a suspended job does."""
         return self.waiting or self.state in ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -69,7 +115,12 @@ class JobState:
 @dataclass(frozen=True)
 class End:
     state: State
-    reason: str
+    reason: str = ""
+    cause: Cause | None = None
+    """Of a failure."""
+
+    def __str__(self) -> str:
+        return f"{self.state}  {f'{self.cause}: ' if self.cause else ''}{self.reason}".rstrip()
 
 
 class Attempt:
@@ -111,12 +162,23 @@ class Attempt:
             file.flush()
             os.fsync(file.fileno())
 
-    def end(self, state: State, reason: str = "") -> None:
-        write_json(self.path / "end.json", {"state": state, "reason": reason, "time": time.time()})
+    def end(self, state: State, reason: str = "", cause: Cause | None = None) -> None:
+        values = {"state": state, "reason": reason, "cause": cause, "time": time.time()}
+        write_json(self.path / "end.json", values)
 
     def ended(self) -> End | None:
         values = _read_json(self.path / "end.json")
-        return End(State(values["state"]), values["reason"]) if values else None
+        if values is None:
+            return None
+        return End(State(values["state"]), values["reason"], Cause(values["cause"]) if values["cause"] else None)
+
+    def started(self) -> float:
+        """Unix time."""
+        return _read_json(self.path / "started.json")["time"]
+
+    def last_sign(self) -> float:
+        """Unix time at which it last wrote a file: an epoch's, or its end."""
+        return self.path.stat().st_mtime
 
 
 class TrialFolder:
@@ -190,20 +252,42 @@ class TrialFolder:
         newest = self.newest()
         return newest.ended() if newest else None
 
+    def has_room(self) -> bool:
+        """Whether its disk takes another file."""
+        try:
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                file.write(bytes(ROOM_BYTES))
+        except OSError:
+            return False
+        return True
+
     def job(self) -> dict[str, Any] | None:
-        """What was submitted for it: `id`, `log` and `submissions`."""
+        """The job that trains it: `id`, `log`, `place` among the job's trials, `submissions`, `time` of the last."""
         return _read_json(self.path / "job.json")
 
-    def submitted(self, job_id: str, log: Path) -> None:
+    def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
         before = self.job()
         submissions = before["submissions"] + 1 if before else 1
-        write_json(self.path / "job.json", {"id": job_id, "log": str(log), "submissions": submissions})
+        values = {"id": job_id, "log": str(log), "place": place, "submissions": submissions, "time": time.time()}
+        write_json(self.path / "job.json", values)
+
+    def hand_over(self, following: TrialFolder | None) -> bool:
+        """Tells this trial's job which one to take next, or that there is none.
+
+        False if that was said before: by the driver, or by the job when it left.
+        """
+        return create(self.path / "next", following.name if following else "")
+
+    def handed_over(self) -> str | None:
+        """The name of the trial that follows in the same job, empty if there is none; None while nobody has said."""
+        try:
+            return (self.path / "next").read_text()
+        except FileNotFoundError:
+            return None
 
     def stop(self, reason: StopReason) -> None:
         """Asks the job to end within a batch. The first reason given stays."""
-        if not self.stop_reason():
-            with replacing(self.path / "stop") as temporary:
-                temporary.write_text(reason)
+        create(self.path / "stop", reason)
 
     def stop_reason(self) -> StopReason | None:
         try:

@@ -26,12 +26,13 @@ class LocalCluster:
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
         self.folder = sweep / "jobs"
         self.python = code.python(sweep / "code")
+        self.trials_per_job = profile.trials_per_job
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, int] = {}
 
-    def submit(self, trials: Sequence[TrialFolder]) -> None:
-        """Starts a job for each of `trials` and notes its id in the folder."""
+    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
+        """Starts a job for each of `trials` and notes its id in the folder; there is no node to `exclude`."""
         for trial in trials:
             gpu = self._free_gpu()
             executor = submitit.LocalExecutor(self.folder, python=self.python)
@@ -41,7 +42,7 @@ class LocalCluster:
                 visible_gpus=() if gpu is None else (gpu,),
                 stderr_to_stdout=True,
             )
-            submitted = executor.submit(TrialJob(), trial.path, self.threads)
+            submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job)
             trial.submitted(submitted.job_id, submitted.paths.stdout)
             if gpu is not None:
                 self._gpu_of[submitted.job_id] = gpu

@@ -15,6 +15,19 @@ from lorvp.yaml_file import YamlFile, closest
 PROFILES = Path(__file__).parent / "profiles"
 
 
+SbatchOptions = dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int | bool]
+
+
+class DriverJob(Part):
+    """What the driver of a sweep asks for when it is a job itself (`--detach`): CPUs and memory, no GPU."""
+
+    partition: str | None = Field(None, description="default: the one of the trials' jobs")
+    cpus: PositiveInt = 2
+    memory_gb: PositiveFloat = Field(8, description="1, and 0.12 for each trial that runs at the same time")
+    time_limit_minutes: PositiveInt = Field(24 * 60, description="it requeues itself before that")
+    sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
+
+
 class Profile(Part):
     """One place to run jobs. All keys but `kind` and `jobs_in_flight` are SLURM's."""
 
@@ -26,6 +39,9 @@ class Profile(Part):
     gres: str | None = Field(None, description="GPUs by type, as gpu:rtx8000:1")
     constraint: str | None = Field(None, description="features that a node must have")
     exclude: str | None = Field(None, description="nodes not to use")
+    trials_per_job: PositiveInt = Field(
+        1, description="trials that a job takes one after the other; they must share backbone and data"
+    )
     cpus_per_gpu: PositiveInt = 4
     memory_gb_per_gpu: PositiveFloat = 32
     time_limit_minutes: PositiveInt = Field(24 * 60, description="of one start of a job; it goes on after a requeue")
@@ -35,9 +51,8 @@ class Profile(Part):
     container: str | None = Field(None, description="goes before python, as `apptainer exec --nv image.sif`")
     mail_user: str | None = None
     mail_type: str | None = Field(None, description="as END,FAIL")
-    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int | bool] = Field(
-        {}, description="other options of sbatch, by their long name"
-    )
+    sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
+    driver: DriverJob = DriverJob()
 
     @property
     def gpus(self) -> int:

@@ -1,33 +1,38 @@
-"""The relay: submits a job for every trial that was asked for and has none, and notices the jobs that died."""
+"""The relay: gets every trial that was asked for a job, and notices the jobs that died."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from cluster import code
-from cluster.folder import JobState, State, StopReason, TrialFolder
+from cluster.folder import Cause, JobState, State, StopReason, TrialFolder
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from cluster.slurm import SlurmCluster
 
-NO_USE = {"OUT_OF_MEMORY": "out of memory", "DEADLINE": "past its deadline"}
+NO_USE = {"OUT_OF_MEMORY": Cause.OUT_OF_MEMORY, "DEADLINE": Cause.LOST}
 """States of a job that another start would end in again."""
 UNEXPLAINED = 3
 """Starts of a job that keeps dying without a word, which the place where it ran has no word for either."""
 LONGEST_WAIT = 60.0
+ROOM_POLL = 5.0
+LOG_LINES = 20
+"""The end of a log, where a job says that its disk is full."""
 
 
 class Cluster(Protocol):
     """What the relay needs of the place where jobs run."""
 
     jobs_in_flight: int
+    trials_per_job: int
     max_submissions: int
 
-    def submit(self, trials: Sequence[TrialFolder]) -> None: ...
+    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None: ...
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None: ...
 
@@ -51,64 +56,140 @@ class Relay:
         self.cluster = cluster
         self.states: dict[str, JobState] = {}
         """What is known of the job of each open trial, by the trial's name."""
+        self.troubles: dict[str, str] = {}
+        """Why a trial can't have another job now, by its name."""
         self._ended: set[str] = set()
+        self._free: dict[str, TrialFolder] = {}
+        """Jobs that wait to be handed a trial, or will soon be gone, with the last that each has trained."""
         self._ending = False
-        self._submissions: Counter[str] = Counter()  # by this relay: an earlier driver's are another story
+        # What this relay has seen of a trial; an earlier driver's is another story.
+        self._submissions: Counter[str] = Counter()
+        self._exclude: dict[str, str] = {}  # the node that failed it
+        self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
         cluster.adopt(self.open_trials())
 
     def poll(self) -> None:
-        """Submits what waits, within the limit of jobs in flight, and what died; raises OSError when that can't be."""
+        """Gets jobs for the trials that wait and those whose job died, within the limit of jobs in flight.
+
+        Raises OSError when that can't be.
+        """
         if self._ending:
             return
         open_trials = self.open_trials()
+        now = time.monotonic()
+        if self._wait and now >= self._refused_until:
+            self.cluster.adopt(open_trials)  # a refusal may have been an answer that got lost
         jobs = {trial.name: job["id"] for trial in open_trials if (job := trial.job())}
-        by_job = self.cluster.states(list(jobs.values()))
+        by_job = self.cluster.states([*jobs.values(), *self._free])
         self.states = {name: by_job[job_id] for name, job_id in jobs.items() if job_id in by_job}
-        alive = {name for name, state in self.states.items() if state.alive}
+        alive = {job_id for job_id, state in by_job.items() if state.alive}
+        self._free = {job_id: trial for job_id, trial in self._free.items() if job_id in alive}
         due = []
         for trial in open_trials:
-            if trial.name in alive or trial.ended():  # it may have ended since the look at its folder
+            if jobs.get(trial.name) in alive or trial.ended():  # it may have ended since the look at its folder
                 continue
-            hopeless = self._hopeless(trial)
-            if hopeless:
-                trial.claim().end(State.FAILED, ": ".join([hopeless, *trial.last_log_lines(1)]))
-            else:
-                due.append(trial)
-        due = due[: max(0, self.cluster.jobs_in_flight - len(alive))]
-        if due and time.monotonic() >= self._refused_until:
-            self._submit(due)
+            if not self._submissions[trial.name]:
+                trial.clear_stop()  # it was meant for an earlier driver's job
+            elif trial.name not in self._not_before and not self._may_start_again(trial, now):
+                continue
+            if now < self._not_before.get(trial.name, 0.0):
+                continue
+            if self._submissions[trial.name] and not trial.has_room():
+                self.troubles[trial.name] = f"{Cause.DISK_FULL}: {trial.path}"
+                self._not_before[trial.name] = now + ROOM_POLL
+                continue
+            due.append(trial)
+        due = [trial for trial in due if not self._hand_over(trial)]
+        room = self.cluster.jobs_in_flight - len(alive)
+        if len(due) > room:
+            self.dismiss()  # jobs that none of these fits are in the way
+            self._free.clear()
+        if room > 0 and due and now >= self._refused_until:
+            self._submit(due[:room])
 
     def _submit(self, trials: list[TrialFolder]) -> None:
         """Submits, or waits longer before each next try."""
+        groups: dict[str, list[TrialFolder]] = defaultdict(list)
         for trial in trials:
-            if not self._submissions[trial.name]:
-                trial.clear_stop()  # it was meant for an earlier driver's job
-        try:
-            self.cluster.submit(trials)
-        except Exception as error:  # submitit and the file system raise their own kinds
-            self._wait = min(LONGEST_WAIT, 2 * self._wait + 1)
-            self._refused_until = time.monotonic() + self._wait
-            last_line = str(error).strip().splitlines()[-1:]
-            raise OSError(f"submission refused, again in {self._wait:.0f} s: {''.join(last_line)}") from error
+            groups[self._exclude.get(trial.name, "")].append(trial)
+        for exclude, group in groups.items():
+            # SLURM may yet requeue what it called dead: not beside the new one
+            before = [job["id"] for trial in group if (job := trial.job()) and trial.name in self.states]
+            try:
+                self.cluster.cancel(before)
+                self.cluster.submit(group, exclude)
+            except Exception as error:  # submitit and the file system raise their own kinds
+                for trial in group:
+                    self._exclude.pop(trial.name, None)  # it may be the only node there is
+                self._wait = min(LONGEST_WAIT, 2 * self._wait + 1)
+                self._refused_until = time.monotonic() + self._wait
+                last_line = str(error).strip().splitlines()[-1:]
+                raise OSError(f"submission refused, again in {self._wait:.0f} s: {''.join(last_line)}") from error
+            for trial in group:
+                self._count_start(trial)
         self._wait = 0.0
-        self._submissions.update(trial.name for trial in trials)
 
-    def _hopeless(self, trial: TrialFolder) -> str:
-        """Why the trial, whose job is gone, shall have no other one; empty if it shall."""
-        submissions = self._submissions[trial.name]
+    def _hand_over(self, trial: TrialFolder) -> bool:
+        """Whether a job that has just finished a trial takes this one next."""
+        for job_id, last in self._free.items():
+            if last.config.shares_with(trial.config):
+                del self._free[job_id]
+                job = last.job()
+                # Noted before it is said: a driver that is killed in between finds the trial's job gone, in the end.
+                trial.submitted(job_id, Path(job["log"]), place=job["place"] + 1)
+                if not last.hand_over(trial):
+                    return False  # the job has just left
+                self._count_start(trial)
+                return True
+        return False
+
+    def _count_start(self, trial: TrialFolder) -> None:
+        self._submissions[trial.name] += 1
+        self._not_before.pop(trial.name, None)
+        self.troubles.pop(trial.name, None)
+
+    def _may_start_again(self, trial: TrialFolder, now: float) -> bool:
+        """Decides about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again."""
+        starts = self._submissions[trial.name]
         state = self.states.get(trial.name)
-        if submissions and state and state.state in NO_USE:
-            return NO_USE[state.state]
-        unexplained = state is None or state.state in ("FAILED", "COMPLETED")
-        limit = min(UNEXPLAINED, self.cluster.max_submissions) if unexplained else self.cluster.max_submissions
-        return f"its job ended {submissions} times without a result" if submissions >= limit else ""
+        kind = state.state if state else ""
+        log = trial.last_log_lines(LOG_LINES)
+        disk_full = [line for line in log if line.startswith(f"{Cause.DISK_FULL}: ")]
+        limit, cause, wait = self.cluster.max_submissions, Cause.LOST, 0.0
+        if kind in NO_USE:
+            limit, cause = 1, NO_USE[kind]
+        elif disk_full:
+            cause, wait = Cause.DISK_FULL, min(LONGEST_WAIT, 2.0**starts)  # whoever has to make room takes a while
+            log = disk_full
+        elif kind == "NODE_FAIL":
+            cause = Cause.NODE_FAILURE
+        elif kind in ("", "FAILED", "COMPLETED"):
+            limit = min(UNEXPLAINED, limit)
+        if starts >= limit:
+            reason = "" if kind in NO_USE else f"its job ended {starts} times without a result: "
+            trial.claim().end(State.FAILED, reason + "".join(log[-1:]), cause)
+            return False
+        if state and cause in (Cause.DISK_FULL, Cause.NODE_FAILURE):
+            self._exclude[trial.name] = state.node
+        self._not_before[trial.name] = now + wait
+        return True
 
     def open_trials(self) -> list[TrialFolder]:
         """The trials that have not ended, oldest request first."""
         trials = [t for t in TrialFolder.requested(self.trials) if t.name not in self._ended]
-        self._ended |= {t.name for t in trials if t.ended()}
+        for trial in trials:
+            if trial.ended():
+                self._ended.add(trial.name)
+                job = trial.job()
+                if job and job["place"] < self.cluster.trials_per_job and trial.handed_over() is None:
+                    self._free[job["id"]] = trial
         return [t for t in trials if t.name not in self._ended]
+
+    def dismiss(self) -> None:
+        """Sends jobs home that wait for a trial."""
+        for trial in self._free.values():
+            trial.hand_over(None)
 
     def interrupt(self, patience: float = 20.0) -> None:
         """Ends all jobs so that their trials can be continued.
@@ -118,17 +199,20 @@ class Relay:
         self._ending = True
         for trial in self.open_trials():
             trial.stop(StopReason.INTERRUPT)
+        self.dismiss()
         deadline = time.monotonic() + patience
         cancelled: set[str] = set()
-        while alive := self._alive_jobs():
+        while time.monotonic() < deadline + patience:
             late = time.monotonic() > deadline
-            now = {job_id for job_id, state in alive.items() if late or state.waiting} - cancelled
-            self.cluster.cancel(sorted(now))
-            cancelled |= now
-            if late and time.monotonic() > deadline + patience:
-                return  # they were cancelled; how long that takes is the cluster's business
+            with suppress(OSError):  # the controller may be away; the jobs read their folders all the same
+                alive = self._alive_jobs()
+                now = {job_id for job_id, state in alive.items() if late or state.waiting} - cancelled
+                self.cluster.cancel(sorted(now))
+                cancelled |= now
+                if not alive:
+                    return
             time.sleep(0.1)
 
     def _alive_jobs(self) -> dict[str, JobState]:
         jobs = [job["id"] for trial in self.open_trials() if (job := trial.job())]
-        return {job_id: state for job_id, state in self.cluster.states(jobs).items() if state.alive}
+        return {job_id: state for job_id, state in self.cluster.states([*jobs, *self._free]).items() if state.alive}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shlex
 import subprocess
 import time
@@ -28,23 +29,33 @@ CLIENT_TIMEOUT = 30
 class SlurmCluster:
     """Submits in arrays, and keeps the last answer of squeue between two questions.
 
-    Accounting is not needed: squeue knows the jobs that wait and run and, for some minutes, those that ended.
+    squeue knows the jobs that wait and run and, for some minutes, those that ended. Of older ones, which a driver asks
+    for that was away, accounting knows; where it is off they count as lost.
     """
 
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
         self.profile = profile
         self.folder = sweep / "jobs"
         self.python = code.python(sweep / "code", profile.container)
+        self.trials_per_job = profile.trials_per_job
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.max_submissions = 1 + profile.requeues
-        self.name = f"lorvp-{sweep_id[:8]}"
+        self.name = sweep_name(sweep_id)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._states: dict[str, JobState] = {}
+        self._past: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
+        self._accounting = True
         self._pause = FIRST_POLL
         self._next_question = 0.0
 
-    def submit(self, trials: Sequence[TrialFolder]) -> None:
-        """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder."""
+    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
+        """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
+
+        `exclude` names a node that is not to be used, or is empty.
+        """
+        profile = self.profile.model_copy(
+            update={"exclude": ",".join(filter(None, [self.profile.exclude, exclude])) or None}
+        )
         chunk = min(self.profile.array_chunk, max_array_size())
         for start in range(0, len(trials), chunk):
             part = trials[start : start + chunk]
@@ -52,20 +63,22 @@ class SlurmCluster:
             intent = self.folder / f"{self.name}-{uuid.uuid4().hex[:8]}.json"
             write_json(intent, [trial.name for trial in part])
             executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
-            executor.update_parameters(**sbatch_parameters(self.profile, intent.stem))
+            executor.update_parameters(**sbatch_parameters(profile, intent.stem))
             with executor.batch():
-                jobs = [executor.submit(TrialJob(), trial.path, self._threads) for trial in part]
+                jobs = [executor.submit(TrialJob(), t.path, self._threads, self.trials_per_job) for t in part]
             for trial, job in zip(part, jobs, strict=True):
                 trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
             intent.unlink()
         self._pause, self._next_question = FIRST_POLL, 0.0
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
-        """Finds the jobs that a killed driver submitted and had no time to note."""
+        """Finds the jobs that were submitted and not noted: by a driver that was killed, or that got no answer."""
         by_name = {trial.name: trial for trial in trials}
-        for intent in self.folder.glob(f"{self.name}-*.json"):
+        intents = list(self.folder.glob(f"{self.name}-*.json"))
+        jobs = self._squeue("%i|%j") if intents else []
+        for intent in intents:
             asked_for = json.loads(intent.read_text())
-            for job_id, job_name, *_ in self._squeue("%i|%j"):
+            for job_id, job_name in jobs:
                 if job_name == intent.stem:
                     _, _, index = job_id.partition("_")
                     trial = by_name.get(asked_for[int(index or 0)])
@@ -74,23 +87,39 @@ class SlurmCluster:
             intent.unlink()
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """What SLURM last said of each job; those that it has forgotten, or never knew, are left out."""
+        """What SLURM last said of each job; those that it never knew are left out."""
         if time.monotonic() >= self._next_question:
             rows = self._squeue("%i|%T|%r|%N")
-            states = {job_id: JobState(state, reason, node) for job_id, state, reason, node in rows}
+            states = {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in rows}
             self._pause = FIRST_POLL if states != self._states else min(1.5 * self._pause, LAST_POLL)
             self._states = states
             self._next_question = time.monotonic() + self._pause
-        return {job_id: self._states[job_id] for job_id in job_ids if job_id in self._states}
+            self._ask_accounting([job_id for job_id in job_ids if job_id not in states and job_id not in self._past])
+        known = self._past | self._states
+        return {job_id: known[job_id] for job_id in job_ids if job_id in known}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         if job_ids:
-            _client("scancel", *job_ids)
+            _client("scancel", "--quiet", *job_ids)
             self._next_question = 0.0
 
     @property
     def _threads(self) -> int:
         return self.profile.cpus_per_gpu * self.profile.gpus
+
+    def _ask_accounting(self, job_ids: Sequence[str]) -> None:
+        """How jobs ended that squeue no longer lists, where the site keeps account."""
+        if not (job_ids and self._accounting):
+            return
+        columns = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList"]
+        try:
+            rows = [row.split("|") for row in _client("sacct", *columns, f"--jobs={','.join(job_ids)}").splitlines()]
+        except OSError:
+            self._accounting = False
+            return
+        # `CANCELLED by 0`; what accounting takes to be alive has died without its knowledge
+        past = {job_id: JobState(state.split()[0], node=nodes) for job_id, state, nodes in rows}
+        self._past |= {job_id: state for job_id, state in past.items() if not state.alive}
 
     def _squeue(self, columns: str) -> list[list[str]]:
         """All jobs of this sweep, an array's each on its own. Raises OSError when the controller doesn't answer."""
@@ -132,6 +161,44 @@ def sbatch_file(profile: Profile, sweep: Path) -> str:
     return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
 
 
+def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
+    """Submits the driver of the sweep in the folder `sweep` as a job; its id, and its log.
+
+    `arguments` are those of `sweeps/launch.py`. It runs where it is submitted from, as paths may be relative to there,
+    and is told by SIGUSR2 that its time limit nears. Raises OSError with sbatch's own words.
+    """
+    driver = profile.driver
+    log = sweep / "driver-%j.log"
+    options = {
+        "job-name": f"{sweep_name(sweep_id)}-driver",
+        "partition": driver.partition or profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "cpus-per-task": driver.cpus,
+        "mem": f"{round(1024 * driver.memory_gb)}M",
+        "time": driver.time_limit_minutes,
+        "signal": f"B:USR2@{min(120, 60 * driver.time_limit_minutes // 3)}",
+        "output": log,
+        "open-mode": "append",
+        "requeue": True,
+    } | driver.sbatch
+    command = ["sbatch", "--parsable"]
+    command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
+    lines = [*profile.setup, f"exec {code.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
+    job_id = _client(*command, "--wrap", "\n".join(lines)).strip().split(";")[0]
+    return job_id, Path(str(log).replace("%j", job_id))
+
+
+def requeue_this_job() -> None:
+    """Ends the job that this process is, and has SLURM start it again. Raises OSError if it can't."""
+    _client("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+
+
+def sweep_name(sweep_id: str) -> str:
+    """What the names of all jobs of a sweep begin with."""
+    return f"lorvp-{sweep_id[:8]}"
+
+
 def max_array_size() -> int:
     """How many jobs this site lets an array have."""
     for line in _client("scontrol", "show", "config").splitlines():
@@ -148,5 +215,6 @@ def _client(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise OSError(f"{command[0]} did not answer within {CLIENT_TIMEOUT} s") from None
     if done.returncode:
-        raise OSError(f"{command[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
     return done.stdout

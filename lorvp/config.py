@@ -172,6 +172,10 @@ class TrialConfig(Part):
         """One spelling for all equal configs: sorted keys, defaults filled in, no white space."""
         return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
 
+    def shares_with(self, other: TrialConfig) -> bool:
+        """Whether a process that has trained one of them has loaded all that the other needs."""
+        return (self.backbone, self.dataset, self.precision) == (other.backbone, other.dataset, other.precision)
+
     def content_hash(self) -> str:
         """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]

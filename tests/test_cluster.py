@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cluster import job
-from cluster.folder import End, JobState, State, StopReason, TrialFolder
+from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder
 from cluster.profile import Profile
 from cluster.relay import UNEXPLAINED, Relay, make_cluster
+from lorvp.errors import TrialFailed, UserError
 
 
 @pytest.fixture
@@ -137,11 +140,12 @@ def test_failures_are_recorded_with_their_reason(digits, tmp_path):
     diverging = TrialFolder.request(tmp_path, digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}))
     with pytest.raises(Exception, match="nan"):
         job.run(diverging.path, threads=1)
-    assert diverging.ended() == End(State.FAILED, "train loss is nan in epoch 1")
+    assert diverging.ended() == End(State.FAILED, "train loss is nan in epoch 1", Cause.DIVERGED)
     missing = TrialFolder.request(tmp_path, digits(dataset={"name": "image_folder", "root": tmp_path / "none"}))
     with pytest.raises(Exception, match="no such folder"):
         job.run(missing.path, threads=1)
     assert "no such folder" in missing.ended().reason
+    assert missing.ended().cause == Cause.BAD_INPUT
 
 
 def local_relay(sweep: Path) -> Relay:
@@ -216,13 +220,15 @@ class DeadCluster:
     """Jobs that die before they have said a word."""
 
     jobs_in_flight = 4
+    trials_per_job = 1
     max_submissions = 10
 
     def __init__(self, log: Path, state: JobState | None) -> None:
         self.log, self.state = log, state
         log.write_text("slurmstepd: error: Detected 1 oom_kill event\n")
 
-    def submit(self, trials):
+    def submit(self, trials, exclude):
+        self.excluded = exclude
         for trial in trials:
             trial.submitted("1", self.log)
 
@@ -233,28 +239,30 @@ class DeadCluster:
         return {job_id: self.state for job_id in job_ids if self.state}
 
     def cancel(self, job_ids):
-        raise AssertionError
+        assert self.state or not job_ids
 
 
 @pytest.mark.parametrize(
     ("state", "submissions", "reason"),
     [
-        (None, UNEXPLAINED, "3 times without a result: slurmstepd: error: Detected 1 oom_kill event"),
+        (None, UNEXPLAINED, "job lost: its job ended 3 times without a result: slurmstepd: error: Detected 1 oom_kill"),
         ("FAILED", UNEXPLAINED, "3 times without a result"),
         ("OUT_OF_MEMORY", 1, "out of memory: slurmstepd"),
-        ("TIMEOUT", DeadCluster.max_submissions, "10 times without a result"),
-        ("NODE_FAIL", DeadCluster.max_submissions, "10 times"),
+        ("TIMEOUT", DeadCluster.max_submissions, "job lost: its job ended 10 times without a result"),
+        ("NODE_FAIL", DeadCluster.max_submissions, "node failure: its job ended 10 times"),
     ],
 )
 def test_a_job_that_dies_every_time_is_given_up(trial, tmp_path, state, submissions, reason):
-    relay = Relay(trial.path.parent, DeadCluster(tmp_path / "log", JobState(state) if state else None))
+    cluster = DeadCluster(tmp_path / "log", JobState(state, node="node7") if state else None)
+    relay = Relay(trial.path.parent, cluster)
     for _ in range(submissions):
         assert trial.ended() is None
         relay.poll()
     relay.poll()
     assert trial.job()["submissions"] == submissions
     assert trial.ended().state == State.FAILED
-    assert reason in trial.ended().reason
+    assert reason in str(trial.ended())
+    assert cluster.excluded == ("node7" if state == "NODE_FAIL" else "")
 
 
 def test_a_refused_submission_is_tried_again_later(trial, tmp_path, monkeypatch):
@@ -264,7 +272,7 @@ def test_a_refused_submission_is_tried_again_later(trial, tmp_path, monkeypatch)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     tries = []
 
-    def refuse(trials):
+    def refuse(trials, exclude):
         tries.append(clock[0])
         raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
 
@@ -285,3 +293,104 @@ def test_results_are_files_that_a_person_can_read(trial):
     job.run(trial.path, threads=1)
     line = Path(trial.newest().path / "results.jsonl").read_text().splitlines()[0]
     assert json.loads(line)["epoch"] == 1
+
+
+def test_a_job_takes_the_trials_that_it_is_handed(digits, tmp_path):
+    """Three trials in one process, each with the results that it has alone; a restarted job finds where it was."""
+    trials = [TrialFolder.request(tmp_path / "trials", digits(epochs=1, init_seed=seed)) for seed in range(4)]
+    for place, trial in enumerate(trials[:3], start=1):
+        trial.submitted("7", tmp_path / "log", place)
+        if place > 1:
+            assert trials[place - 2].hand_over(trial)
+    trials[3].submitted("8", tmp_path / "log")
+    trials[2].hand_over(trials[3])  # given to another job meanwhile
+    job.run(trials[0].path, threads=1, trials=9)
+    assert [t.ended() for t in trials] == [End(State.FINISHED)] * 3 + [None]
+    alone = TrialFolder.request(tmp_path / "alone", trials[2].config)
+    job.run(alone.path, threads=1)
+    assert alone.results()[0]["val_loss"] == trials[2].results()[0]["val_loss"]
+    job.run(trials[0].path, threads=1, trials=9)
+    assert all(t.newest().path.name == "0001" for t in trials[:3])
+
+
+def test_a_job_that_is_handed_nothing_leaves(trial, monkeypatch):
+    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    job.run(trial.path, threads=1, trials=2)
+    assert not trial.hand_over(TrialFolder(trial.path.parent / "late"))
+    assert trial.handed_over() == ""
+
+
+def test_a_trial_that_diverges_does_not_end_its_job_others_do(digits, tmp_path):
+    diverging = digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"})
+    first, second = (TrialFolder.request(tmp_path / "trials", config) for config in (diverging, digits(epochs=1)))
+    for place, trial in enumerate((first, second), start=1):
+        trial.submitted("7", tmp_path / "log", place)
+    first.hand_over(second)
+    with pytest.raises(TrialFailed):
+        job.run(first.path, threads=1, trials=2)
+    assert (first.ended().state, second.ended().state) == (State.FAILED, State.FINISHED)
+    missing = digits(dataset={"name": "image_folder", "root": tmp_path / "none"})
+    broken = TrialFolder.request(tmp_path / "trials", missing)
+    with pytest.raises(UserError):
+        job.run(broken.path, threads=1, trials=2)
+    assert broken.handed_over() == ""
+
+
+@pytest.mark.slow
+def test_the_relay_hands_trials_over(digits, tmp_path):
+    """Two by one job, since they fit, a third by the next; one with other data by a job of its own."""
+    configs = [digits(epochs=1, init_seed=seed) for seed in range(3)]
+    configs.append(digits(epochs=1, dataset={"name": "digits", "max_per_class": 10}))
+    trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
+    cluster = make_cluster(Profile(kind="local", trials_per_job=2), tmp_path, "", concurrent=1)
+    relay = Relay(tmp_path / "trials", cluster)
+    deadline = time.monotonic() + 60
+    while not all(trial.ended() for trial in trials):
+        assert time.monotonic() < deadline
+        relay.poll()
+        time.sleep(0.1)
+    jobs = [trial.job() for trial in trials]
+    assert jobs[0]["id"] == jobs[1]["id"]
+    assert len({each["id"] for each in jobs}) == 3
+    assert [each["place"] for each in jobs] == [1, 2, 1, 1]
+    log = Path(jobs[1]["log"]).read_text()
+    assert log.index(trials[0].name) < log.index(trials[1].name)
+    relay.open_trials()
+    relay.dismiss()
+    wait_until(lambda: not cluster.states([jobs[3]["id"]]), seconds=10)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (TrialFailed("train loss is nan"), Cause.DIVERGED),
+        (UserError("no such file"), Cause.BAD_INPUT),
+        (torch.OutOfMemoryError("CUDA out of memory"), Cause.OUT_OF_MEMORY),
+        (MemoryError(), Cause.OUT_OF_MEMORY),
+        (OSError(errno.ENOSPC, "No space left on device"), Cause.DISK_FULL),
+        (RuntimeError("shapes"), Cause.EXCEPTION),
+    ],
+)
+def test_failures_are_told_apart(error, cause):
+    assert job.cause_of(error) == cause
+
+
+def test_a_full_disk_is_waited_for(trial, tmp_path, monkeypatch):
+    """Not a start is wasted while there is no room; then the trial starts again, elsewhere."""
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED", node="node7"))
+    cluster.log.write_text("disk full: [Errno 28] No space left on device\nsubmitit ERROR\n")
+    relay = Relay(trial.path.parent, cluster)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    relay.poll()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "has_room", lambda self: False)
+        for clock[0] in range(1, 60):
+            relay.poll()
+    assert trial.job()["submissions"] == 1
+    assert relay.troubles == {trial.name: f"disk full: {trial.path}"}
+    clock[0] = 100.0
+    relay.poll()
+    assert trial.job()["submissions"] == 2
+    assert cluster.excluded == "node7"
+    assert relay.troubles == {}
