@@ -1,14 +1,18 @@
 """Follows a running sweep: submits and watches jobs, sends epochs to MLflow, shows what goes on.
 
-One thread of the driver does it, beside Tune, by reading the trials' folders. Nothing is lost when MLflow is away or
+Two threads of the driver do it, beside Tune, by reading the trials' folders. Nothing is lost when MLflow is away or
 the driver is killed: what was not sent is still in the folders.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,74 +39,124 @@ class Progress:
     best: float | None = None
     end: End | None = None
     closed: bool = False
-    seen_before: int = field(default=0)
+    seen_before: int = 0
     """Epochs that were there when the driver started: they say nothing about how fast it goes."""
+    ended_before: bool = False
 
 
-class Follower(threading.Thread):
-    """Runs until `finish` or `halt`. What goes wrong on the way is shown, and tried again at the next look."""
+class Repeated(threading.Thread):
+    """Does something every half second until it is ended. What goes wrong is shown once, and tried again."""
+
+    def __init__(self, action: Callable[[], None], show: Callable[[str], None]) -> None:
+        super().__init__(name=action.__qualname__, daemon=True)
+        self._action = action
+        self._show = show
+        self._ended = threading.Event()
+        self._trouble = ""
+
+    def run(self) -> None:
+        while not self._ended.wait(POLL_SECONDS):
+            self.attempt()
+
+    def attempt(self) -> bool:
+        """Whether it went well."""
+        try:
+            self._action()
+        except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next time may be good
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if lines[0] != self._trouble:
+                self._trouble = lines[0]
+                self._show(f"trying again: {lines[0]}")
+            return False
+        self._trouble = ""
+        return True
+
+    def end(self) -> None:
+        self._ended.set()
+        if self.is_alive():
+            self.join()
+
+
+class Follower:
+    """Looks after the jobs, and at what they record, until `finish` or `halt`; each in a thread of its own.
+
+    So what is recorded is seen at once also while the cluster takes its time to answer.
+    """
 
     def __init__(self, spec: Spec, relay: Relay, tracker: Tracker, console: Console) -> None:
-        super().__init__(name="follower", daemon=True)
         self.spec = spec
         self.relay = relay
         self.tracker = tracker
         self.console = console
         self.total = spec.number_of_trials() + len(spec.control_configs())
+        self.given_up = ""
+        """Why the sweep was ended early, if it was."""
         self._controls = {config.content_hash() for config in spec.control_configs()}
         self._progress: dict[str, Progress] = {}
-        self._halt = threading.Event()
-        self._trouble = ""
+        self._outcomes: list[State] = []  # of the trials that ended since the driver started, in that order
+        self._waits: set[str] = set()
         self._start = time.monotonic()
+        self._look = Repeated(self.look, self._warn)
+        self._relay = Repeated(relay.poll, self._warn)
+        live = Live(console=console, get_renderable=self.view, refresh_per_second=2)
+        self._live = live if console.is_terminal else None
         for trial in TrialFolder.requested(spec.trials):
-            self._see(trial).seen_before = len(trial.results())
+            progress = self._see(trial)
+            progress.seen_before = len(trial.results())
+            progress.ended_before = trial.ended() is not None
 
-    def run(self) -> None:
-        live = Live(console=self.console, get_renderable=self.view, refresh_per_second=2) if self._terminal else None
-        if live:
-            live.start()
-        try:
-            while not self._halt.wait(POLL_SECONDS):
-                self.look()
-        finally:
-            if live:
-                live.stop()
-
-    @property
-    def _terminal(self) -> bool:
-        return self.console.is_terminal
+    def start(self) -> None:
+        if self._live:
+            self._live.start()
+        self._look.start()
+        self._relay.start()
 
     def look(self) -> None:
         """One look at everything."""
-        try:
-            self.relay.poll()
-            for trial in TrialFolder.requested(self.spec.trials):
-                self._follow(self._see(trial))
-            self._trouble = ""
-        except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next look may not
-            trouble = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            if trouble != self._trouble:
-                self._trouble = trouble
-                self.console.print(f"trying again: {trouble}", style="yellow", markup=False)
+        for trial in TrialFolder.requested(self.spec.trials):
+            self._follow(self._see(trial))
+        self._show_waits()
+        limit = self.spec.failure_limit
+        failed = self._outcomes[: limit.trials].count(State.FAILED)
+        more_to_come = len(self._outcomes) < self.total
+        if failed > limit.share * limit.trials and more_to_come and not self.given_up:
+            self.given_up = f"{failed} of the first {len(self._outcomes)} trials failed (failure_limit)"
+            os.kill(os.getpid(), signal.SIGINT)  # the main thread ends the sweep, as it does on Ctrl-C
 
     def halt(self) -> None:
         """Stops looking."""
-        self._halt.set()
-        self.join()
+        self._relay.end()
+        self._look.end()
+        if self._live:
+            self._live.stop()
 
     def finish(self, patience: float = 60.0) -> bool:
         """Waits for all trials to end, then stops looking. False if something could not be sent to MLflow in time."""
         while self.relay.open_trials():
             time.sleep(POLL_SECONDS)
         self.halt()
+        self.relay.dismiss()
+        return self.catch_up(patience)
+
+    def catch_up(self, patience: float) -> bool:
+        """Looks until everything was sent to MLflow; False if that took too long."""
         deadline = time.monotonic() + patience
-        while True:
-            self.look()
-            if not self._trouble:
-                return True
+        while not self._look.attempt():
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
+        return True
+
+    def _warn(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False, highlight=False)
+
+    def _show_waits(self) -> None:
+        """Says why jobs wait, each reason when it comes up."""
+        waits = Counter(str(state) for state in list(self.relay.states.values()) if state.waiting and state.reason)
+        waits += Counter(self.relay.troubles.values())
+        for reason in waits.keys() - self._waits:
+            self._warn(f"waiting: {waits[reason]} of the jobs {reason}")
+        self._waits = set(waits)
 
     def _see(self, trial: TrialFolder) -> Progress:
         if trial.name not in self._progress:
@@ -126,10 +180,10 @@ class Follower(threading.Thread):
             self.tracker.end(trial, end, progress.control)
             progress.end = end
             progress.closed = True
-            if not self._terminal and (end.state != State.FINISHED or not results):
-                self.console.print(
-                    f"{self._called(progress)}  {end.state}  {end.reason}", markup=False, highlight=False
-                )
+            if not progress.ended_before:
+                self._outcomes.append(end.state)
+            if not self._live and end.state != State.FINISHED:
+                self.console.print(f"{self._called(progress)}  {end}", markup=False, highlight=False)
 
     def _show(self, progress: Progress, result: dict) -> None:
         value = result[self.spec.objective]
@@ -137,7 +191,7 @@ class Follower(threading.Thread):
         progress.epochs = result["epoch"]
         progress.last = value
         progress.best = value if progress.best is None else better(progress.best, value)
-        if not self._terminal and progress.epochs > progress.seen_before:
+        if not self._live and progress.epochs > progress.seen_before:
             line = f"epoch {progress.epochs}/{progress.trial.config.epochs}  {self.spec.objective} {value:.2f}"
             self.console.print(f"{self._called(progress)}  {line}", markup=False, highlight=False)
 
@@ -148,13 +202,15 @@ class Follower(threading.Thread):
         """The live view: running trials, and a line that sums up."""
         seen = list(self._progress.values())
         table = Table(title=f"sweep {self.spec.name}", title_justify="left", box=None)
-        for column in ("trial", "epoch", self.spec.objective, "best", "config"):
+        for column in ("trial", "job", "epoch", self.spec.objective, "best", "config"):
             table.add_column(column, overflow="fold")
         for p in seen:
             if p.end is None and p.trial.job():
+                state = self.relay.states.get(p.trial.name)
+                job = self.relay.troubles.get(p.trial.name) or (f"{state} {state.node}" if state else "")
                 config = f"{'control ' if p.control else ''}{p.label}"
                 epochs = f"{p.epochs}/{p.trial.config.epochs}"
-                table.add_row(p.trial.name, epochs, number(p.last), number(p.best), config)
+                table.add_row(p.trial.name, job, epochs, number(p.last), number(p.best), config)
         ended = [p for p in seen if p.end is not None]
         counts = {state: sum(p.end.state == state for p in ended) for state in State}
         finished = [p.best for p in ended if p.end.state == State.FINISHED and not p.control and p.best is not None]

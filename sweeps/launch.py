@@ -22,17 +22,18 @@ import typer
 from rich.console import Console
 
 from cluster import profile as profiles
+from cluster.code import snapshot
 from cluster.folder import TrialFolder
 from cluster.relay import Relay, make_cluster
-from cluster.slurm import sbatch_file
+from cluster.slurm import requeue_this_job, sbatch_file, submit_driver
 from lorvp.errors import UserError
-from lorvp.files import write_json
+from lorvp.files import replacing, write_json
 from sweeps import spec as specs
 from sweeps import status
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
-EXTENDABLE = {"search": {"trials", "concurrent"}}
+EXTENDABLE = {"search": {"trials", "concurrent"}, "failure_limit": {"share", "trials"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
 
 RECORD = "sweep.json"
@@ -54,6 +55,8 @@ def main(
     ] = False,
     show_status: Annotated[bool, typer.Option("--status", help="show every trial and its job")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="end the sweep's jobs, and its driver")] = False,
+    follow: Annotated[str, typer.Option(metavar="TRIAL", help="show a trial's log, as it grows")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="run the driver as a job, too, and return")] = False,
 ) -> None:
     """Carries out the sweep that SPEC describes."""
     try:
@@ -61,19 +64,43 @@ def main(
         if dry_run:
             show_plan(spec)
             return
-        if show_status or cancel:
+        if show_status or cancel or follow:
             relay = make_relay(spec, existing_sweep(spec)["id"])
+            if follow:
+                status.follow(spec, follow, console)
+                return
             if cancel:
                 console.print(f"{status.cancel(spec, relay)} trials left unfinished; --resume goes on with them")
             console.print(status.table(spec, relay))
             return
         check_inputs(spec)
         with sweep_folder(spec, resume) as sweep_id:
+            if detach:
+                options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running
+                start_detached(spec, sweep_id, file, options)
+                return
             code = carry_out(spec, sweep_id, file.read_text(), leave_running)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     raise typer.Exit(code)
+
+
+def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) -> None:
+    """Submits a driver that goes on with the sweep just begun. Raises UserError where it can't be a job."""
+    profile = profiles.load(spec.cluster)
+    if profile.kind != "slurm":
+        raise UserError(f"cluster: {spec.cluster} is no SLURM profile, and --detach makes the driver a SLURM job")
+    with replacing(spec.folder / "spec.yaml") as temporary:  # the user's own may be edited before the job starts
+        shutil.copyfile(file, temporary)
+    snapshot(spec.folder / "code")
+    arguments = [str(spec.folder / "spec.yaml"), "--resume", *options]
+    try:
+        job_id, log = submit_driver(profile, spec.folder, sweep_id, arguments)
+    except OSError as error:
+        raise UserError(f"cluster: {spec.cluster}: the driver can't be a job: {error}") from None
+    write_json(spec.folder / status.DRIVER_JOB, {"id": job_id, "log": str(log)})
+    console.print(f"the driver is job {job_id}; --status shows the sweep, --cancel ends it, {log} is its log")
 
 
 def show_plan(spec: Spec) -> None:
@@ -177,7 +204,7 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     from sweeps.leaderboard import Leaderboard
     from sweeps.tracking import Tracker
 
-    end_in_order_on_signals()
+    ending = Ending()
     tracker = Tracker(spec, sweep_id, spec_text)
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
     relay = make_relay(spec, sweep_id)
@@ -186,18 +213,25 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     try:
         for config in spec.control_configs():
             TrialFolder.request(spec.trials, config)
-        run_search(spec)
+        run_search(spec, ending)
         all_sent = follower.finish()
     except BaseException as error:
         follower.halt()
-        if leave_running:
+        if leave_running or ending.time_limit_nears:
             console.print("ending: the jobs go on")
         else:
             console.print("ending: the jobs write their checkpoints and stop")
             relay.interrupt()
-            follower.look()
-        tracker.try_to(lambda: tracker.close("KILLED", []))
-        console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
+            follower.catch_up(patience=5)
+        status_of_run = "FAILED" if follower.given_up else "KILLED"
+        tracker.try_to(lambda: tracker.close(status_of_run, []), patience=5)
+        if follower.given_up:
+            return give_up(spec, follower.given_up)
+        if ending.time_limit_nears:
+            console.print("the time limit nears: this driver is requeued", highlight=False)
+            requeue_this_job()
+        else:
+            console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
         if not isinstance(error, KeyboardInterrupt):
             raise
         return EXIT_INTERRUPTED
@@ -205,8 +239,8 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     parquet = spec.folder / "results.parquet"
     board.write_parquet(parquet)
     console.print(board.table())
-    for line in board.verdict():
-        console.print(line, highlight=False)
+    for line in [*board.failures(), *board.verdict()]:
+        console.print(line, highlight=False, markup=False)
     console.print(f"every epoch: {parquet}", highlight=False)
     best = board.best()
     if best is not None:
@@ -222,20 +256,63 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     return 0 if best is not None else EXIT_NO_RESULT
 
 
-def end_in_order_on_signals() -> None:
-    """Makes SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, once: the jobs are then ended before the driver is."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def give_up(spec: Spec, reason: str) -> int:
+    """Says why the sweep was ended early, and what failed."""
+    from sweeps.leaderboard import Leaderboard
 
-    def interrupt(signum: int, frame: object) -> None:
-        for each in signals:
+    console.print(f"given up: {reason}", style="red", highlight=False)
+    for line in Leaderboard.read(spec).failures():
+        console.print(line, highlight=False, markup=False)
+    return EXIT_NO_RESULT
+
+
+class Ending:
+    """Makes a signal raise KeyboardInterrupt, once: the jobs are then ended before the driver is.
+
+    Which signal it was is kept here, as Ray may raise another KeyboardInterrupt in its place.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._held_back = False
+        self._listen()
+
+    @property
+    def time_limit_nears(self) -> bool:
+        """Whether this driver is a job that will be ended soon; the sweep's own jobs need not be."""
+        return self.signal == signal.SIGUSR2 and "SLURM_JOB_ID" in os.environ
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While Ray starts, which bears no interruption and puts handlers of its own in: signals count afterwards."""
+        set_handler = signal.signal
+        signal.signal = lambda signum, handler: None if signum in self.SIGNALS else set_handler(signum, handler)
+        self._held_back = True
+        try:
+            yield
+        finally:
+            self._held_back = False
+            signal.signal = set_handler
+            self._listen()  # again: Ray's C++ part has its own way to take SIGTERM
+        if self.signal:
+            self._interrupt(self.signal, None)
+
+    def _listen(self) -> None:
+        for each in self.SIGNALS:
+            signal.signal(each, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        self.signal = signal.Signals(signum)
+        if self._held_back:
+            return
+        for each in self.SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for each in signals:
-        signal.signal(each, interrupt)
 
-
-def run_search(spec: Spec) -> None:
+def run_search(spec: Spec, ending: Ending) -> None:
     """Lets Tune suggest, follow and stop trials until the search is through. Ray lives in this process's children."""
     os.environ |= {
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home folder
@@ -262,18 +339,18 @@ def run_search(spec: Spec) -> None:
         # Ray's sockets lie in its folder, and the path of a socket may be 107 bytes long: a short way there
         link = Path(short) / "ray"
         link.symlink_to(files / "session")
-        ray.init(
-            address="local",
-            num_cpus=spec.search.concurrent,
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 << 20,
-            _temp_dir=str(link),
-        )
-        end_in_order_on_signals()  # again: Ray has put its own handler in
         try:
+            with ending.held_back():
+                ray.init(
+                    address="local",
+                    num_cpus=spec.search.concurrent,
+                    num_gpus=0,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=100 << 20,
+                    _temp_dir=str(link),
+                )
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(TuneTrial, spec=spec), {"cpu": 1}),
                 tune_config=tune.TuneConfig(

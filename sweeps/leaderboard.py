@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Entry:
     def finished(self) -> bool:
         return self.end is not None and self.end.state == State.FINISHED
 
-    def best(self, spec: Spec) -> dict[str, Any]:
+    def best(self) -> dict[str, Any]:
         """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set."""
         protocol = self.trial.config.select
         return max(self.results, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
@@ -43,9 +44,9 @@ class Entry:
         values = [result[spec.objective] for result in self.results]
         return max(values) if spec.mode == "max" else -min(values)
 
-    def test_top1(self, spec: Spec) -> float | None:
+    def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
-        return self.best(spec)["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+        return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Leaderboard:
         mark = "control" if entry.control else MARKS[entry.end.state] if entry.end else "unfinished"
         if not entry.results:
             return [entry.trial.name, "-", "-", "0", *params, mark]
-        val, test = entry.best(self.spec)["val_top1"], entry.test_top1(self.spec)
+        val, test = entry.best()["val_top1"], entry.test_top1()
         return [entry.trial.name, number(val), number(test), str(len(entry.results)), *params, mark]
 
     def verdict(self) -> list[str]:
@@ -111,13 +112,21 @@ class Leaderboard:
         if control is None:
             return lines + (["the control did not finish"] if self.spec.control else [])
         lines.append(f"control {control.trial.name}: {self._figures(control)}")
-        val = best.best(self.spec)["val_top1"] - control.best(self.spec)["val_top1"]
-        test = best.test_top1(self.spec) - control.test_top1(self.spec)
+        val = best.best()["val_top1"] - control.best()["val_top1"]
+        test = best.test_top1() - control.test_top1()
         return [*lines, f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)"]
+
+    def failures(self) -> list[str]:
+        """What failed and why: each cause with its trials."""
+        failed = [entry for entry in self.entries if entry.end is not None and entry.end.state == State.FAILED]
+        counts = Counter(entry.end.cause for entry in failed)
+        summary = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+        lines = [f"{entry.trial.name}: {entry.end.cause}: {entry.end.reason}" for entry in failed]
+        return [f"failed: {summary}", *lines] if failed else []
 
     def _figures(self, entry: Entry) -> str:
         label = "test top-1" if entry.trial.config.select == "val" else "test top-1 at the best test epoch (published)"
-        val, test = entry.best(self.spec)["val_top1"], entry.test_top1(self.spec)
+        val, test = entry.best()["val_top1"], entry.test_top1()
         return f"val top-1 {val:.2f} %, {label} {test:.2f} %"
 
     def write_parquet(self, path: Path) -> None:

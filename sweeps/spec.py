@@ -90,6 +90,13 @@ class EarlyStopping(Part):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
 
 
+class FailureLimit(Part):
+    """Ends a sweep that fails from its start: once more than `share` of the first `trials` have failed."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="1 lets every trial fail")
+    trials: PositiveInt = 8
+
+
 class Tracking(Part):
     """Where MLflow records: by default SQLite in the output folder, or what MLFLOW_TRACKING_URI names."""
 
@@ -111,6 +118,7 @@ class Spec(Part):
     space: dict[str, Axis] = Field(description="keys of TrialConfig that the search chooses, by dotted path")
     search: SearchConfig = SearchConfig()
     early_stopping: EarlyStopping = EarlyStopping()
+    failure_limit: FailureLimit = FailureLimit()
     objective: Literal["val_top1", "val_top5", "val_loss"] = "val_top1"
     control: dict[str, Any] = Field(
         {}, description="values, by dotted path, that make the control; lists are tried one by one"

@@ -3,61 +3,145 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
-from cluster.folder import JobState, State, TrialFolder
+from cluster.folder import End, JobState, State, TrialFolder
 from cluster.relay import Relay
 from lorvp.errors import UserError
 from sweeps.spec import Spec
 
+DRIVER_JOB = "driver.json"
+POLL_SECONDS = 0.5
+
 
 def table(spec: Spec, relay: Relay) -> Table:
-    """Every trial: its job, where that is, how far it is, and why it failed or waits."""
+    """Every trial: its job, where that is, how far it is, for how long, and why it failed or waits."""
     trials = TrialFolder.requested(spec.trials)
     jobs = {trial.name: job["id"] for trial in trials if (job := trial.job())}
-    states = relay.cluster.states(list(jobs.values()))
-    shown = Table(title=f"sweep {spec.name}", title_justify="left", box=None)
-    for column in ("trial", "job", "state", "node", "epoch", spec.objective, "why"):
+    driver_job = detached_driver(spec.folder)
+    states = relay.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
+    shown = Table(title=f"sweep {spec.name}", title_justify="left", box=None, caption_justify="left")
+    shown.caption = _driver(running_driver(spec.folder), driver_job, states)
+    for column in ("trial", "job", "state", "node", "epoch", spec.objective, "queued", "running", "why"):
         shown.add_column(column, overflow="fold")
     for trial in trials:
         results = trial.results()
         value = f"{results[-1][spec.objective]:.2f}" if results else "-"
-        state = states.get(jobs.get(trial.name, ""))
+        job = jobs.get(trial.name, "-")
+        state = states.get(job)
+        end = trial.ended()
+        node = state.node if state and state.alive and end is None else ""
         epochs = f"{len(results)}/{trial.config.epochs}"
-        node = state.node if state and state.alive else ""
-        shown.add_row(trial.name, jobs.get(trial.name, "-"), *_state(trial, state, node, epochs, value))
+        shown.add_row(trial.name, job, _state(end, state), node, epochs, value, *_times(trial), _why(trial, end, state))
     return shown
 
 
-def _state(trial: TrialFolder, state: JobState | None, node: str, epochs: str, value: str) -> list[str]:
-    end = trial.ended()
+def _driver(running: tuple[str, int] | None, job: str | None, states: dict[str, JobState]) -> str:
+    state = states.get(job)
+    if state is not None and state.alive:
+        return f"driver: job {job}, {state} {state.node}".rstrip()
+    return f"driver: process {running[1]} on {running[0]}" if running else "no driver runs; --resume starts one"
+
+
+def _state(end: End | None, state: JobState | None) -> str:
     if end is not None:
-        why = "\n".join([end.reason, *trial.last_log_lines()]) if end.state == State.FAILED else ""
-        return [end.state, node, epochs, value, why]
+        return end.state
     if state is None or not state.alive:
-        return ["no job", node, epochs, value, state.state.lower() if state else "waits to be submitted"]
-    return [state.state.lower(), node, epochs, value, state.reason if state.waiting else ""]
+        return "no job"
+    return "cannot start" if state.stuck else state.state.lower()
+
+
+def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
+    if end is not None:
+        failed = end.state == State.FAILED
+        return "\n".join([f"{end.cause}: {end.reason}", *trial.last_log_lines()]) if failed else ""
+    if state is None:
+        return "waits to be submitted"
+    return state.reason if state.waiting else "" if state.alive else state.state.lower()
+
+
+def _times(trial: TrialFolder) -> tuple[str, str]:
+    """How long its last job was in the queue, and how long it has been running, or ran."""
+    job, attempt, now = trial.job(), trial.newest(), time.time()
+    if job is None:
+        return "", ""
+    if attempt is None or attempt.started() < job["time"]:
+        return _duration(now - job["time"]), ""
+    until = attempt.last_sign() if attempt.ended() else now
+    return _duration(attempt.started() - job["time"]), _duration(until - attempt.started())
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def follow(spec: Spec, name: str, console: Console) -> None:
+    """Shows the log of the trial whose name begins with `name` until it has ended, whichever job writes it.
+
+    Raises UserError when there is no such trial, or more than one.
+    """
+    trials = TrialFolder.requested(spec.trials)
+    found = [trial for trial in trials if trial.name.startswith(name)]
+    if len(found) != 1:
+        choice = ", ".join(trial.name for trial in (found or trials)[:5])
+        raise UserError(f"{spec.folder}: {len(found)} trials are called {name}...; there is {choice or 'none yet'}")
+    (trial,) = found
+    shown, position = None, 0
+    with suppress(KeyboardInterrupt):
+        while True:
+            end, job = trial.ended(), trial.job()  # the end first: what was written before it is read below
+            if job and job["log"] != shown:
+                shown, position = job["log"], 0
+                console.print(f"trial {trial.name}, job {job['id']}: {shown}", style="bold", highlight=False)
+            if job and Path(shown).exists():
+                with open(shown, "rb") as log:
+                    log.seek(position)
+                    text = log.read()
+                position += len(text)
+                console.out(text.decode(errors="replace"), end="", highlight=False)
+            if end is not None:
+                console.print(str(end), style="bold", markup=False, highlight=False)
+                return
+            time.sleep(POLL_SECONDS)
 
 
 def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
-    """Ends the sweep's driver, if there is one on this machine, and every job; how many trials are left unfinished."""
-    driver = running_driver(spec.folder)
-    if driver is not None:
+    """Ends the sweep's driver, if there is one, and every job; how many trials are left unfinished.
+
+    Raises UserError for a driver on another machine that is no job.
+    """
+    driver_job, driver = detached_driver(spec.folder), running_driver(spec.folder)
+    state = relay.cluster.states([driver_job]).get(driver_job) if driver_job else None
+    if state is not None and state.alive:
+        relay.cluster.cancel([driver_job])
+    elif driver is not None:
         host, process = driver
         if host != socket.gethostname():
             raise UserError(f"{spec.folder}: its driver is process {process} on {host}; end it there first")
         os.kill(process, signal.SIGINT)
-        deadline = time.monotonic() + patience
-        while running_driver(spec.folder) and time.monotonic() < deadline:
-            time.sleep(0.2)
+    deadline = time.monotonic() + patience
+    while running_driver(spec.folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
     relay.interrupt()
     return len(relay.open_trials())
+
+
+def detached_driver(sweep: Path) -> str | None:
+    """The id of the job that the sweep's driver was last submitted as, if it ever was."""
+    try:
+        return json.loads((sweep / DRIVER_JOB).read_text())["id"]
+    except FileNotFoundError:
+        return None
 
 
 def running_driver(sweep: Path) -> tuple[str, int] | None:

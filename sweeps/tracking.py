@@ -20,7 +20,8 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the follower tries again by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the follower tries again by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow
 import numpy as np
@@ -65,6 +66,9 @@ class Tracker:
             self.parent = self.client.create_run(self.experiment, tags=tags, run_name=spec.name)
             self.client.log_text(self.parent.info.run_id, spec_text, "spec.yaml")
             self.client.log_dict(self.parent.info.run_id, spec.model_dump(mode="json", by_alias=True), "spec.json")
+        # a run without its parameters is one that was begun when a driver was killed, or a server's answer got lost
+        self._begun = {name for name, run in self.runs.items() if not run.data.params}
+        self.runs = {name: run for name, run in self.runs.items() if name not in self._begun}
         self._epochs_sent = {name: int(run.data.metrics.get("epoch", 0)) for name, run in self.runs.items()}
 
     def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
@@ -89,6 +93,8 @@ class Tracker:
         tags = [RunTag(STATE, STATE_TAGS[end.state])]
         if end.reason:
             tags.append(RunTag("reason", end.reason[:5000]))
+        if end.cause:
+            tags.append(RunTag("failure", end.cause))
         attempt = trial.newest()
         if attempt and attempt.bundle.is_dir():
             figures = describe(attempt.bundle)["metrics"]
@@ -133,13 +139,17 @@ class Tracker:
             )
         self.client.set_tag(run_id, "best.trial", trial.name)
 
-    def try_to(self, send: Callable[[], None]) -> bool:
-        """Whether MLflow took it: at its end, a sweep does not fail because a server is away."""
-        try:
-            send()
-        except (mlflow.MlflowException, OSError):
-            return False
-        return True
+    def try_to(self, send: Callable[[], None], patience: float = 60.0) -> bool:
+        """Whether MLflow took it, within `patience` s: at its end, a sweep does not fail because a server is away."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                send()
+                return True
+            except (mlflow.MlflowException, OSError):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(1)
 
     def close(self, status: str, files: list[Path]) -> None:
         """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED) and the sweep's own files as artifacts."""
@@ -173,6 +183,9 @@ class Tracker:
 
     def _run(self, trial: TrialFolder, control: bool) -> Run:
         if trial.name not in self.runs:
+            query = f"tags.`{SWEEP}` = '{self.sweep_id}' and tags.`{TRIAL}` = '{trial.name}'"
+            begun = self._runs(query) if trial.name in self._begun else []
+            self._begun.add(trial.name)
             config = trial.config
             tags = {
                 SWEEP: self.sweep_id,
@@ -183,7 +196,7 @@ class Tracker:
                 "label_mapping": config.label_mapping,
             }
             name = f"control-{trial.name}" if control else trial.name
-            run = self.client.create_run(self.experiment, tags=tags, run_name=name)
+            run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
             params = [Param(key, str(value)) for key, value in flatten(config.canonical()).items()]
             self.client.log_batch(run.info.run_id, params=params)
             self.runs[trial.name] = run
