@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test check install slurm-up slurm-down
+.PHONY: quickstart test check install slurm-up slurm-down bench-slurm
 
 install: $(INSTALLED)
 
@@ -23,6 +23,10 @@ slurm-up: $(INSTALLED)
 
 slurm-down:
 	.venv/bin/python tests/slurm_sim.py down /tmp/lorvp-slurm
+
+# What a cluster costs a sweep: the table in the README.
+bench-slurm: $(INSTALLED)
+	.venv/bin/python tests/bench_slurm.py
 
 $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version if sys.version_info < (3, 11) else 0)'

@@ -18,14 +18,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
 PACKAGES = ["slurm-wlm", "munge", "mariadb-server-core", "mariadb-client-core", "slurmdbd", "slurm-wlm-mysql-plugin"]
 TYPES = ("rtx8000", "rtx8000", "a100")
-"""GPU type of each node."""
 PROFILE = """\
 kind: slurm
 partition: gpu
@@ -41,16 +40,18 @@ jobs_in_flight: 2
 class Simulation:
     """The daemons of one cluster, in one folder, each with its process id in `run/NAME.pid`."""
 
-    def __init__(self, folder: Path, accounting: bool = True, **options: str) -> None:
+    def __init__(self, folder: Path, accounting: bool = True, types: Sequence[str] = TYPES, **options: str) -> None:
         self.folder = folder
         self.accounting = accounting
+        self.types = types
+        """GPU type of each node."""
         self.options = options
         """Lines of slurm.conf, in place of the usual ones or beside them."""
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     @property
     def nodes(self) -> list[str]:
-        return [f"node{i}" for i in range(1, len(TYPES) + 1)]
+        return [f"node{i}" for i in range(1, len(self.types) + 1)]
 
     def up(self) -> None:
         """Starts everything and returns when all nodes are idle."""
@@ -84,7 +85,10 @@ class Simulation:
         self.wait(lambda: self.works("scontrol", "ping"))
         for node in self.nodes:
             self.start_node(node)
-        self.wait(lambda: self.say("sinfo", "--noheader", "--Node", "--format=%T", "-p", "gpu").split() == ["idle"] * 3)
+        self.wait(lambda: self.node_states() == ["idle"] * len(self.nodes))
+
+    def node_states(self) -> list[str]:
+        return self.say("sinfo", "--noheader", "--Node", "--format=%T", "--partition=gpu").split()
 
     def down(self) -> None:
         """Stops everything, jobs included, and removes the folder."""
@@ -118,7 +122,7 @@ class Simulation:
             if time.monotonic() > deadline:
                 logs = [path.read_text(errors="replace")[-500:] for path in (self.folder / "log").iterdir()]
                 raise TimeoutError("SLURM: " + "\n".join(logs))
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def start(self, name: str, *arguments: str, program: str | None = None) -> None:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -147,13 +151,20 @@ class Simulation:
         hosts = self.folder / "run" / f"{node}.hosts"
         others = " ".join(self.nodes)
         hosts.write_text(f"127.0.0.1 localhost {node} {others} {socket.gethostname()}\n")
-        script = f"mount --bind {hosts} /etc/hosts; hostname {node}; exec slurmd -D -N {node}"
+        script = f"mount --bind {hosts} /etc/hosts; hostname {node}; slurmd -D -N {node} & while :; do sleep 1; done"
         flags = ["--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
         self.start(node, *flags, "bash", "-c", script, program="unshare")
 
     def power_loss(self, node: str) -> None:
         """The node and all that ran on it are gone at once."""
         self.stop(node, signal.SIGKILL)
+
+    def kill_daemon(self, node: str) -> None:
+        """The node's slurmd is gone, and its jobs live on: SLURM takes the node for dead and starts them elsewhere."""
+        namespace = psutil.Process(int((self.folder / "run" / f"{node}.pid").read_text()))
+        for process in namespace.children(recursive=True):
+            if process.name() == "slurmd":
+                process.kill()
 
     def _write_configs(self) -> None:
         folder, port, user = self.folder, self.port, getpass.getuser()
@@ -223,7 +234,7 @@ class Simulation:
         } | self.options
         text = "".join(f"{key}={value}\n" for key, value in lines.items())
         gres = ""
-        for i, (node, kind) in enumerate(zip(self.nodes, TYPES, strict=True), 1):
+        for i, (node, kind) in enumerate(zip(self.nodes, self.types, strict=True), 1):
             text += (
                 f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port + 10 + i} CPUs=8 Sockets=1 "
                 f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{kind}:2 Feature={kind} State=UNKNOWN\n"
@@ -249,8 +260,9 @@ def gone(pid: int) -> bool:
 
 
 def free_ports() -> int:
-    """The first of 20 ports that nobody listens on."""
-    for first in range(17000, 19000, 20):
+    """The first of 20 ports that nobody listens on; tests that run side by side look in places of their own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for first in range(17000 + 1000 * worker, 18000 + 1000 * worker, 20):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", first)) and probe.connect_ex(("127.0.0.1", first + 3)):
                 return first

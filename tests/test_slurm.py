@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from slurm_sim import PACKAGES, PROFILE, TYPES, Simulation
 from test_sweep import SPEC, Sweep
@@ -20,6 +24,7 @@ from typer.testing import CliRunner
 
 from cluster.folder import State, TrialFolder
 from sweeps import launch
+from sweeps import spec as specs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -62,6 +67,18 @@ def started(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Simulat
         simulation.down()
 
 
+def test_the_simulation_starts_soon_and_leaves_nothing(installed, monkeypatch):
+    begun = time.monotonic()
+    with started(monkeypatch) as slurm:
+        assert time.monotonic() - begun < 10
+        job = slurm.say("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 60").strip()
+        slurm.wait(lambda: "RUNNING" in slurm.say("squeue", "--noheader", f"--jobs={job}", "--format=%T"))
+    folder = str(slurm.folder)
+    left = [p.info for p in psutil.process_iter(["cmdline", "environ"]) if folder in str(p.info)]
+    assert not [info for info in left if info["cmdline"] and "pytest" not in " ".join(info["cmdline"])]
+    assert not slurm.folder.exists()
+
+
 @pytest.fixture
 def slurm(installed, monkeypatch) -> Iterator[Simulation]:
     with started(monkeypatch) as simulation:
@@ -86,6 +103,7 @@ LONG = {
     "alone": (CONTROL, ""),
 }
 """Two trials, long enough for something to happen to them."""
+LONGER = LONG | {"longer": ("epochs: 3", "epochs: 60")}
 
 
 def running(sweep: Sweep, process: subprocess.Popen, epochs: int = 2) -> TrialFolder:
@@ -95,7 +113,7 @@ def running(sweep: Sweep, process: subprocess.Popen, epochs: int = 2) -> TrialFo
         for trial in sweep.trials():
             if trial.config.method == "lorvp" and len(trial.results()) >= epochs and not trial.ended():
                 return trial
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def finish(sweep: Sweep, slurm: Simulation, process: subprocess.Popen, trials: int) -> str:
@@ -194,12 +212,24 @@ def test_status_and_cancel(slurm, tmp_path):
     process.kill()
     process.wait()
     shown = sweep.run("--status")
-    assert shown.count("pending") == 2
+    assert shown.count("cannot start") == 2
     assert "Nodes required for job are DOWN" in shown.replace("_", " ") or "ReqNodeNotAvail" in shown
     assert "2 trials left unfinished" in sweep.run("--cancel")
     assert no_jobs(slurm)
     slurm.say("scontrol", "update", f"nodename={','.join(slurm.nodes)}", "state=resume")
     finish(sweep, slurm, sweep.start("--resume"), trials=2)
+
+
+def test_all_nodes_drained_for_a_while(slurm, tmp_path):
+    """The driver says why its jobs wait, and goes on when the nodes are back."""
+    slurm.say("scontrol", "update", f"nodename={','.join(slurm.nodes)}", "state=drain", "reason=test")
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    slurm.wait(lambda: sum(trial.job() is not None for trial in sweep.trials()) == 2, seconds=60)
+    time.sleep(5)
+    slurm.say("scontrol", "update", f"nodename={','.join(slurm.nodes)}", "state=resume")
+    output = finish(sweep, slurm, process, trials=2)
+    assert re.search("waiting: . of the jobs cannot start: (ReqNodeNotAvail|Nodes required for job are DOWN)", output)
 
 
 @pytest.mark.parametrize("event", ["requeue", "scancel", "power loss"])
@@ -221,13 +251,173 @@ def test_what_happens_to_a_running_job(slurm, tmp_path, event):
     assert trial.newest().path.name == "0002"
 
 
+def test_split_brain(slurm, tmp_path):
+    """A node's slurmd is killed and its job lives on, while SLURM starts the job again elsewhere."""
+    sweep = make_sweep(tmp_path, **LONGER)
+    process = sweep.start()
+    trial = running(sweep, process)
+    stale = trial.newest()
+    node = slurm.say("squeue", "--noheader", f"--jobs={trial.job()['id']}", "--format=%N").strip()
+    slurm.kill_daemon(node)
+    slurm.say("scontrol", "update", f"nodename={node}", "state=down", "reason=dead")  # SLURM would take 15 s
+    slurm.wait(lambda: trial.newest().path.name == "0002", seconds=60)
+    before = trial.newest().results()
+    assert stale.results()[: len(before)] == before
+    assert len(before) > 2  # the stale copy had gone on until then
+    finish(sweep, slurm, process, trials=2)
+    assert trial.newest().path.name == "0002"
+    kept({trial.name: before}, sweep)
+    assert stale.ended() is None
+    assert len(stale.results()) < len(trial.results())
+
+
+def test_controller_down_during_submission(slurm, tmp_path):
+    slurm.stop("slurmctld")
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    slurm.wait(lambda: len(sweep.trials()) == 2, seconds=60)
+    time.sleep(20)
+    assert not any(trial.job() for trial in sweep.trials())
+    slurm.start("slurmctld", "-D")
+    output = finish(sweep, slurm, process, trials=2)
+    assert "trying again" in output
+    assert [trial.newest().path.name for trial in sweep.trials()] == ["0001", "0001"]
+
+
+def test_suspended_and_resumed(slurm, tmp_path):
+    """A suspended job is not taken for dead: nobody starts another."""
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    trial = running(sweep, process)
+    job = trial.job()
+    slurm.say("scontrol", "suspend", job["id"])
+    time.sleep(2)
+    recorded_then = len(trial.results())
+    time.sleep(8)
+    assert len(trial.results()) == recorded_then
+    assert "suspended" in sweep.run("--status")
+    slurm.say("scontrol", "resume", job["id"])
+    finish(sweep, slurm, process, trials=2)
+    assert trial.job() == job
+    assert trial.newest().path.name == "0001"
+
+
+def test_two_drivers_at_once(slurm, tmp_path):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    running(sweep, process, epochs=1)
+    said = sweep.run("--resume", code=2)
+    assert f"another driver runs this sweep: process {process.pid} on {socket.gethostname()}" in " ".join(said.split())
+    finish(sweep, slurm, process, trials=2)
+
+
+def test_tracking_server_away_for_a_while(slurm, tmp_path, server):
+    sweep = make_sweep(tmp_path, **LONG)
+    sweep.environment["MLFLOW_TRACKING_URI"] = server.uri
+    process = sweep.start()
+    running(sweep, process)
+    server.stop(signal.SIGKILL)
+    time.sleep(30)
+    server.start()
+    assert "trying again" in finish(sweep, slurm, process, trials=2)
+
+
+def test_disk_full_in_one_trials_folder(installed, tmp_path, monkeypatch):
+    """It is said, the other trials go on, and so does this one once there is room."""
+    grid = ("algorithm: tpe, trials: 4,", "algorithm: grid,")
+    axes = ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}")
+    mappings = ("[rlm, flm, ilm, fm, lp]", "[lp]")
+    sweep = make_sweep(tmp_path, grid=grid, axes=axes, mappings=mappings)
+    spec = specs.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
+    full = spec.trials / spec.trial_config(spec.cells()[0]).content_hash()
+    full.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", full], check=True)
+    try:
+        with started(monkeypatch) as slurm:
+            sweep.environment |= {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+            process = sweep.start()
+            slurm.wait(lambda: sum(trial.ended() is not None for trial in sweep.trials()) == 2, seconds=90)
+            time.sleep(10)
+            assert TrialFolder(full).ended() is None
+            subprocess.run(["mount", "-o", "remount,size=64m", full], check=True)
+            assert f"disk full: {full}" in finish(sweep, slurm, process, trials=3)
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
+def test_several_trials_by_one_job(slurm, tmp_path):
+    """A job that is requeued between its trials goes on with the one that it was handed last."""
+    few = ("concurrent: 2", "concurrent: 1")
+    profile = PROFILE.replace("flight: 2", "flight: 1") + "trials_per_job: 3\n"
+    sweep = make_sweep(tmp_path, profile, few=few, longer=("epochs: 3", "epochs: 20"))
+    process = sweep.start()
+    slurm.wait(
+        lambda: any(trial.job() and trial.job()["place"] == 2 and trial.results() for trial in sweep.trials()), 90
+    )
+    (trial,) = [trial for trial in sweep.trials() if trial.job() and trial.job()["place"] == 2]
+    before = recorded(sweep)
+    slurm.say("scontrol", "requeue", trial.job()["id"])
+    finish(sweep, slurm, process, trials=5)
+    kept(before, sweep)
+    assert sorted((trial.job()["id"], trial.job()["place"]) for trial in sweep.trials()) == [
+        ("1", 1), ("1", 2), ("1", 3), ("2", 1), ("2", 2)
+    ]  # fmt: skip
+    interrupted = [trial for trial in sweep.trials() if trial.newest().path.name == "0002"]
+    assert [trial.job()["place"] > 1 for trial in interrupted] == [True]
+
+
+def test_detached_driver(slurm, tmp_path):
+    """The driver is a job, requeues itself when its time ends, and is cancelled with its jobs."""
+    sweep = make_sweep(tmp_path, **LONGER)
+    assert "the driver is job 1" in sweep.run("--detach")
+    slurm.wait(lambda: any(len(trial.results()) >= 2 for trial in sweep.trials()), seconds=90)
+    before = recorded(sweep)
+    jobs = {trial.name: trial.job() for trial in sweep.trials()}
+    assert "driver: job 1, running node" in sweep.run("--status")
+    slurm.say("scancel", "--batch", "--signal=USR2", "1")
+    log = sweep.path / "driver-1.log"
+    slurm.wait(lambda: log.read_text().count("sweep small in") == 2, seconds=90)
+    assert "ending: the jobs go on" in log.read_text()
+    kept(before, sweep)
+    assert jobs == {trial.name: trial.job() for trial in sweep.trials()}
+    sweep.run("--cancel")
+    assert no_jobs(slurm)
+    assert "no driver runs" in sweep.run("--status")
+    assert not any(trial.ended() for trial in sweep.trials())
+    sweep.run("--detach", "--resume")
+    log = Path(json.loads((sweep.path / "driver.json").read_text())["log"])
+    slurm.wait(lambda: log.exists() and "as a model" in log.read_text(), seconds=120)
+    assert no_jobs(slurm)
+    sweep.check_complete(trials=2)
+    kept(before, sweep)
+
+
+def preempt(slurm: Simulation) -> None:
+    """Jobs of a higher partition take both nodes of the type that the trials want."""
+    command = ["sbatch", "--partition=gpu", "--gres=gpu:rtx8000:2", "--ntasks=1", "--array=0-1", "--wrap=sleep 10"]
+    slurm.say(*command, "--output=/dev/null", "--mem=100M")
+
+
+def test_preempted_and_cancelled(installed, tmp_path, monkeypatch):
+    """Where the site cancels what it preempts, the driver submits anew."""
+    with started(monkeypatch, PreemptMode="CANCEL") as slurm:
+        sweep = make_sweep(tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **LONGER)
+        process = sweep.start()
+        trial = running(sweep, process)
+        before, job = recorded(sweep), trial.job()
+        preempt(slurm)
+        slurm.wait(lambda: trial.newest().path.name == "0002", seconds=90)
+        assert trial.job()["id"] != job["id"]
+        finish(sweep, slurm, process, trials=2)
+        kept(before, sweep)
+
+
 def test_preempted_by_a_higher_partition(slurm, tmp_path):
-    sweep = make_sweep(tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **LONG)
+    sweep = make_sweep(tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **LONGER)
     process = sweep.start()
     trial = running(sweep, process)
     before = recorded(sweep)
-    command = ["sbatch", "--partition=gpu", "--gres=gpu:rtx8000:2", "--ntasks=1", "--array=0-1", "--wrap=sleep 10"]
-    slurm.say(*command, "--output=/dev/null", "--mem=100M")
+    preempt(slurm)
     slurm.wait(lambda: trial.newest().path.name == "0002", seconds=90)
     finish(sweep, slurm, process, trials=2)
     kept(before, sweep)
@@ -302,4 +492,4 @@ def test_dry_run_shows_the_exact_sbatch_file(tmp_path, monkeypatch):
         "apptainer exec --nv lab.sif",
     ):
         assert line in result.output
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "small").exists()
