@@ -30,6 +30,8 @@ from lorvp.config import TrialConfig
 LAUNCH = Path(__file__).parent.parent / "sweeps" / "launch.py"
 NODES = ("rtx8000",) * 4
 MIB = 2**20
+FOLLOWERS = ("ray::TuneTrial", "ray::ResourceTrainable")
+"""What Ray calls the process of an actor that follows a trial: idle, and in a step."""
 
 
 def row(what: str, measured: str, goal: str) -> None:
@@ -90,7 +92,7 @@ def tree(driver: psutil.Process) -> tuple[dict[int, float], float, float, int]:
                 cpu[process.pid] = times.user + times.system
                 own = process.memory_full_info().pss / MIB
                 memory += own
-                if "TuneTrial" in " ".join(process.cmdline()):
+                if any(name in " ".join(process.cmdline()) for name in FOLLOWERS):
                     following += own
                     followers += 1
         except psutil.Error:
