@@ -1,8 +1,9 @@
 """Datasets as uint8 images: read, limited, split into train, validation and test, and handed out in batches.
 
 Images stay uint8 until they are on the device. Small sets (CIFAR, digits) keep their native size and are resized in
-batch by the method; image folders are resized once, when they are read, exactly as published: PIL, bilinear with
-antialias, aspect squashed, no crop.
+batch by the method; image folders are resized once, when they are read or when a store is made of them.
+
+    python -m lorvp.data prepare NAME --source DIR --out DIR      makes a store; `list`, `info` and `verify` look at it
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lorvp import store
 from lorvp.config import DatasetConfig
 from lorvp.errors import UserError
+from lorvp.images import decode
+from lorvp.sources import class_folders
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 TEST_FRACTION = 0.2
 """Share held back for testing, stratified and always the same, where a dataset has no test split of its own."""
 IN_MEMORY_BYTES = 4 << 30
@@ -65,13 +68,33 @@ class FolderImages:
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """The images at `indices` as (len(indices), 3, size, size) uint8. Raises UserError for an unreadable file."""
         pixels = list(_decoders.map(lambda i: decode(self.paths[i], self.size), indices))
-        return torch.from_numpy(np.stack(pixels))
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
     def subset(self, indices: np.ndarray) -> FolderImages:
         return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
 
 
-Images = ArrayImages | FolderImages
+@dataclass(frozen=True)
+class StoreImages:
+    """Rows of a prepared store, read from the disk's cache when they are needed; labels (N,) int64."""
+
+    split: store.Split
+    rows: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """The images at `indices` as (len(indices), 3, H, W) uint8, in the order of memory that they are stored in."""
+        return torch.from_numpy(self.split.read(self.rows[indices])).permute(0, 3, 1, 2)
+
+    def subset(self, indices: np.ndarray) -> StoreImages:
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+
+
+Images = ArrayImages | FolderImages | StoreImages
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 """(n, 3, H, W) uint8 and (n,) int64 at a time."""
 
@@ -89,32 +112,10 @@ class Splits:
         return self.train.class_names
 
 
-def decode(path: Path, size: int) -> np.ndarray:
-    """One image file as (3, size, size) uint8 RGB. Raises UserError naming the file when it can't be read."""
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
-    return np.array(rgb).transpose(2, 0, 1)
-
-
 def image_folder(folder: Path, size: int) -> FolderImages:
     """The images of `folder`/CLASS/*, classes in sorted order. Raises UserError for a missing or an empty folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; an image folder holds CLASS/IMAGE files")
-    class_names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"{folder / name}: a class folder without images ({', '.join(sorted(SUFFIXES))})")
-        paths += files
-        labels += [label] * len(files)
-    if not paths:
-        raise UserError(f"{folder}: no class folders; an image folder holds CLASS/IMAGE files")
-    return FolderImages(np.array(paths, dtype=object), np.array(labels, dtype=np.int64), class_names, size)
+    class_names, rows = class_folders(folder)
+    return FolderImages(np.array(rows.paths, dtype=object), rows.labels, tuple(class_names), size)
 
 
 def load(config: DatasetConfig, image_size: int) -> Splits:
@@ -192,7 +193,7 @@ def _readable(folder: FolderImages, skip_unreadable: bool) -> Images:
     def problem(i: int) -> str | None:
         try:
             if pixels is not None:
-                pixels[i] = torch.from_numpy(decode(folder.paths[i], folder.size))
+                pixels[i] = torch.from_numpy(decode(folder.paths[i], folder.size).copy()).permute(2, 0, 1)
             else:
                 _check_header(folder.paths[i])
         except UserError as error:
@@ -264,5 +265,28 @@ def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | No
     return ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))), None
 
 
-LOADERS = {"image_folder": _image_folder, "cifar10": _cifar, "cifar100": _cifar, "digits": _digits}
+def _store(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+    """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
+    opened = store.Store.open(config.root)
+    description = opened.description
+    if description.transform and description.image_size != image_size:
+        folder = config.root.with_name(f"{description.dataset}-{image_size}")
+        raise UserError(
+            f"{config.root}: stored at {description.image_size} px, and the backbone takes {image_size}: "
+            f"{store.how_to_make(folder)}"
+        )
+    train, test = (
+        StoreImages(split, np.arange(len(split)), split.labels, description.class_names) if split else None
+        for split in (opened.splits["train"], opened.splits.get("test"))
+    )
+    return train, test
+
+
+LOADERS = {"store": _store, "image_folder": _image_folder, "cifar10": _cifar, "cifar100": _cifar, "digits": _digits}
 """name -> (config, image size) -> (train, test or None). A dataset is a function here and a name in DatasetConfig."""
+
+
+if __name__ == "__main__":
+    from lorvp.prepare import main
+
+    main()

@@ -1,0 +1,38 @@
+"""From an image file to pixels, exactly as published: RGB, bilinear with antialias, aspect squashed, no crop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from lorvp.errors import UserError
+
+DEEP = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+"""Modes of 16-bit greys, which PIL would clip to white where torchvision's loader gives them to it."""
+
+
+def transform(size: int) -> str:
+    """What `decode` does, for a store's description: PIL's own result depends on its version."""
+    return f"PIL {PIL.__version__} bilinear with antialias to {size}x{size}, aspect squashed, uint8"
+
+
+def decode(path: Path, size: int, resize: bool = True) -> np.ndarray:
+    """One image file as (size, size, 3) uint8 RGB; of an animation the first frame; EXIF rotation not applied.
+
+    Without `resize` the image must have that size. Raises UserError naming the file when it can't be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
+                raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb")
+            if not resize and image.size != (size, size):
+                raise ValueError(f"{image.width} x {image.height} pixels, not {size} x {size}")
+            if image.mode in DEEP:
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB")
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if resize else image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{str(path)!r}: not a readable image ({error})") from None
