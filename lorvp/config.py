@@ -61,8 +61,8 @@ class BackboneConfig(Part):
 class DatasetConfig(Part):
     """The downstream data. The validation set is split off the training set, stratified and seeded."""
 
-    name: Literal["store", "image_folder", "cifar10", "cifar100", "digits"]
-    root: AbsolutePath | None = Field(None, description="folder of the store, the images, or the downloaded archive")
+    name: Literal["store", "image_folder", "digits"]
+    root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
     val_fraction: Fraction = 0.1
     split_seed: NonNegativeInt = 0
     max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")

@@ -236,25 +236,6 @@ def _image_folder(config: DatasetConfig, image_size: int) -> tuple[Images, Image
     return image_folder(root / "train", image_size), image_folder(test, image_size) if test.is_dir() else None
 
 
-def _cifar(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
-    """CIFAR-10/100 at 32 px, downloaded by torchvision (which checks the archive) where `root` lacks it."""
-    from filelock import FileLock
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.name]
-    config.root.mkdir(parents=True, exist_ok=True)
-    splits = []
-    with FileLock(config.root / f".{config.name}.lock"):  # the trials of a sweep start together
-        for train in (True, False):
-            try:
-                split = kind(config.root, train=train, download=True)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"{config.root}: no {config.name}, and its download failed ({error})") from None
-            pixels = torch.from_numpy(np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)))
-            splits.append(ArrayImages(pixels, np.array(split.targets, dtype=np.int64), tuple(split.classes)))
-    return splits[0], splits[1]
-
-
 def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
     # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
@@ -268,21 +249,30 @@ def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | No
 def _store(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
     opened = store.Store.open(config.root)
+    check_size(opened, image_size)
+    if "train" not in opened.splits:
+        raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")
+    return stored(opened, "train"), stored(opened, "test") if "test" in opened.splits else None
+
+
+def check_size(opened: store.Store, image_size: int) -> None:
+    """Raises UserError for images that were resized to another size than the backbone's."""
     description = opened.description
     if description.transform and description.image_size != image_size:
-        folder = config.root.with_name(f"{description.dataset}-{image_size}")
+        folder = opened.folder.with_name(f"{description.dataset}-{image_size}")
         raise UserError(
-            f"{config.root}: stored at {description.image_size} px, and the backbone takes {image_size}: "
+            f"{opened.folder}: stored at {description.image_size} px, and the backbone takes {image_size}: "
             f"{store.how_to_make(folder)}"
         )
-    train, test = (
-        StoreImages(split, np.arange(len(split)), split.labels, description.class_names) if split else None
-        for split in (opened.splits["train"], opened.splits.get("test"))
-    )
-    return train, test
 
 
-LOADERS = {"store": _store, "image_folder": _image_folder, "cifar10": _cifar, "cifar100": _cifar, "digits": _digits}
+def stored(opened: store.Store, split: str) -> StoreImages:
+    """All images of one split of a store."""
+    rows = opened.splits[split]
+    return StoreImages(rows, np.arange(len(rows)), rows.labels, opened.description.class_names)
+
+
+LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
 """name -> (config, image size) -> (train, test or None). A dataset is a function here and a name in DatasetConfig."""
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorvp import images, store
+from lorvp import images, sources, store
 from lorvp.errors import UserError
 from lorvp.files import write_json
 from lorvp.sources import SOURCES, Rows, Source, read_source
@@ -271,9 +271,12 @@ def prepare_command(
     size: Annotated[int | None, typer.Option(min=8, help="side in pixels; default: the images' own, else 224")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="default: one a core")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what can't be read")] = False,
+    download: Annotated[bool, typer.Option("--download", help="have torchvision fetch CIFAR-10 or -100")] = False,
     partial: Annotated[bool, typer.Option("--partial", help="take a part of the dataset, too")] = False,
 ) -> None:
     """Decodes a dataset once. A call that was interrupted is gone on with by another."""
+    if download:
+        sources.download(name, source)
     folder = prepare(name, source, out, size, processes, skip_unreadable, partial)
     show(folder)
 

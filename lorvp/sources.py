@@ -116,6 +116,22 @@ def imagenet(root: Path) -> Source:
     return Source(names, {"train": train, "test": listed(root / "val", labels, names, solution)})
 
 
+def only_test(root: Path) -> Source:
+    """CLASS/IMAGE with nothing to train on: ImageNet-R, -A and -Sketch, whose classes are WNIDs of ImageNet's."""
+    names, rows = class_folders(root)
+    return Source(names, {"test": rows})
+
+
+def imagenet_v2(root: Path) -> Source:
+    """0/IMAGE to 999/IMAGE: the folders are ImageNet's class numbers, in the order of numbers and not of text."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+    wrong = sorted(name for name in names if not name.isdigit())
+    if wrong:
+        raise UserError(f"{root}: the class folders of imagenet-v2 are numbers, and not {', '.join(wrong[:3])}")
+    names, rows = class_folders(root, sorted(names, key=int))
+    return Source(names, {"test": rows})
+
+
 def tiny_imagenet(root: Path) -> Source:
     """wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG with val/val_annotations.txt; 64 px."""
     names, train = class_folders(root / "train")
@@ -140,6 +156,19 @@ def cifar100(root: Path) -> Source:
     """The python version's archive, cifar-100-python.tar.gz, or the folder in it; the 100 fine labels."""
     batches = {"train": ["train"], "test": ["test"]}
     return _cifar(root, "cifar-100-python.tar.gz", "cifar-100-python", "meta", batches, "fine_label")
+
+
+def download(name: str, root: Path) -> None:
+    """Has torchvision put the archive of CIFAR-10 or CIFAR-100 into `root`, and check it. Raises UserError."""
+    from torchvision import datasets
+
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    if name not in kinds:
+        raise UserError(f"--download: {name} is not one of {', '.join(kinds)}; get it from its authors")
+    try:
+        kinds[name](root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{root}: no {name}, and its download failed ({error})") from None
 
 
 def _cifar(root: Path, archive: str, folder: str, meta: str, batches: dict[str, list[str]], key: str) -> Source:
@@ -210,18 +239,26 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "cifar100": cifar100,
     "image_folder": image_folder,
     "imagenet": imagenet,
+    "imagenet-a": only_test,
+    "imagenet-r": only_test,
+    "imagenet-sketch": only_test,
+    "imagenet-v2": imagenet_v2,
     "tiny-imagenet": tiny_imagenet,
 }
 EXPECTED: dict[str, dict[str, int]] = {
     "cifar10": {"classes": 10, "train": 50_000, "test": 10_000},
     "cifar100": {"classes": 100, "train": 50_000, "test": 10_000},
     "imagenet": {"classes": 1_000, "train": 1_281_167, "test": 50_000},
+    "imagenet-a": {"classes": 200, "test": 7_500},
+    "imagenet-r": {"classes": 200, "test": 30_000},
+    "imagenet-sketch": {"classes": 1_000, "test": 50_889},
+    "imagenet-v2": {"classes": 1_000, "test": 10_000},
     "tiny-imagenet": {"classes": 200, "train": 100_000, "test": 10_000},
 }
 
 
 def read_source(name: str, root: Path, partial: bool = False) -> Source:
-    """What `prepare` stores. Raises UserError for an unknown name, a wrong layout, and counts that aren't the dataset's.
+    """What `prepare` stores. Raises UserError for an unknown name, a wrong layout, and counts that are not its.
 
     `partial` lets a part of a dataset pass.
     """

@@ -28,6 +28,7 @@ from cluster.relay import Relay, make_cluster
 from cluster.slurm import requeue_this_job, sbatch_file, submit_driver
 from lorvp.errors import UserError
 from lorvp.files import replacing, write_json
+from lorvp.store import read_manifest
 from sweeps import spec as specs
 from sweeps import status
 from sweeps.spec import Spec
@@ -126,6 +127,8 @@ def check_inputs(spec: Spec) -> None:
     """Raises UserError for data or weights that aren't there, before anything is written."""
     for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
         root, checkpoint = config.dataset.root, config.backbone.checkpoint
+        if config.dataset.name == "store":
+            read_manifest(root)
         if config.dataset.name == "image_folder" and not root.is_dir():
             raise UserError(f"trial.dataset.root: no such folder {root}; point it at the images")
         if checkpoint is not None and not checkpoint.is_file():

@@ -56,7 +56,7 @@ def test_what_has_no_effect_does_not_make_another_trial(digits):
         ({"prompt": {"rank": 0}}, "greater"),
         ({"label_mapping": "lpp"}, "'lp'"),
         ({"optimizer": {"lr": float("nan")}}, "finite"),
-        ({"dataset": {"name": "cifar10"}}, "root"),
+        ({"dataset": {"name": "store"}}, "root"),
         ({"schedule": {"warmup_epochs": 3}}, "below epochs"),
         ({"method": "linear_probe", "label_mapping": "flm"}, "lp or fm"),
     ],

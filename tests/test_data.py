@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -119,30 +117,3 @@ def test_folders_that_are_not_datasets(image_root, tmp_path):
     (image_root / "val" / "n03").rename(image_root / "val" / "n09")
     with pytest.raises(UserError, match="differ in their classes: n03, n09"):
         data.load(folder_config(image_root), 8)
-
-
-def test_cifar10_through_torchvision(tmp_path, monkeypatch):
-    """The official archive's layout, made small; torchvision's check of it is given the sums of the small files."""
-    from torchvision.datasets import CIFAR10
-
-    random = np.random.default_rng(0)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-
-    def write(name: str, content: dict) -> list[str]:
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    def batch(name: str) -> list[str]:
-        pixels = random.integers(0, 256, (20, 3072), dtype=np.uint8)
-        return write(name, {"data": pixels, "labels": [i % 10 for i in range(20)]})
-
-    monkeypatch.setattr(CIFAR10, "train_list", [batch("data_batch_1"), batch("data_batch_2")])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
-    name, md5 = write("batches.meta", {"label_names": [f"class{i}" for i in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-    splits = data.load(DatasetConfig(name="cifar10", root=tmp_path, val_fraction=0.25), 32)
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (30, 10, 20)
-    first = pickle.loads((folder / "test_batch").read_bytes())["data"][0]
-    assert np.array_equal(splits.test.read([0])[0].numpy(), first.reshape(3, 32, 32))
-    assert splits.class_names[3] == "class3"

@@ -119,7 +119,7 @@ def test_files_that_are_no_specs(tmp_path):
         ("search.trials", "must be KEY=VALUE"),
         ("search.trails=3", "search.trails: no such key; did you mean trials?"),
         ("trial.epochs=[", "not a YAML value"),
-        ("trial.dataset={name: cifar10}", "dataset cifar10 needs root"),
+        ("trial.dataset={name: store}", "dataset store needs root"),
         ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
         ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
         ("output=/proc/nothing", "can't be written"),

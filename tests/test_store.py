@@ -14,13 +14,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import digits_values
 from PIL import Image
 from torchvision import datasets, transforms
+from typer.testing import CliRunner
 
-from lorvp import data, images, prepare, store
+from lorvp import bundle, data, evaluate, images, prepare, store
 from lorvp.config import DatasetConfig, TrialConfig
 from lorvp.errors import UserError
 from lorvp.prepare import PART_BYTES
@@ -320,6 +322,54 @@ def test_trials_read_the_store(image_root, tmp_path):
     assert stored[0].val_loss == pytest.approx(read[0].val_loss, rel=1e-5)
 
 
+def test_evaluation_of_a_bundle(image_root, tmp_path):
+    """All classes; a part of them, restricted to their logits; numbered ones; and classes that it doesn't know."""
+    folder = make("image_folder", image_root, tmp_path, size=32).folder
+    values = digits_values(dataset={"name": "store", "root": folder, "val_fraction": 0.25}, epochs=3, batch_size=9)
+    results = list(train(TrialConfig.model_validate(values), tmp_path))
+    method = bundle.load(tmp_path / "bundle")
+    whole = evaluate.evaluate(method, store.Store.open(folder), batch_size=5)
+    assert whole.top1 == pytest.approx(results[-1].test_top1)
+    assert (whole.images, whole.classes) == (12, 3)
+    shutil.copytree(image_root / "val", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "n02")
+    part = make("imagenet-r", tmp_path / "part", tmp_path, size=32)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(part.splits["test"].read(np.arange(8))).permute(0, 3, 1, 2)
+        restricted = method(pixels)[:, [0, 2]].argmax(1).numpy()
+    found = evaluate.evaluate(method, part)
+    assert found.top1 == pytest.approx(100 * np.mean(restricted == part.splits["test"].labels))
+    assert (found.images, found.classes) == (8, 2)
+    for number, name in enumerate(("n01", "n02", "n03")):
+        shutil.copytree(image_root / "val" / name, tmp_path / "numbered" / str(number))
+    assert evaluate.evaluate(method, make("imagenet-v2", tmp_path / "numbered", tmp_path, size=32)).top1 == whole.top1
+    (tmp_path / "part" / "n01").rename(tmp_path / "part" / "n09")
+    with pytest.raises(UserError, match="1 of its classes are not the bundle's: n09"):
+        evaluate.evaluate(method, make("imagenet-a", tmp_path / "part", tmp_path, size=32))
+    arguments = [str(tmp_path / "bundle"), "--data", str(folder), "--out", str(tmp_path / "found.parquet")]
+    shown = CliRunner().invoke(evaluate.app, arguments)
+    assert f"{whole.top1:.2f}" in shown.output
+    assert pq.read_table(tmp_path / "found.parquet").to_pylist()[0]["top1"] == whole.top1
+
+
+def test_intervals():
+    low, high = evaluate.wilson(81, 100)
+    assert (low, high) == pytest.approx((72.22, 87.49), abs=0.01)
+    assert evaluate.wilson(0, 50)[0] == pytest.approx(0)
+
+
+def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
+    for number in (10, 9, 2):
+        photo(tmp_path / "source" / str(number) / "x.png")
+    opened = make("imagenet-v2", tmp_path / "source", tmp_path, size=16)
+    assert opened.description.class_names == ("2", "9", "10")
+    with pytest.raises(UserError, match="has no images to train on"):
+        data.load(DatasetConfig(name="store", root=opened.folder), 16)
+    (tmp_path / "source" / "n01").mkdir()
+    with pytest.raises(UserError, match="are numbers, and not n01"):
+        make("imagenet-v2", tmp_path / "source", tmp_path / "other")
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lorvp.data", *map(str, arguments)]
 
@@ -355,21 +405,18 @@ def test_prepare_killed_three_times_and_finished(tmp_path):
 
 
 def test_the_command_line(image_root, tmp_path):
-    done = subprocess.run(
-        command("prepare", "image_folder", "--source", image_root, "--out", tmp_path, "--size", "16"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "24 train, 12 test, 3 classes" in done.stdout
-    for arguments, said in (
-        (["list", tmp_path], "24 train, 12 test"),
-        (["verify", tmp_path / "image_folder-16"], "as"),
-    ):
-        assert said in subprocess.run(command(*arguments), capture_output=True, text=True, check=True).stdout
+    source = ["prepare", "image_folder", "--source", str(image_root), "--out", str(tmp_path), "--size", "16"]
+    looks = [
+        (source, "24 train, 12 test, 3 classes"),
+        (["list", str(tmp_path)], "24 train, 12 test"),
+        (["info", str(tmp_path / "image_folder-16")], "16 px, PIL"),
+        (["verify", str(tmp_path / "image_folder-16")], "as it was written"),
+    ]
+    for arguments, said in looks:
+        assert said in CliRunner().invoke(prepare.app, arguments).output
     wrong = subprocess.run(
         command("prepare", "cifra10", "--source", image_root, "--out", tmp_path), capture_output=True, text=True
     )
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().startswith("error: no dataset is called 'cifra10'; one of cifar10")
+    assert wrong.stderr.startswith("error: no dataset is called 'cifra10'; one of cifar10")
     assert len(wrong.stderr.strip().splitlines()) == 1

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import lorvp
 from cluster.folder import State, TrialFolder
+from lorvp.prepare import prepare
 
 pytestmark = pytest.mark.slow
 LAUNCH = Path(__file__).parent.parent / "sweeps" / "launch.py"
@@ -243,9 +244,10 @@ def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
     checkpoint = tmp_path / "vit.safetensors"
     save_file(model.state_dict(), checkpoint)
     sweep = Sweep(tmp_path, (LAUNCH.parent / "lorvp_imagenet.yaml").read_text())
+    assert "python -m lorvp.data prepare imagenet --size 224" in sweep.run(code=2)
     overrides = {
         "name": "small",
-        "trial.dataset.root": image_root,
+        "trial.dataset.root": prepare("imagenet", image_root, tmp_path / "data", partial=True),
         "trial.backbone.checkpoint": checkpoint,
         "trial.epochs": 1,
         "trial.batch_size": 9,
