@@ -1,0 +1,144 @@
+"""What reading and preparing data costs; prints the README's table. About five minutes and 6 GiB of disk.
+
+    python tests/bench_store.py [FOLDER OF IMAGES]      CLASS/IMAGE; by default 500 x 375 JPEGs made here
+
+read: shuffled batches of 256 from a store of 20,000 images at 224 px, against the published way (PIL decodes and
+resizes each image), both on one core and in turns; once as uint8 and once as float in [0, 1].
+prepare: the rate of `prepare` against the same decoding in as many processes that write nothing.
+open: a store of 1,281,167 rows of 32 px.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from lorvp import images, prepare, store
+from lorvp.files import write_json
+from lorvp.store import Description, Manifest, SplitFiles, Store
+
+ROWS, BATCH, SIZE, FILES, ROUNDS = 20_000, 256, 224, 1_500, 5
+
+
+def row(what: str, measured: str, goal: str) -> None:
+    print(f"| {what} | {measured} | {goal} |", flush=True)
+
+
+def make_images(root: Path) -> None:
+    """JPEGs of a usual size, neither flat nor noise."""
+    random = np.random.default_rng(0)
+    for i in range(FILES):
+        small = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        path = root / f"class{i % 5}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def synthetic(folder: Path, rows: int, size: int) -> Store:
+    """A store of that many rows, its pixels random."""
+    folder.mkdir()
+    each = prepare.PART_BYTES // (3 * size**2)
+    pixels = np.random.default_rng(0).integers(0, 256, (each, size, size, 3), dtype=np.uint8)
+    about = Description(dataset="synthetic", image_size=size, transform="", class_names=("a",), source="")
+    parts = [
+        store.write_part(folder / f"train-{n:05}.arrow", pixels[: min(each, rows - start)], about)
+        for n, start in enumerate(range(0, rows, each))
+    ]
+    index = store.write_index(folder / "train-index.arrow", np.zeros(rows), [f"{i:08}.jpg" for i in range(rows)], about)
+    manifest = Manifest(format_version=1, description=about, splits={"train": SplitFiles(index=index, parts=parts)})
+    write_json(folder / "store.json", manifest.model_dump(mode="json"))
+    return Store.open(folder)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def read(files: list[Path], folder: Path) -> None:
+    kept = synthetic(folder / "read", ROWS, SIZE).splits["train"]
+    published = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor()])
+    random = np.random.default_rng(1)
+
+    def by_pil() -> None:
+        for path in files[:64]:
+            published(Image.open(path).convert("RGB"))
+
+    def whole_pass(as_float: bool) -> None:
+        for rows in random.permutation(ROWS)[: BATCH * 16].reshape(-1, BATCH):
+            batch = torch.from_numpy(kept.read(rows)).permute(0, 3, 1, 2)
+            if as_float:
+                batch.float().div_(255)
+
+    whole_pass(False)  # the disk's cache is the store's usual state
+    ratios: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        each = seconds(by_pil) / 64
+        for as_float, ratio in ratios.items():
+            ratio.append(each / (seconds(lambda: whole_pass(as_float)) / (16 * BATCH)))  # noqa: B023
+    for as_float, goal in ((False, 20), (True, 3)):
+        what = "float batches" if as_float else "uint8 batches"
+        row(f"{what} from the store : PIL a file, one core", f"{statistics.median(ratios[as_float]):.0f}", f">= {goal}")
+    memory = psutil.Process().memory_full_info()
+    row(
+        "resident beyond the disk's cache, all of this process", f"{memory.uss / 2**20 - imports:.0f} MiB", "<= 300 MiB"
+    )
+    shutil.rmtree(folder / "read")
+
+
+def decode_all(paths: list[Path]) -> None:
+    for path in paths:
+        images.decode(path, SIZE)
+
+
+def prepare_rate(root: Path, files: list[Path], folder: Path) -> None:
+    workers = len(os.sched_getaffinity(0))
+
+    def bare() -> None:
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(decode_all, [files[i :: 4 * workers] for i in range(4 * workers)]))
+
+    def ours() -> None:
+        prepare.prepare("image_folder", root, folder / "prepared", size=SIZE)
+        shutil.rmtree(folder / "prepared")
+
+    ratio = statistics.median(seconds(bare) / seconds(ours) for _ in range(ROUNDS))
+    row(f"`prepare` : decoding alone, {workers} processes", f"{ratio:.2f}", ">= 0.9")
+
+
+def opening(folder: Path) -> None:
+    synthetic(folder / "large", 1_281_167, 32)
+    milliseconds = 1e3 * statistics.median(seconds(lambda: Store.open(folder / "large")) for _ in range(ROUNDS))
+    row("opening a store of 1,281,167 rows", f"{milliseconds:.1f} ms", "< 50 ms")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work = Path(tempfile.mkdtemp(prefix="lorvp-bench-"))
+    try:
+        root = Path(sys.argv[1]) if sys.argv[1:] else work / "images"
+        if not sys.argv[1:]:
+            make_images(root)
+        files = [path for path in sorted(root.glob("*/*")) if path.is_file()][:FILES]
+        imports = psutil.Process().memory_full_info().uss / 2**20
+        row("", "measured", "goal")
+        row("---", "---", "---")
+        read(files, work)
+        prepare_rate(root, files, work)
+        opening(work)
+    finally:
+        shutil.rmtree(work)
