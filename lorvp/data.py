@@ -277,6 +277,7 @@ LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
 
 
 if __name__ == "__main__":
-    from lorvp.prepare import main
+    from lorvp import cli
+    from lorvp.prepare import app
 
-    main()
+    cli.run(app)

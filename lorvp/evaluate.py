@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lorvp import bundle, data
+from lorvp import bundle, cli, data
 from lorvp.errors import UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
@@ -116,13 +116,5 @@ def command(
         console.print(f"written: {out}", highlight=False)
 
 
-def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    cli.run(app)

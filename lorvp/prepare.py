@@ -140,8 +140,6 @@ def prepare(
             index = store.write_index(folder / f"{split}-index.arrow", rows.labels[kept], names, description)
             splits[split] = SplitFiles(index=index, parts=[each.file for each in done])
     for split, files in splits.items():
-        for file in files.parts:
-            store.check_size(folder, file)
         found = len(np.unique(store.Split(folder, files, size).labels))
         if found < len(source.class_names):
             raise UserError(f"{folder}: {len(source.class_names) - found} classes have no readable image in {split}")
@@ -245,9 +243,9 @@ def check_room(folder: Path, source: Source, size: int) -> None:
 
 
 def progress_bar(total: int) -> Progress:
-    rate = TextColumn("{task.fields[unit]}")
-    bar = Progress(BarColumn(), MofNCompleteColumn(), SpeedColumn(), TimeRemainingColumn(), rate, console=console)
-    bar.add_task("images", total=total, unit="left")
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    bar = Progress(BarColumn(), MofNCompleteColumn(), SpeedColumn(), *left, console=console)
+    bar.add_task("images", total=total)
     return bar
 
 
@@ -320,11 +318,3 @@ def show(folder: Path) -> None:
     console.print(
         f"pixels: {description.image_size} px, {description.transform or 'as in the source'}", highlight=False
     )
-
-
-def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
