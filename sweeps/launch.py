@@ -29,8 +29,7 @@ from cluster.slurm import requeue_this_job, sbatch_file, submit_driver
 from lorvp.errors import UserError
 from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
-from sweeps import spec as specs
-from sweeps import status
+from sweeps import spec_file, status
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
@@ -61,7 +60,7 @@ def main(
 ) -> None:
     """Carries out the sweep that SPEC describes."""
     try:
-        spec = specs.load(file, overrides)
+        spec = spec_file.load(file, overrides)
         if dry_run:
             show_plan(spec)
             return

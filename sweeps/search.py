@@ -17,9 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from sweeps.spec import Scalar, Spec, active
-
-SCORE = "score"
-"""What the search sees of a trial: the best value of the objective so far."""
+from sweeps.tune_trial import SCORE
 
 
 class Suggestions:

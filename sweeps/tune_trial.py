@@ -1,4 +1,7 @@
-"""A trial as Ray Tune sees it: asked for by writing its folder, followed by reading it, stopped by a word in it."""
+"""A trial as Ray Tune sees it: asked for by writing its folder, followed by reading it, stopped by a word in it.
+
+A process of Ray's imports this for each running trial, so it imports little: Optuna, for one, is the driver's.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from ray.tune.experiment import Trial
 from cluster.folder import State, StopReason, TrialFolder
 from lorvp.config import TrialConfig
 from lorvp.errors import TrialFailed
-from lorvp.yaml_file import explain
-from sweeps.search import SCORE
+from lorvp.explain import explain
 from sweeps.spec import Scalar, Spec
 
+SCORE = "score"
+"""What the search sees of a trial: the best value of the objective so far."""
 POLL_SECONDS = 0.2
 NOT_VALID = "no trial is possible at"
 

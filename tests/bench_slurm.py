@@ -141,7 +141,7 @@ def handover(slurm: Simulation, folder: Path, trials: int = 32, rounds: int = 2)
         for per_job, rate in rates.items():
             profile = PROFILE + f"trials_per_job: {per_job}\n"
             name = f"by{per_job}-{i}"
-            file = spec(name, folder, profile, trials, concurrent=4, epochs=3, size=40)
+            file = spec(name, folder, profile, trials, concurrent=4, epochs=8, size=40)
             subprocess.run([sys.executable, str(LAUNCH), str(file)], check=True, stdout=subprocess.DEVNULL)
             done = TrialFolder.requested(folder / "runs" / name / "trials")
             assert len(done) == trials

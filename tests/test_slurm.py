@@ -23,8 +23,7 @@ from test_sweep import SPEC, Sweep
 from typer.testing import CliRunner
 
 from cluster.folder import State, TrialFolder
-from sweeps import launch
-from sweeps import spec as specs
+from sweeps import launch, spec_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -328,7 +327,7 @@ def test_disk_full_in_one_trials_folder(installed, tmp_path, monkeypatch):
     axes = ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}")
     mappings = ("[rlm, flm, ilm, fm, lp]", "[lp]")
     sweep = make_sweep(tmp_path, grid=grid, axes=axes, mappings=mappings)
-    spec = specs.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
+    spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
     full = spec.trials / spec.trial_config(spec.cells()[0]).content_hash()
     full.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", full], check=True)

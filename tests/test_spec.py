@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from sweeps import launch, spec
+from sweeps import launch, spec_file
 from sweeps.search import CellSampler, make_sampler, suggest
 
 SWEEPS = Path(launch.__file__).parent
@@ -146,7 +146,7 @@ def test_overrides_reach_every_kind_of_key(write):
         "control.method=linear_probe",
         "control.optimizer.lr=[0.1, 1]",
     ]
-    changed = spec.load(write(), [*overrides, "trial.label_mapping=lp", "control.label_mapping=lp"])
+    changed = spec_file.load(write(), [*overrides, "trial.label_mapping=lp", "control.label_mapping=lp"])
     assert changed.search.trials == 3
     assert changed.space["prompt.rank"].integers == [2, 6]
     assert changed.space["optimizer.prompt_lr"].log_uniform == (1e-3, 1e-1)
@@ -157,7 +157,7 @@ def test_overrides_reach_every_kind_of_key(write):
 
 
 def test_grid_has_every_valid_cell_once(write):
-    good = spec.load(write())
+    good = spec_file.load(write())
     cells = good.cells()
     expected = [
         {"label_mapping": m, "prompt.rank": r, "optimizer.prompt_lr": p} | ({"optimizer.head_lr": h} if h else {})
@@ -172,7 +172,7 @@ def test_grid_has_every_valid_cell_once(write):
 
 
 def test_grid_sampler_follows_the_conditions(write):
-    good = spec.load(write())
+    good = spec_file.load(write())
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=CellSampler(good.cells()))
     suggested = [suggest(good, study.ask()) for _ in good.cells()]
@@ -183,7 +183,7 @@ def test_grid_sampler_follows_the_conditions(write):
 def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     overrides = [f"search.algorithm={algorithm}", "search.trials=12", "search.seed=4"]
-    sweep = spec.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
+    sweep = spec_file.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
 
     def run(seed: int) -> list[dict]:
         study = optuna.create_study(sampler=make_sampler(sweep, seed), direction="maximize")
@@ -207,7 +207,7 @@ def test_cmaes_takes_numbers(write):
         GOOD[GOOD.index("  label_mapping") : GOOD.index("search:")],
         "  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
     )
-    sweep = spec.load(path, overrides)
+    sweep = spec_file.load(path, overrides)
     study = optuna.create_study(sampler=make_sampler(sweep, 0))
     for _ in range(8):
         trial = study.ask()
@@ -216,7 +216,7 @@ def test_cmaes_takes_numbers(write):
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweeps_that_come_with_the_project(path):
-    loaded = spec.load(path)
+    loaded = spec_file.load(path)
     assert loaded.name == path.stem
     assert path.read_text().startswith("#")
     result = CliRunner().invoke(launch.app, [str(path), "--dry-run"])
@@ -225,11 +225,11 @@ def test_sweeps_that_come_with_the_project(path):
 
 
 def test_published_settings():
-    imagenet = spec.load(SWEEPS / "lorvp_imagenet.yaml")
+    imagenet = spec_file.load(SWEEPS / "lorvp_imagenet.yaml")
     config = imagenet.trial_config({})
     assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
     assert {"optimizer.lr", "optimizer.prompt_lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
-    cifar = spec.load(SWEEPS / "lorvp_cifar100.yaml")
+    cifar = spec_file.load(SWEEPS / "lorvp_cifar100.yaml")
     row = cifar.trial_config({})
     assert (row.optimizer.lr, row.prompt.rank, row.label_mapping, row.epochs, row.batch_size) == (
         0.02,
@@ -245,7 +245,7 @@ def test_published_settings():
 def test_values_that_go_with_some_others_only(write):
     """A grid over them is refused (above); a search is not, and such a point is a failed trial."""
     path = write("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}")
-    assert spec.load(path, ["search={algorithm: random, trials: 3}"]).number_of_trials() == 3
+    assert spec_file.load(path, ["search={algorithm: random, trials: 3}"]).number_of_trials() == 3
 
 
 def test_dry_run_writes_nothing(write, tmp_path):
@@ -259,4 +259,4 @@ def test_dry_run_writes_nothing(write, tmp_path):
 
 def test_errors_are_user_errors(write):
     with pytest.raises(UserError):
-        spec.load(write("epochs: 4", "epochs: 0"))
+        spec_file.load(write("epochs: 4", "epochs: 0"))

@@ -1,0 +1,150 @@
+"""A sweep's YAML file, read into a `Spec`; errors name file, line and key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from cluster import profile as profiles
+from lorvp.config import Part, TrialConfig
+from lorvp.errors import UserError
+from lorvp.explain import Location, closest, explain
+from lorvp.yaml_file import YamlFile, parse_value
+from sweeps.spec import Scalar, Spec
+
+Fail = Callable[[Location, str], NoReturn]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """The spec in `path`, with each override `KEY=VALUE` put in. Raises UserError: one line, with file, line, key."""
+    file = YamlFile(path)
+    for override in overrides:
+        _override(file.values, override)
+    spec = file.validate(Spec)
+    try:
+        spec.ordered_axes()
+    except ValueError as error:
+        for name, axis in spec.space.items():
+            for other in axis.when:
+                if other not in spec.space:
+                    file.fail(
+                        ("space", name, "when", other), f"no such axis in space{closest(other, list(spec.space))}"
+                    )
+        file.fail(("space",), str(error))
+    known = dotted_keys(TrialConfig)
+    for kind in ("space", "control"):
+        for key in getattr(spec, kind):
+            if key not in known:
+                file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
+    try:
+        profiles.load(spec.cluster)
+    except UserError as error:
+        file.fail(("cluster",), str(error))
+    _check_search(spec, file.fail)
+    _check_configs(spec, file.fail)
+    for part, key in (("dataset", "root"), ("backbone", "checkpoint")):
+        if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
+            spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
+    return spec
+
+
+def _check_search(spec: Spec, fail: Fail) -> None:
+    """What pydantic can't see: whether the algorithm can take these axes, and the conditions be met."""
+    search = spec.search
+    if not spec.space:
+        fail(("space",), "needs at least one axis, as in `optimizer.prompt_lr: {log_uniform: [0.01, 1]}`")
+    for name, axis in spec.space.items():
+        for other, allowed in axis.when.items():
+            for value in allowed:
+                possible = spec.space[other].values()
+                if possible is not None and value not in possible:
+                    fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
+        if search.algorithm == "grid" and axis.values() is None:
+            fail(("space", name), "a grid takes choice and int axes only; list the values in choice")
+        if search.algorithm == "cmaes" and axis.choice is not None:
+            fail(("space", name), "cmaes can't take categories; use uniform, log_uniform or int, or tpe for the search")
+        if search.algorithm == "cmaes" and axis.when:
+            fail(("space", name, "when"), "cmaes can't take conditions; use tpe for the search")
+    if search.algorithm == "grid" and search.trials not in (None, len(spec.cells())):
+        fail(("search", "trials"), f"this grid has {len(spec.cells())} cells; leave trials out")
+    if search.algorithm != "grid" and search.trials is None:
+        fail(("search",), f"{search.algorithm} needs trials: how many")
+
+
+def _check_configs(spec: Spec, fail: Fail) -> None:
+    """That `trial`, each axis and the control give valid configs."""
+
+    def check(params: dict[str, Scalar], location: Location) -> None:
+        try:
+            spec.trial_config(params)
+        except ValidationError as error:
+            inner, message = explain(error, TrialConfig)
+            if not inner and "choice" in location and spec.search.algorithm != "grid":
+                return  # two values that don't go together; with others this one may
+            dotted = ".".join(str(part) for part in inner)
+            # an error about a searched key belongs to its axis, any other to the fixed values
+            owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
+            if owner is None and inner:
+                fail(("trial", *inner), message)
+            fail(location if owner is None else ("space", owner, *location[2:]), message)
+
+    check(spec.example(), ("trial",))
+    for name, axis in spec.space.items():
+        for i, value in enumerate(axis.examples()):
+            check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+    if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
+        fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
+    if spec.search.algorithm == "grid":
+        for cell in spec.cells():
+            check(cell, ("space",))
+    for key, value in spec.control.items():
+        if value == []:
+            fail(("control", key), "an empty list; give at least one value")
+    if spec.control:
+        try:
+            spec.control_configs()
+        except ValidationError as error:
+            inner, message = explain(error, TrialConfig)
+            dotted = ".".join(str(part) for part in inner)
+            if dotted in spec.control:
+                fail(("control", dotted), message)
+            fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
+    """Every key of a config that holds a value, by dotted path."""
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Puts one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip("."):
+        raise UserError(f"--set {override}: must be KEY=VALUE, as in search.trials=8")
+    try:
+        value = parse_value(text)
+    except UserError as error:
+        raise UserError(f"--set {override}: {error}") from None
+    parts = key.strip().split(".")
+    node = values
+    while True:
+        # the longest key that is there already; else one part, or all of an axis's name
+        there = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), None)
+        whole = node is values.get("space") or node is values.get("control")
+        taken = there or (len(parts) if whole else 1)
+        name, parts = ".".join(parts[:taken]), parts[taken:]
+        if not parts:
+            node[name] = value
+            return
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]
