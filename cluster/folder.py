@@ -207,8 +207,7 @@ class TrialFolder:
     @classmethod
     def requested(cls, trials: Path) -> list[TrialFolder]:
         """All trials under `trials`, oldest request first."""
-        configs = sorted(trials.glob("*/config.json"), key=lambda path: (path.stat().st_mtime_ns, path))
-        return [cls(path.parent) for path in configs]
+        return Requests(trials).all()
 
     @cached_property
     def config(self) -> TrialConfig:
@@ -312,3 +311,19 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+
+
+class Requests:
+    """The trials under a folder, oldest request first; to look again costs the same for a thousand as for ten."""
+
+    def __init__(self, trials: Path) -> None:
+        self._trials = trials
+        self._seen: dict[str, TrialFolder] = {}
+
+    def all(self) -> list[TrialFolder]:
+        names = os.listdir(self._trials) if self._trials.is_dir() else []
+        configs = [self._trials / name / "config.json" for name in names if name not in self._seen]
+        there = [path for path in configs if path.exists()]
+        for path in sorted(there, key=lambda path: (path.stat().st_mtime_ns, path)):
+            self._seen[path.parent.name] = TrialFolder(path.parent)
+        return list(self._seen.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster import code
-from cluster.folder import Cause, JobState, State, StopReason, TrialFolder
+from cluster.folder import Cause, JobState, Requests, State, StopReason, TrialFolder
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from cluster.slurm import SlurmCluster
@@ -52,8 +52,8 @@ class Relay:
     """Looks after the jobs of all trials under one folder; `poll` does what is due and returns at once."""
 
     def __init__(self, trials: Path, cluster: Cluster) -> None:
-        self.trials = trials
         self.cluster = cluster
+        self._requests = Requests(trials)
         self.states: dict[str, JobState] = {}
         """What is known of the job of each open trial, by the trial's name."""
         self.troubles: dict[str, str] = {}
@@ -177,7 +177,7 @@ class Relay:
 
     def open_trials(self) -> list[TrialFolder]:
         """The trials that have not ended, oldest request first."""
-        trials = [t for t in TrialFolder.requested(self.trials) if t.name not in self._ended]
+        trials = [t for t in self._requests.all() if t.name not in self._ended]
         for trial in trials:
             if trial.ended():
                 self._ended.add(trial.name)

@@ -18,7 +18,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.folder import End, State, TrialFolder
+from cluster.folder import End, Requests, State, TrialFolder
 from cluster.relay import Relay
 from sweeps.leaderboard import number
 from sweeps.spec import Spec
@@ -92,6 +92,7 @@ class Follower:
         self.given_up = ""
         """Why the sweep was ended early, if it was."""
         self._controls = {config.content_hash() for config in spec.control_configs()}
+        self._requests = Requests(spec.trials)
         self._progress: dict[str, Progress] = {}
         self._outcomes: list[State] = []  # of the trials that ended since the driver started, in that order
         self._waits: set[str] = set()
@@ -100,7 +101,7 @@ class Follower:
         self._relay = Repeated(relay.poll, self._warn)
         live = Live(console=console, get_renderable=self.view, refresh_per_second=2)
         self._live = live if console.is_terminal else None
-        for trial in TrialFolder.requested(spec.trials):
+        for trial in self._requests.all():
             progress = self._see(trial)
             progress.seen_before = len(trial.results())
             progress.ended_before = trial.ended() is not None
@@ -113,7 +114,7 @@ class Follower:
 
     def look(self) -> None:
         """One look at everything."""
-        for trial in TrialFolder.requested(self.spec.trials):
+        for trial in self._requests.all():
             self._follow(self._see(trial))
         self._show_waits()
         limit = self.spec.failure_limit

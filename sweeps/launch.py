@@ -322,6 +322,7 @@ def run_search(spec: Spec, ending: Ending) -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: Ray listens on loopback only
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # nothing is restored from Tune's own state
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the driver's own business
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are recorded in the folders and in MLflow
     }
