@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lorvp.tiny  # noqa: F401  registers the quickstart's backbone with timm
 from lorvp.config import BackboneConfig
 from lorvp.errors import UserError
+from lorvp.resize import resize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,15 +62,12 @@ class Backbone(nn.Module):
 
         Resizing is bilinear with antialias, aspect squashed, and on uint8 where the images are, as published.
         """
+        if images.dtype == torch.uint8:
+            return resize(images, self.image_size).float() / 255
         size = (self.image_size, self.image_size)
-        whole = images.dtype == torch.uint8
         if images.shape[-2:] != size:
-            if whole and images.device.type != "cpu":  # torch resizes uint8 on the CPU only
-                images = images.float()
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-            if whole:
-                images = images.round().clamp(0, 255)
-        return images.float() / 255 if whole else images.float()
+        return images.float()
 
     def forward(self, images: torch.Tensor, output: str) -> torch.Tensor:
         """(N, 3, L, L) around [0, 1] to (N, source classes) `logits` or (N, features) `features`, float32."""
