@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ def transform(size: int) -> str:
     return f"PIL {PIL.__version__} bilinear with antialias to {size}x{size}, aspect squashed, uint8"
 
 
-def decode(path: Path, size: int, resize: bool = True) -> np.ndarray:
-    """One image file as (size, size, 3) uint8 RGB; of an animation the first frame; EXIF rotation not applied.
+def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -> np.ndarray:
+    """An encoded image as (size, size, 3) uint8 RGB; of an animation the first frame; EXIF rotation not applied.
 
-    Without `resize` the image must have that size. Raises UserError naming the file when it can't be read.
+    Without `resize` the image must have that size. Raises UserError naming the file, or `name`, when it can't be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
                 raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb")
             if not resize and image.size != (size, size):
@@ -35,4 +36,9 @@ def decode(path: Path, size: int, resize: bool = True) -> np.ndarray:
             image = image.convert("RGB")
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if resize else image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{str(path)!r}: not a readable image ({error})") from None
+        raise UserError(f"{name or str(file)!r}: not a readable image ({error})") from None
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 as (size, size, 3), as `decode` resizes them."""
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))

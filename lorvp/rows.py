@@ -1,0 +1,65 @@
+"""What a dataset is before it is stored: its images, not yet decoded, with their labels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Cells(Protocol):
+    """Encoded images that lie in tables, not in files of their own."""
+
+    def __getitem__(self, row: int) -> bytes: ...
+
+    def sizes(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images of one split: files under `root`, or `cells`, or pixels (N, H, W, 3) uint8.
+
+    labels (N,) int64; names, of files their paths in `root`.
+    """
+
+    labels: np.ndarray
+    names: list[str]
+    root: Path | None = None
+    pixels: np.ndarray | None = None
+    cells: Cells | None = None
+    first: int = 0
+    """Where in `cells` these rows begin."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file(self, row: int) -> bytes:
+        """An encoded image. Raises OSError where its file can't be read."""
+        return Path(self.root, self.names[row]).read_bytes() if self.cells is None else self.cells[self.first + row]
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of them, to be sent to another process."""
+        here = slice(start, stop)
+        pixels = None if self.pixels is None else self.pixels[here]
+        return replace(self, labels=self.labels[here], names=self.names[here], pixels=pixels, first=self.first + start)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image, (N,) int64, as it lies in the source."""
+        if self.pixels is not None:
+            return np.full(len(self), self.pixels[0].nbytes)
+        if self.cells is not None:
+            return self.cells.sizes()
+        return np.array([os.lstat(os.path.join(self.root, name)).st_size for name in self.names])
+
+
+@dataclass(frozen=True)
+class Source:
+    class_names: list[str]
+    splits: dict[str, Rows]
+    native_size: int | None = None
+    """Side of the images where all have the same, so that they need not be resized."""
