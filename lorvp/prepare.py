@@ -1,6 +1,6 @@
-"""`python -m lorvp.data prepare NAME`: decodes a dataset once, into the store that all its trials read.
+"""Makes stores: decodes a dataset once, for all trials that will read it.
 
-What is done is kept: a store is made in files of 64 MiB, each renamed into place when it is whole, and a second call
+What is done is kept: a store is made in files of 32 MiB, each renamed into place when it is whole, and a second call
 goes on with the missing ones. `store.json` comes last.
 """
 
@@ -11,46 +11,44 @@ import json
 import multiprocessing
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from lorvp import images, sources, store
+from lorvp import images, store
 from lorvp.errors import UserError
 from lorvp.files import write_json
-from lorvp.sources import SOURCES, Rows, Source, read_source
-from lorvp.store import MANIFEST, Description, File, Manifest, SplitFiles
+from lorvp.rows import Rows, Source
+from lorvp.sources import read_source
+from lorvp.store import MANIFEST, Description, File, Manifest, SplitFiles, StoredImage
 
-PART_BYTES = 64 << 20
+PART_BYTES = 32 << 20
 ROW_BYTES = 256
 """What a row's label and name take, at most, of the index and of the plan."""
 PLAN = "plan.json"
 DEFAULT_SIZE = 224
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One file of pixels to be made."""
+    """One file of images to be made."""
 
     path: Path
-    paths: list[Path] | None
-    pixels: np.ndarray | None
+    rows: Rows
     description: Description
     resize: bool
 
     def __len__(self) -> int:
-        return len(self.paths if self.paths is not None else self.pixels)
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,48 @@ class Done:
 
 def make_part(task: Task, skip_unreadable: bool) -> Done:
     """Makes one file, in a process of its own. Writes nothing where an image can't be read and may not be skipped."""
-    if task.pixels is not None:
-        return Done(store.write_part(task.path, task.pixels, task.description), [True] * len(task.pixels), [])
-    size = task.description.image_size
-    pixels = np.empty((len(task.paths), size, size, 3), dtype=np.uint8)
-    kept, problems = [], []
-    for path in task.paths:
-        try:
-            pixels[sum(kept)] = images.decode(path, size, task.resize)
-            kept.append(True)
-        except UserError as error:
-            kept.append(False)
-            problems.append(str(error))
-    if problems and not (skip_unreadable and any(kept)):
+    kept: list[bool] = []
+    problems: list[str] = []
+
+    def readable() -> Iterator[StoredImage]:
+        for row in range(len(task)):
+            try:
+                image = make_image(task, row)
+            except UserError as error:
+                kept.append(False)
+                problems.append(str(error))
+            else:
+                kept.append(True)
+                yield image
+        if problems and not (skip_unreadable and any(kept)):
+            raise Unreadable
+        if problems:  # the index is written later, perhaps after a restart; this file is there before the part is
+            write_json(task.path.with_suffix(".skipped.json"), {"kept": kept, "problems": problems})
+
+    try:
+        return Done(store.write_part(task.path, readable(), task.description), kept, problems)
+    except Unreadable:
         return Done(None, kept, problems)
-    if problems:  # the index is written later, perhaps after a restart; told first, as the file says that all is done
-        write_json(task.path.with_suffix(".skipped.json"), {"kept": kept, "problems": problems})
-    return Done(store.write_part(task.path, pixels[: sum(kept)], task.description), kept, problems)
+
+
+class Unreadable(Exception):
+    """A part has images that can't be read, and may not be left out."""
+
+
+def make_image(task: Task, row: int) -> StoredImage:
+    """What is stored of one image. Raises UserError when it can't be read."""
+    size, rows = task.description.image_size, task.rows
+    if rows.pixels is not None:
+        pixels = np.ascontiguousarray(rows.pixels[row])
+        return StoredImage(images.resized(pixels, size) if task.resize else pixels, zlib.crc32(pixels))
+    name = repr(str(Path(rows.root or "", rows.names[row])))
+    try:
+        file = rows.file(row)
+    except OSError as error:
+        raise UserError(f"{name}: not a readable image ({error.strerror})") from None
+    # one that is kept as it is must be readable, too
+    pixels = images.decode(file, size or DEFAULT_SIZE, task.resize or size is None, name)
+    return StoredImage(file if size is None else pixels, zlib.crc32(file))
 
 
 def done_before(task: Task) -> Done | None:
@@ -88,7 +111,8 @@ def done_before(task: Task) -> Done | None:
     skipped = task.path.with_suffix(".skipped.json")
     values = json.loads(skipped.read_text()) if skipped.exists() else {"kept": [True] * len(task), "problems": []}
     try:
-        rows = store.read_batch(task.path).num_rows
+        file = store.open_file(task.path)
+        rows = sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
     except UserError:
         return None
     if rows != sum(values["kept"]):
@@ -97,36 +121,39 @@ def done_before(task: Task) -> Done | None:
 
 
 def prepare(
-    name: str,
+    dataset: str,
     source_folder: Path,
     out: Path,
     size: int | None = None,
     processes: int | None = None,
     skip_unreadable: bool = False,
     partial: bool = False,
+    encoded: bool = False,
+    name: str = "",
 ) -> Path:
-    """Makes the store of dataset `name`, or goes on making it, and returns its folder.
+    """Makes the store of `dataset`, or goes on making it, and returns its folder, `name`-`size` in `out`.
 
-    `size` is the side of the images in pixels: by default their own where all have the same, else 224. Raises UserError
-    for a source that isn't the dataset, images that can't be read, a disk without room, a folder that can't be written.
+    `size` is the side of the images in pixels: by default their own where all have the same, else 224. `encoded` keeps
+    image files as they are. Raises UserError for a source that isn't the dataset, images that can't be read, a disk
+    without room, a folder that can't be written.
     """
-    source = read_source(name, source_folder, partial)
-    size = size or source.native_size or DEFAULT_SIZE
-    folder = out / f"{name}-{size}"
+    source = read_source(dataset, source_folder, partial)
+    if encoded and any(rows.pixels is not None for rows in source.splits.values()):
+        raise UserError(f"--encoded: {dataset} comes as pixels, not as image files")
+    size = None if encoded else size or source.native_size or DEFAULT_SIZE
+    folder = out / f"{name or dataset}-{size or store.ENCODED}"
     if (folder / MANIFEST).exists():
         store.Store.open(folder)
         return folder
     resize = size != source.native_size
-    if resize and any(rows.pixels is not None for rows in source.splits.values()):
-        raise UserError(f"--size {size}: {name} is stored at its own {source.native_size} and resized where it is used")
     description = Description(
-        dataset=name,
+        dataset=name or dataset,
         image_size=size,
-        transform=images.transform(size) if resize else "",
+        transform=images.transform(size) if resize and not encoded else "",
         class_names=tuple(source.class_names),
         source=digest(source),
     )
-    check_room(folder, source, size)
+    check_room(folder, source, size or DEFAULT_SIZE, encoded)
     begin(folder, description)
     skipped: list[str] = []
     splits: dict[str, SplitFiles] = {}
@@ -137,15 +164,17 @@ def prepare(
             skipped += problems(done, skip_unreadable)
             kept = np.concatenate([each.kept for each in done])
             names = [name for name, keep in zip(rows.names, kept, strict=True) if keep]
-            index = store.write_index(folder / f"{split}-index.arrow", rows.labels[kept], names, description)
+            with written(folder):
+                index = store.write_index(folder / f"{split}-index.arrow", rows.labels[kept], names, description)
             splits[split] = SplitFiles(index=index, parts=[each.file for each in done])
     for split, files in splits.items():
         found = len(np.unique(store.Split(folder, files, size).labels))
-        if found < len(source.class_names):
-            raise UserError(f"{folder}: {len(source.class_names) - found} classes have no readable image in {split}")
+        if found < len(np.unique(source.splits[split].labels)):
+            raise UserError(f"{folder}: a class has no readable image in {split}: {'; '.join(skipped[:3])}")
     manifest = Manifest(format_version=store.FORMAT_VERSION, description=description, splits=splits)
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    store.verify(folder)
+    store.verify(folder, manifest)
+    with written(folder):
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     for leftover in [folder / PLAN, *folder.glob("*.skipped.json"), *folder.glob(".*.tmp")]:
         leftover.unlink()
     if skipped:
@@ -155,16 +184,26 @@ def prepare(
     return folder
 
 
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Raises UserError in place of the system's, for a disk that fills up or goes away."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{folder}: can't be written ({reason}); what is done is kept for the next call") from None
+
+
 def plan(folder: Path, split: str, rows: Rows, description: Description, resize: bool) -> list[Task]:
-    """The files of one split, in the order of its images."""
-    each = max(1, PART_BYTES // (3 * description.image_size**2))
-    tasks = []
-    for number, start in enumerate(range(0, len(rows), each)):
-        here = slice(start, start + each)
-        paths = rows.paths[here] if rows.paths else None
-        pixels = rows.pixels[here] if rows.pixels is not None else None
-        tasks.append(Task(folder / f"{split}-{number:05}.arrow", paths, pixels, description, resize))
-    return tasks
+    """The files of one split, in the order of its images, of about PART_BYTES each."""
+    size = description.image_size
+    sizes = rows.sizes if size is None else np.full(len(rows), 3 * size**2)
+    ends = np.flatnonzero(np.diff(np.cumsum(sizes) // PART_BYTES, append=-1)) + 1
+    starts = [0, *ends[:-1]]
+    return [
+        Task(folder / f"{split}-{number:05}.arrow", rows.part(start, end), description, resize)
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
 
 
 def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progress) -> list[Done]:
@@ -180,12 +219,8 @@ def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progr
                 running[pool.submit(make_part, tasks[number], skip_unreadable)] = number
             finished = next(as_completed(running))
             number = running.pop(finished)
-            try:
+            with written(tasks[number].path.parent):
                 done[number] = finished.result()
-            except OSError as error:
-                pool.shutdown(cancel_futures=True)
-                folder = tasks[number].path.parent
-                raise UserError(f"{folder}: can't be written ({error.strerror}); what is done is kept") from None
             bar.advance(bar.task_ids[0], len(tasks[number]))
     return done
 
@@ -220,26 +255,34 @@ def digest(source: Source) -> str:
     for split, rows in source.splits.items():
         seen.update(f"{split}\0".encode())
         seen.update(rows.labels.tobytes())
-        for i, name in enumerate(rows.names):
-            size = rows.paths[i].stat().st_size if rows.paths else 0
-            seen.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        seen.update(rows.sizes.tobytes())
+        for name in rows.names:
+            seen.update(f"{name}\0".encode(errors="surrogateescape"))
         if rows.pixels is not None:
             seen.update(np.ascontiguousarray(rows.pixels))
     return seen.hexdigest()
 
 
-def check_room(folder: Path, source: Source, size: int) -> None:
-    """Raises UserError, before anything is written, when the disk has no room for the store."""
-    rows = sum(map(len, source.splits.values()))
+def check_room(folder: Path, source: Source, size: int, encoded: bool) -> None:
+    """Says what the store takes, and would take otherwise; raises UserError, before anything is written, if there is
+    no room for it."""
+    splits = source.splits.values()
+    rows = sum(map(len, splits))
+    takes = {"pixels": rows * (3 * size**2 + ROW_BYTES)}
+    if all(each.pixels is None for each in splits):
+        takes["--encoded"] = sum(int(each.sizes.sum()) for each in splits) + rows * ROW_BYTES
     there = sum(path.stat().st_size for path in folder.glob("*.arrow")) if folder.is_dir() else 0
-    needed = rows * (3 * size**2 + ROW_BYTES) - there
+    needed = takes["--encoded" if encoded else "pixels"] - there
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    console.print(f"{folder}: {rows:,} images of {size} px, {needed / 2**30:.2f} GiB of {free / 2**30:.2f} GiB free")
+    choices = ", ".join(f"{gib(each)} as {kind}" for kind, each in takes.items())
+    console.print(f"{folder}: {rows:,} images, {choices}; {gib(there)} done, {gib(free)} free", highlight=False)
     if needed > free:
-        raise UserError(
-            f"{existing}: has {free / 2**30:.2f} GiB free, and the store takes {needed / 2**30:.2f} GiB more"
-        )
+        raise UserError(f"{existing}: has {gib(free)} free, and the store takes {gib(needed)} more")
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def progress_bar(total: int) -> Progress:
@@ -255,66 +298,3 @@ class SpeedColumn(TextColumn):
 
     def render(self, task: object) -> str:
         return f"{task.speed:,.0f} images/s" if task.speed else ""
-
-
-def stores(out: Path) -> Iterator[Path]:
-    return (path.parent for path in sorted(out.glob(f"*/{MANIFEST}")))
-
-
-@app.command("prepare")
-def prepare_command(
-    name: Annotated[str, typer.Argument(help=f"one of {', '.join(SOURCES)}")],
-    source: Annotated[Path, typer.Option(help="folder of the dataset as it comes")],
-    out: Annotated[Path, typer.Option(help="folder of all stores; this one is made in NAME-SIZE")],
-    size: Annotated[int | None, typer.Option(min=8, help="side in pixels; default: the images' own, else 224")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="default: one a core")] = None,
-    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what can't be read")] = False,
-    download: Annotated[bool, typer.Option("--download", help="have torchvision fetch CIFAR-10 or -100")] = False,
-    partial: Annotated[bool, typer.Option("--partial", help="take a part of the dataset, too")] = False,
-) -> None:
-    """Decodes a dataset once. A call that was interrupted is gone on with by another."""
-    if download:
-        sources.download(name, source)
-    folder = prepare(name, source, out, size, processes, skip_unreadable, partial)
-    show(folder)
-
-
-@app.command("list")
-def list_command(out: Annotated[Path, typer.Argument(help="folder of the stores")]) -> None:
-    """Shows the stores in a folder."""
-    table = Table(box=None)
-    for column in ("store", "size", "classes", "images", "GiB"):
-        table.add_column(column, justify="left" if column == "store" else "right")
-    for folder in stores(out):
-        manifest = store.read_manifest(folder)
-        files = [file for split in manifest.splits.values() for file in (split.index, *split.parts)]
-        counts = ", ".join(f"{split.index.rows:,} {name}" for name, split in manifest.splits.items())
-        size = sum(file.bytes for file in files) / 2**30
-        description = manifest.description
-        table.add_row(
-            folder.name, str(description.image_size), str(len(description.class_names)), counts, f"{size:.2f}"
-        )
-    console.print(table)
-
-
-@app.command("info")
-def info_command(folder: Path) -> None:
-    """Shows what a store holds."""
-    show(folder)
-
-
-@app.command("verify")
-def verify_command(folder: Path) -> None:
-    """Reads every byte of a store and compares it with the checksums."""
-    store.verify(folder)
-    console.print(f"{folder}: every file is as it was written")
-
-
-def show(folder: Path) -> None:
-    opened = store.Store.open(folder)
-    description = opened.description
-    counts = ", ".join(f"{len(split):,} {name}" for name, split in opened.splits.items())
-    console.print(f"{folder}: {description.dataset}, {counts}, {len(description.class_names)} classes", highlight=False)
-    console.print(
-        f"pixels: {description.image_size} px, {description.transform or 'as in the source'}", highlight=False
-    )
