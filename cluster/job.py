@@ -118,15 +118,18 @@ def train(trial: TrialFolder, loaded: Loaded | None, leaving: Callable[[], bool]
 
     Raises Fenced, and what training raises.
     """
-    from lorvp import training
+    import torch
+
+    from lorvp import distributed, training
 
     attempt = trial.claim()
     print(f"trial {trial.name}", flush=True)
     try:
         loaded = loaded or training.load(trial.config)
         recorded = len(attempt.results())
-        for result in training.train(
+        for result in distributed.train(
             trial.config,
+            processes=max(1, torch.cuda.device_count()),
             folder=attempt.path,
             resume_from=attempt.checkpoint if attempt.checkpoint.exists() else None,
             should_stop=lambda: leaving() or trial.stop_reason() is not None or attempt.fenced(),

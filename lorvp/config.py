@@ -64,15 +64,24 @@ class DatasetConfig(Part):
     name: Literal["store", "image_folder", "digits"]
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
     val_fraction: Fraction = 0.1
+    val_images: PositiveInt | None = Field(None, description="in place of val_fraction: as many, stratified")
+    train_images: PositiveInt | None = Field(None, description="train on so many of the rest; 800 and 200 as VTAB does")
     split_seed: NonNegativeInt = 0
     max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
     max_per_class: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first images of a class")
     skip_unreadable: bool = Field(False, description="go on without images that can't be read")
+    crop_flip: bool = Field(False, description="train on random crops (224 of 252 px) and mirror images, as published")
+    crop_root: AbsolutePath | None = Field(None, description="store of the same images at the size before the crop")
+    exact: bool = Field(False, description="only images that PIL has resized to L; no resizing on the device")
 
     @model_validator(mode="after")
     def _has_root(self) -> DatasetConfig:
         if self.root is None and self.name != "digits":
             raise ValueError(f"dataset {self.name} needs root: the folder where it lies")
+        if self.exact and self.name == "digits":
+            raise ValueError("dataset digits is resized on the device: exact can't be had")
+        if self.crop_root and not (self.crop_flip and self.name == "store"):
+            raise ValueError("crop_root goes with name: store and crop_flip: true")
         return self
 
 
@@ -158,6 +167,7 @@ class TrialConfig(Part):
             unused += ["prompt.rank", "prompt.init_a"]
         if self.prompt.kind != "border":
             unused += ["prompt.pad"]
+        unused += ["dataset.val_fraction"] if self.dataset.val_images else ["dataset.val_images"]
         if "sgd" not in (self.optimizer.name, self.optimizer.prompt_name):
             unused += ["optimizer.momentum"]
         for key in unused:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lorvp import bundle, cli, data
+from lorvp import bundle, cli, datasets, pipeline
 from lorvp.errors import UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
@@ -51,15 +51,15 @@ def evaluate(method: Method, opened: Store, batch_size: int = 512) -> Accuracy:
     published by their authors). Raises UserError for classes that the bundle doesn't know.
     """
     description = opened.description
-    data.check_size(opened, method.backbone.image_size)
-    images = data.stored(opened, "test" if "test" in opened.splits else "train")
+    datasets.check_size(opened, method.backbone.image_size)
+    images = datasets.stored(opened, "test" if "test" in opened.splits else "train", method.backbone.image_size)
     device = method.backbone.mean.device
     known = torch.from_numpy(class_index(description.class_names, method.class_names, opened.folder)).to(device)
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.inference_mode():
-        for pixels, labels in data.batches(images, batch_size):
-            logits = method(pixels.to(device))[:, known]
-            ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
+        for pixels, labels in pipeline.batches(images, batch_size, device=device):
+            logits = method(pixels)[:, known]
+            ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
             hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
     top1, top5 = hits.tolist()
     count = len(images)

@@ -65,7 +65,7 @@ def lorvp_tiny_32(pretrained: bool = False, **kwargs) -> ByobNet:
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of `folder`/CLASS/* as (N, 3, 32, 32) uint8, and their class indices as (N,) int64."""
-    from lorvp.data import image_folder
+    from lorvp.datasets import image_folder
 
     images = image_folder(folder, size=32)
     return images.read(range(len(images))), torch.as_tensor(images.labels)

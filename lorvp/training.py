@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lorvp import bundle, data, plugins
+from lorvp import bundle, datasets, distributed, pipeline, plugins
 from lorvp.backbone import Backbone, resolve_precision
 from lorvp.config import OptimizerConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
@@ -67,7 +66,7 @@ class Loaded:
     """What trials have in common that share backbone, data and precision (`TrialConfig.shares_with`)."""
 
     backbone: Backbone
-    splits: data.Splits
+    splits: datasets.Splits
     precision: str
 
 
@@ -76,7 +75,8 @@ def load(config: TrialConfig) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
     backbone = Backbone(config.backbone, precision).to(device)
-    return Loaded(backbone, data.load(config.dataset, backbone.image_size), precision)
+    splits = datasets.load(config.dataset, backbone.image_size)
+    return Loaded(backbone, pipeline.kept_on_device(splits, device), precision)
 
 
 class _Stop(Exception):
@@ -99,6 +99,9 @@ def train(
     within the batch. A checkpoint is then written between two steps too, and holds the part of the epoch done so far.
     `loaded` saves loading backbone and data again; the results are the same.
 
+    Within a process group (`lorvp.distributed`) its processes train the one trial together: each has its share of every
+    batch and yields the results; the first is the one that has a `folder`, and whose `should_stop` counts.
+
     Raises UserError for input that can't work, and TrialFailed when the loss is no longer a number.
     """
     loaded = loaded or load(config)
@@ -109,6 +112,9 @@ def train(
     optimizers = {name: make_optimizer(name, parameters, config.optimizer) for name, parameters in groups.items()}
     base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    share = distributed.share()
+    trained = distributed.averaged(method)
+    crops = torch.Generator().manual_seed(config.order_seed)
     steps_per_epoch = math.ceil(len(splits.train) / config.batch_size)
     frozen = backbone.fingerprint()
 
@@ -126,15 +132,16 @@ def train(
             optimizer.load_state_dict(state["optimizers"][name])
         scaler.load_state_dict(state["scaler"])
         set_random_states(state["random_states"])
+        crops.set_state(state["crops"])
         yield from results
 
-    def watched(images: data.Images, size: int, order: np.ndarray | None = None) -> data.Batches:
-        for pixels, labels in data.batches(images, size, order):
-            if should_stop():
+    def watched(images: datasets.Images, size: int) -> pipeline.Batches:
+        for batch in pipeline.batches(images, size, None, device, share):
+            if distributed.agreed(should_stop):
                 raise _Stop
-            yield pixels.to(device), labels.to(device)
+            yield batch
 
-    def evaluate(images: data.Images) -> tuple[float, float, float]:
+    def evaluate(images: datasets.Images) -> tuple[float, float, float]:
         """Loss, top-1 and top-5 over `images`, summed on the device and read once."""
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with torch.inference_mode():
@@ -143,7 +150,7 @@ def train(
                 ranked = logits.topk(min(TOP_K, method.classes), dim=1).indices == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()])
-        loss, top1, top5 = (sums / len(images)).tolist()
+        loss, top1, top5 = (distributed.total(sums) / len(images)).tolist()
         return loss, 100 * top1, 100 * top5
 
     def save(part: _Part | None) -> None:
@@ -159,6 +166,7 @@ def train(
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "scaler": scaler.state_dict(),
             "random_states": random_states(),
+            "crops": crops.get_state(),
         }
         with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)  # given a path, torch would not say that the disk is full
@@ -166,26 +174,31 @@ def train(
     try:
         for epoch in range(len(results) + 1, config.epochs + 1):
             start = time.perf_counter()
-            order = data.epoch_order(len(splits.train), config.order_seed, epoch)
+            order = pipeline.epoch_order(len(splits.train), config.order_seed, epoch)
             if part is None:
                 method.start_epoch(epoch, lambda: watched(splits.train, config.eval_batch_size))
                 part = _Part()
             first_lr = part.lr
-            total_loss = torch.tensor(part.total_loss, dtype=torch.float64, device=device)
+            total_loss = torch.zeros((), dtype=torch.float64, device=device)
+            if share[0] == 0:
+                total_loss += part.total_loss
             skipped = torch.tensor(part.skipped, device=device)
             training_start = time.perf_counter() - part.seconds
             rest = order[part.step * config.batch_size :]
-            for step, (pixels, labels) in enumerate(data.batches(splits.train, config.batch_size, rest), part.step):
-                if should_stop():
+            given = pipeline.batches(splits.train, config.batch_size, rest, device, share)
+            for step, (pixels, labels) in enumerate(given, part.step):
+                if distributed.agreed(should_stop):
                     seconds = time.perf_counter() - training_start
-                    save(_Part(step, total_loss.item(), int(skipped), first_lr, seconds))
+                    save(_Part(step, distributed.total(total_loss).item(), int(skipped), first_lr, seconds))
                     raise _Stop
-                pixels, labels = pixels.to(device), labels.to(device)
+                whole = min(config.batch_size, len(order) - step * config.batch_size)
+                if config.dataset.crop_flip:
+                    pixels = pipeline.crop_and_flip(pixels, backbone.image_size, crops, share, whole)
                 factor = lr_factor(
                     config.schedule, steps_taken + step, config.epochs * steps_per_epoch, steps_per_epoch
                 )
-                loss = F.cross_entropy(method(pixels), labels)
-                scaler.scale(loss).backward()
+                loss = F.cross_entropy(trained(pixels), labels, reduction="sum")
+                scaler.scale(loss * (share[1] / whole)).backward()  # processes' gradients are averaged, not summed
                 finite = torch.ones((), dtype=torch.bool, device=device)
                 for name, optimizer in optimizers.items():
                     optimizer.param_groups[0]["lr"] = base_lr[name] * factor
@@ -198,10 +211,10 @@ def train(
                     optimizer.zero_grad()
                 scaler.update()
                 first_lr = first_lr or {name: base * factor for name, base in base_lr.items()}
-                total_loss += loss.detach() * len(labels)
+                total_loss += loss.detach()
                 skipped += ~finite
             seconds_training = time.perf_counter() - training_start
-            train_loss = total_loss.item() / len(splits.train)
+            train_loss = distributed.total(total_loss).item() / len(splits.train)
             if not math.isfinite(train_loss):
                 raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
             # A step that fp16 skipped did not use up its place in the schedule; known only here, without a

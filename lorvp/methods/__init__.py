@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lorvp import distributed
 from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
-from lorvp.data import Batches
 from lorvp.mapping import MAPPINGS, count_matrix, greedy_matching
+from lorvp.pipeline import Batches
 
 
 class Method(nn.Module):
@@ -44,7 +45,7 @@ class Method(nn.Module):
     def start_epoch(self, epoch: int, batches: Callable[[], Batches]) -> None:
         """Called before each epoch, from 1 on: makes the label mapping anew where it is one that counts.
 
-        `batches` starts a pass over the training images, on the device.
+        `batches` starts a pass over the training images, on the device; of several processes each sees its share.
         """
         if self.mapping.recount == "epoch" or (self.mapping.recount == "once" and epoch == 1):
             prompted = self.prompted if self.mapping.recount == "epoch" else lambda images: images
@@ -55,7 +56,7 @@ class Method(nn.Module):
                 )
                 device = self.backbone.mean.device
                 counts = count_matrix(seen, self.backbone.source_classes, self.classes, device)
-            self.mapping.index.copy_(greedy_matching(counts))
+            self.mapping.index.copy_(greedy_matching(distributed.total(counts)))
 
     def tuned(self) -> dict[str, torch.Tensor]:
         """All that was chosen or learned, by name, on the CPU: what a bundle stores. The backbone is not in it."""

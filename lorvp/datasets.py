@@ -1,0 +1,329 @@
+"""Datasets as uint8 images: read, limited, and split into train, validation and test.
+
+The splits are lists of rows, stratified and seeded, the same on every machine. Small sets (CIFAR, digits) keep their
+native size and are resized in batch on the device; others are resized once, when they are read or stored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lorvp import shuffle, store
+from lorvp.config import DatasetConfig
+from lorvp.errors import UserError
+from lorvp.images import decode
+from lorvp.sources import class_folders
+
+TEST_FRACTION = 0.2
+"""Share held back for testing, stratified and always the same, where a dataset has no test split of its own."""
+IN_MEMORY_BYTES = 4 << 30
+"""Folders that decode to at most this much are decoded once and kept; larger ones are decoded batch by batch."""
+_JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
+
+_decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images that lie in memory: pixels (N, 3, H, W) uint8, labels (N,) int64."""
+
+    pixels: torch.Tensor
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+        """The images at `indices` as (len(indices), 3, H, W) uint8, if `pin` in memory that a GPU can copy from."""
+        chosen = self.pixels[torch.as_tensor(indices)]
+        return chosen.pin_memory() if pin and not chosen.is_cuda else chosen
+
+    def subset(self, indices: np.ndarray) -> ArrayImages:
+        return ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self.class_names)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, decoded and resized to (size, size) when they are read; labels (N,) int64."""
+
+    paths: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+        """As `ArrayImages.read`. Raises UserError for an unreadable file."""
+        pixels, batch = _batch(len(indices), self.size, pin)
+        for place, image in enumerate(_decoders.map(lambda i: decode(self.paths[i], self.size), indices)):
+            pixels[place] = image
+        return batch
+
+    def subset(self, indices: np.ndarray) -> FolderImages:
+        return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
+
+
+@dataclass(frozen=True)
+class StoreImages:
+    """Rows of a prepared store at (size, size), read from the disk's cache when needed; labels (N,) int64."""
+
+    split: store.Split
+    rows: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+        """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
+        rows = self.rows[indices]
+        pixels, batch = _batch(len(rows), self.size, pin)
+        if self.split.image_size is None:
+            for place, image in enumerate(_decoders.map(lambda r: decode(self.split.encoded(r), self.size), rows)):
+                pixels[place] = image
+        else:
+            self.split.read(rows, out=pixels)
+        return batch
+
+    def subset(self, indices: np.ndarray) -> StoreImages:
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+
+
+Images = ArrayImages | FolderImages | StoreImages
+
+
+def _batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]:
+    """Room for a batch, to be filled as (length, size, size, 3), and the batch as (length, 3, size, size)."""
+    room = torch.empty((length, size, size, 3), dtype=torch.uint8, pin_memory=pin)
+    return room.numpy(), room.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a dataset; `val` is split off the training images, stratified and seeded.
+
+    Where random crops are asked for, `train` has images of the size that they are taken from.
+    """
+
+    train: Images
+    val: Images
+    test: Images
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+
+def image_folder(folder: Path, size: int) -> FolderImages:
+    """The images of `folder`/CLASS/*, classes in sorted order. Raises UserError for a missing or an empty folder."""
+    class_names, rows = class_folders(folder)
+    paths = np.array([folder / name for name in rows.names], dtype=object)
+    return FolderImages(paths, rows.labels, tuple(class_names), size)
+
+
+def load(config: DatasetConfig, image_size: int) -> Splits:
+    """The dataset that `config` names, ready to train on; image folders at `image_size`, others at their own size.
+
+    Raises UserError when it isn't there, is too small, or holds images that can't be read and may not be skipped.
+    """
+    train, test = _read(config, image_size)
+    rest = np.arange(len(train))
+    if test is None:
+        rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
+        test = train.subset(held_back)
+    if test.class_names != train.class_names:
+        odd = sorted(set(test.class_names) ^ set(train.class_names))
+        raise UserError(f"{config.root}: train and test differ in their classes: {', '.join(odd[:5])}")
+    if config.val_images is None:
+        kept, val = stratified_split(train.labels[rest], config.val_fraction, config.split_seed)
+    else:
+        kept, val = stratified_sample(train.labels[rest], config.val_images, config.split_seed)
+    if not len(val):
+        raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
+    if config.train_images is not None:
+        kept = kept[stratified_sample(train.labels[rest[kept]], config.train_images, config.split_seed)[1]]
+    trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
+    return Splits(trained_on.subset(rest[kept]), train.subset(rest[val]), test)
+
+
+def crop_size(image_size: int) -> int:
+    """Side of the image that random crops of `image_size` are taken from: 252 for 224, as published."""
+    return round(image_size * 252 / 224)
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `fraction` of each class, at least one where a class has two."""
+    counts = np.bincount(labels)
+    return _hold_back(labels, np.minimum(np.maximum(1, np.round(fraction * counts)), counts - 1), seed)
+
+
+def stratified_sample(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `count` images, in the classes' own proportions to the nearest image.
+
+    Raises UserError when there are not so many.
+    """
+    if count > len(labels):
+        raise UserError(f"dataset: {count} images are asked for, and there are {len(labels)}")
+    shares = np.bincount(labels) * count / len(labels)
+    take = np.floor(shares)
+    largest_remainders = np.argsort(take - shares, kind="stable")[: count - int(take.sum())]
+    take[largest_remainders] += 1
+    return _hold_back(labels, take, seed)
+
+
+def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `take[label]` of each class."""
+    mixed = shuffle.permutation(len(labels), seed)
+    by_class = mixed[np.argsort(labels[mixed], kind="stable")]
+    counts = np.bincount(labels)
+    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = place_in_class < np.repeat(take, counts)
+    return np.sort(by_class[~held]), np.sort(by_class[held])
+
+
+def _read(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+    """The images to train and to test on, without those that are not wanted or can't be read."""
+    train, test = LOADERS[config.name](config, image_size)
+    return _wanted(train, config), _wanted(test, config) if test is not None else None
+
+
+def _wanted(images: Images, config: DatasetConfig) -> Images:
+    images = _limit(images, config)
+    return _readable(images, config.skip_unreadable) if isinstance(images, FolderImages) else images
+
+
+def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Images:
+    """The images of `train` at the size that crops are taken from; those of native size as they are."""
+    large = crop_size(image_size)
+    if config.name == "digits":
+        return train
+    if config.name == "store":
+        opened = store.Store.open(config.crop_root or config.root)
+        if opened.description.native:
+            return train
+        check_size(opened, large, wanted="dataset.crop_root needs")
+        config = config.model_copy(update={"root": opened.folder})
+    crops, _ = _read(config, large)
+    if not np.array_equal(crops.labels, train.labels):
+        raise UserError(f"dataset.crop_root: {config.crop_root} has other images than {config.root}")
+    return crops
+
+
+def _limit(images: Images, config: DatasetConfig) -> Images:
+    """The first `max_classes` classes and the first `max_per_class` images of each."""
+    if config.max_classes is None and config.max_per_class is None:
+        return images
+    classes = len(images.class_names) if config.max_classes is None else config.max_classes
+    keep = np.concatenate([np.flatnonzero(images.labels == c)[: config.max_per_class] for c in range(classes)])
+    return replace(images.subset(np.sort(keep)), class_names=images.class_names[:classes])
+
+
+def _readable(folder: FolderImages, skip_unreadable: bool) -> Images:
+    """`folder` without the files that can't be read, decoded into memory where it fits.
+
+    A folder too large to keep is checked by each file's header and end marker: that finds what is empty, truncated
+    or no image, without decoding it all before every trial.
+    """
+    fits = len(folder) * 3 * folder.size**2 <= IN_MEMORY_BYTES
+    pixels = torch.empty(len(folder), 3, folder.size, folder.size, dtype=torch.uint8) if fits else None
+
+    def problem(i: int) -> str | None:
+        try:
+            if pixels is not None:
+                pixels[i] = torch.from_numpy(decode(folder.paths[i], folder.size).copy()).permute(2, 0, 1)
+            else:
+                _check_header(folder.paths[i])
+        except UserError as error:
+            return str(error)
+        return None
+
+    problems = list(_decoders.map(problem, range(len(folder))))
+    found = [p for p in problems if p]
+    good = np.array([i for i, p in enumerate(problems) if not p], dtype=np.int64)
+    if found:
+        listing = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        if not skip_unreadable:
+            raise UserError(f"{len(found)} unreadable images: {listing}. Set dataset.skip_unreadable: true to go on")
+        print(f"skipping {len(found)} unreadable images: {listing}", flush=True)
+        if len(np.unique(folder.labels[good])) < len(folder.class_names):
+            raise UserError(f"a class has no readable image left: {listing}")
+    images = folder if pixels is None else ArrayImages(pixels, folder.labels, folder.class_names)
+    return images.subset(good) if found else images
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+        with open(path, "rb") as file:
+            file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+            tail = file.read()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+    if (kind == "JPEG" and _JPEG_END not in tail) or (kind == "PNG" and _PNG_END not in tail):
+        raise UserError(f"{path}: not a readable image (truncated)")
+
+
+def _image_folder(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+    """`root`/train and `root`/test or, as in ImageNet's layout, `root`/val as the test set; or `root` undivided."""
+    root = config.root
+    if not (root / "train").is_dir():
+        return image_folder(root, image_size), None
+    test = root / "test" if (root / "test").is_dir() else root / "val"
+    return image_folder(root / "train", image_size), image_folder(test, image_size) if test.is_dir() else None
+
+
+def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
+    # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    grey = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
+    pixels = grey[:, None].repeat(1, 3, 1, 1)
+    return ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))), None
+
+
+def _store(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+    """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
+    opened = store.Store.open(config.root)
+    check_size(opened, image_size, config.exact)
+    if "train" not in opened.splits:
+        raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")
+    test = stored(opened, "test", image_size) if "test" in opened.splits else None
+    return stored(opened, "train", image_size), test
+
+
+def check_size(opened: store.Store, image_size: int, exact: bool = False, wanted: str = "the backbone takes") -> None:
+    """Raises UserError for images that were resized to another size; with `exact`, also for others of another size."""
+    description = opened.description
+    if description.image_size in (None, image_size) or (description.native and not exact):
+        return
+    wanted = "dataset.exact needs" if description.native else wanted
+    folder = opened.folder.with_name(f"{description.dataset}-{image_size}")
+    found = f"stored at {description.image_size} px, and {wanted} {image_size}"
+    raise UserError(f"{opened.folder}: {found}: {store.how_to_make(folder)}")
+
+
+def stored(opened: store.Store, split: str, image_size: int) -> StoreImages:
+    """All images of one split of a store, encoded ones at `image_size`."""
+    rows, description = opened.splits[split], opened.description
+    size = description.image_size or image_size
+    return StoreImages(rows, np.arange(len(rows)), rows.labels, description.class_names, size)
+
+
+LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
+"""name -> (config, image size) -> (train, test or None). A dataset is a function here and a name in DatasetConfig."""

@@ -1,0 +1,108 @@
+"""One trial by several processes, a GPU each: gradients averaged, sums added up, one process to write and to decide.
+
+Without a process group every function here answers for a trial alone in its process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from lorvp.config import TrialConfig
+
+if TYPE_CHECKING:
+    from lorvp.training import EpochResult
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for another that does not answer."""
+
+
+def share() -> tuple[int, int]:
+    """Which process this is, from 0, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(sums: torch.Tensor) -> torch.Tensor:
+    """The sum of what the processes have."""
+    if dist.is_initialized():
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    """`module`, whose gradients are from now on the mean of the processes'."""
+    if not dist.is_initialized():
+        return module
+    return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)  # none of them moves in a forward
+
+
+def agreed(ask: Callable[[], bool]) -> bool:
+    """The first process's answer, given to all of them."""
+    if not dist.is_initialized():
+        return ask()
+    answer = torch.tensor(dist.get_rank() == 0 and ask())
+    dist.broadcast(answer, src=0)
+    return bool(answer)
+
+
+def train(config: TrialConfig, processes: int, **options: Any) -> Iterator[EpochResult]:
+    """`training.train` by so many processes, this one and others beside it, with a GPU each where there are GPUs.
+
+    The results are those of one process, but for the order in which numbers are added. Raises what training raises,
+    and RuntimeError when another of the processes has failed; its own error is on its stderr.
+    """
+    from lorvp import training  # which asks this module for its share
+
+    if processes == 1:
+        yield from training.train(config, **options)
+        return
+    with tempfile.TemporaryDirectory(prefix="lorvp-") as folder:
+        spawn = multiprocessing.get_context("spawn")
+        common = (processes, folder, config, options.get("resume_from"), torch.get_num_threads())
+        others = [spawn.Process(target=_take_part, args=(rank, *common)) for rank in range(1, processes)]
+        for other in others:
+            other.start()
+        try:
+            _join_group(0, processes, folder)
+            yield from training.train(config, **options)
+        except RuntimeError as error:
+            for rank, other in enumerate(others, start=1):
+                other.join(timeout=5)
+                if other.exitcode:
+                    reason = f"process {rank} of the trial's {processes} has ended with exit code {other.exitcode}"
+                    raise RuntimeError(reason) from error
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for other in others:
+                other.join(timeout=5)
+                other.kill()
+
+
+def _join_group(rank: int, processes: int, folder: str) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/group", PATIENCE, processes, rank)
+
+
+def _take_part(
+    rank: int, processes: int, folder: str, config: TrialConfig, resume_from: Path | None, threads: int
+) -> None:
+    from lorvp import training
+
+    torch.set_num_threads(threads)
+    _join_group(rank, processes, folder)
+    for _ in training.train(config, resume_from=resume_from):
+        pass
+    dist.destroy_process_group()
