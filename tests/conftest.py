@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lorvp import prepare, store
 from lorvp.config import TrialConfig
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -58,6 +59,16 @@ def digits():
         return TrialConfig.model_validate(digits_values(**changes))
 
     return make
+
+
+def make(dataset: str, source: Path, out: Path, **options: Any) -> store.Store:
+    """A store of a part of a dataset."""
+    return store.Store.open(prepare.prepare(dataset, source, out, partial=True, **options))
+
+
+def photo(path: Path, size: int = 64, value: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (value, 50, 200)).save(path)
 
 
 @pytest.fixture

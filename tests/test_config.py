@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from lorvp import plugins
 from lorvp.config import HEAD_MAPPINGS, DatasetConfig, TrialConfig
-from lorvp.data import LOADERS
+from lorvp.datasets import LOADERS
 from lorvp.mapping import MAPPINGS
 
 

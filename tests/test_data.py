@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorvp import data
+from lorvp import datasets, pipeline
 from lorvp.config import DatasetConfig
 from lorvp.errors import UserError
 
@@ -17,7 +17,7 @@ def folder_config(root: Path, **changes) -> DatasetConfig:
 
 
 def test_image_folder_is_the_published_resize(image_root):
-    splits = data.load(folder_config(image_root), 32)
+    splits = datasets.load(folder_config(image_root), 32)
     assert splits.class_names == ("n01", "n02", "n03")
     assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 6, 12)
     with Image.open(image_root / "val" / "n02" / "0.JPEG") as image:
@@ -26,48 +26,48 @@ def test_image_folder_is_the_published_resize(image_root):
 
 
 def test_large_folders_are_read_batch_by_batch_alike(image_root, monkeypatch):
-    kept = data.load(folder_config(image_root), 32)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
-    read = data.load(folder_config(image_root), 32)
-    assert isinstance(read.train, data.FolderImages)
-    for (a, la), (b, lb) in zip(data.batches(kept.train, 5), data.batches(read.train, 5), strict=True):
+    kept = datasets.load(folder_config(image_root), 32)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    read = datasets.load(folder_config(image_root), 32)
+    assert isinstance(read.train, datasets.FolderImages)
+    for (a, la), (b, lb) in zip(pipeline.batches(kept.train, 5), pipeline.batches(read.train, 5), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(la, lb)
 
 
 def test_validation_split_is_stratified_and_seeded():
     labels = np.repeat([0, 1, 2], [100, 50, 3])
-    rest, held = data.stratified_split(labels, 0.1, seed=0)
+    rest, held = datasets.stratified_split(labels, 0.1, seed=0)
     assert np.bincount(labels[held]).tolist() == [10, 5, 1]
     assert sorted([*rest, *held]) == list(range(153))
-    assert np.array_equal(held, data.stratified_split(labels, 0.1, seed=0)[1])
-    assert not np.array_equal(held, data.stratified_split(labels, 0.1, seed=1)[1])
+    assert np.array_equal(held, datasets.stratified_split(labels, 0.1, seed=0)[1])
+    assert not np.array_equal(held, datasets.stratified_split(labels, 0.1, seed=1)[1])
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    order = data.epoch_order(50, 3, 7)
+    order = pipeline.epoch_order(50, 3, 7)
     assert sorted(order) == list(range(50))
-    assert np.array_equal(order, data.epoch_order(50, 3, 7))
-    assert not np.array_equal(order, data.epoch_order(50, 3, 8))
-    assert not np.array_equal(order, data.epoch_order(50, 4, 7))
+    assert np.array_equal(order, pipeline.epoch_order(50, 3, 7))
+    assert not np.array_equal(order, pipeline.epoch_order(50, 3, 8))
+    assert not np.array_equal(order, pipeline.epoch_order(50, 4, 7))
 
 
 def test_every_image_once_in_batches(image_root):
-    splits = data.load(folder_config(image_root), 8)
-    order = data.epoch_order(18, 0, 1)
-    sizes, labels = zip(*((len(x), y) for x, y in data.batches(splits.train, 5, order)), strict=True)
+    splits = datasets.load(folder_config(image_root), 8)
+    order = pipeline.epoch_order(18, 0, 1)
+    sizes, labels = zip(*((len(x), y) for x, y in pipeline.batches(splits.train, 5, order)), strict=True)
     assert sizes == (5, 5, 5, 3)
     assert np.array_equal(torch.cat(labels).numpy(), splits.train.labels[order])
 
 
 def test_limits(image_root):
-    splits = data.load(folder_config(image_root, max_classes=2, max_per_class=4), 8)
+    splits = datasets.load(folder_config(image_root, max_classes=2, max_per_class=4), 8)
     assert splits.class_names == ("n01", "n02")
     assert (len(splits.train) + len(splits.val), len(splits.test)) == (8, 8)
 
 
 def test_digits_have_a_test_split_of_their_own():
-    splits = data.load(DatasetConfig(name="digits"), 32)
+    splits = datasets.load(DatasetConfig(name="digits"), 32)
     assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
     assert splits.train.read([0]).shape == (1, 3, 8, 8)
     assert splits.train.read(range(100)).max() == 255
@@ -84,12 +84,12 @@ def truncate(path: Path) -> None:
 )
 def test_unreadable_images_are_named_and_counted(image_root, monkeypatch, capsys, damage, in_memory):
     if not in_memory:
-        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     for name in ("3.JPEG", "5.JPEG"):
         damage(image_root / "train" / "n02" / name)
     with pytest.raises(UserError, match=r"2 unreadable images: .*n02/3\.JPEG.*skip_unreadable"):
-        data.load(folder_config(image_root), 32)
-    splits = data.load(folder_config(image_root, skip_unreadable=True), 32)
+        datasets.load(folder_config(image_root), 32)
+    splits = datasets.load(folder_config(image_root, skip_unreadable=True), 32)
     assert len(splits.train) + len(splits.val) == 22
     assert "skipping 2 unreadable images" in capsys.readouterr().out
 
@@ -100,20 +100,20 @@ def test_odd_but_readable_images(image_root):
     for mode in modes:
         suffix = "tif" if mode == "CMYK" else "png"
         Image.new(mode, (20, 30)).save(folder / f"mode {mode.replace(';', '')} ü.{suffix}")
-    splits = data.load(folder_config(image_root), 16)
+    splits = datasets.load(folder_config(image_root), 16)
     assert len(splits.train) + len(splits.val) == 24 + len(modes)
 
 
 def test_folders_that_are_not_datasets(image_root, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        data.load(folder_config(tmp_path / "nowhere"), 8)
+        datasets.load(folder_config(tmp_path / "nowhere"), 8)
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no class folders"):
-        data.load(folder_config(tmp_path / "bare"), 8)
+        datasets.load(folder_config(tmp_path / "bare"), 8)
     (image_root / "train" / "n04").mkdir()
     with pytest.raises(UserError, match="n04: a class folder without images"):
-        data.load(folder_config(image_root), 8)
+        datasets.load(folder_config(image_root), 8)
     (image_root / "train" / "n04").rmdir()
     (image_root / "val" / "n03").rename(image_root / "val" / "n09")
     with pytest.raises(UserError, match="differ in their classes: n03, n09"):
-        data.load(folder_config(image_root), 8)
+        datasets.load(folder_config(image_root), 8)

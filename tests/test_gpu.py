@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import make
+from PIL import Image
 
 import lorvp
+from lorvp import datasets, pipeline
+from lorvp.config import DatasetConfig
+from lorvp.resize import resize
 from lorvp.training import CHECKPOINT, train
 
 pytestmark = [
@@ -30,6 +36,35 @@ def test_a_trial_on_the_gpu(digits, tmp_path, precision, mapping):
     with torch.inference_mode():
         assert model(images).isfinite().all()
         torch.testing.assert_close(model(images), model(images.cpu().cuda()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [28, 32, 64, 300])
+def test_resizing_on_the_gpu_is_pils(side):
+    images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+    expected = [np.asarray(Image.fromarray(i).resize((224, 224), Image.Resampling.BILINEAR)) for i in images]
+    resized = resize(torch.from_numpy(images).permute(0, 3, 1, 2).cuda(), 224)
+    assert np.array_equal(resized.permute(0, 2, 3, 1).cpu().numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_batches_arrive_as_they_were_sent(image_root, tmp_path, kept):
+    """Copied beside the work on the batch before, and its memory not used again too early."""
+    folder = make("image_folder", image_root, tmp_path, size=64).folder
+    splits = datasets.load(DatasetConfig(name="store", root=folder, val_fraction=0.25), 64)
+    device = torch.device("cuda")
+    there = pipeline.kept_on_device(splits, device, share=0.5 if kept else 0.0)
+    assert isinstance(there.train, datasets.ArrayImages) == kept
+    for epoch in range(20):
+        order = pipeline.epoch_order(len(splits.train), 0, epoch)
+        expected = pipeline.batches(splits.train, 4, order)
+        for (pixels, labels), (ours, our_labels) in zip(
+            expected, pipeline.batches(there.train, 4, order, device), strict=True
+        ):
+            busy = ours.float().repeat(64, 1, 1, 1)
+            for _ in range(20):
+                busy = busy.sin()
+            assert torch.equal(ours.cpu(), pixels)
+            assert torch.equal(our_labels.cpu(), labels)
 
 
 def test_counts_of_a_recount_stay_under_200_mib():

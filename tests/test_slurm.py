@@ -96,7 +96,7 @@ def make_sweep(tmp_path: Path, profile: str = PROFILE, **changes: str) -> Sweep:
 
 CONTROL = "control: {method: linear_probe, label_mapping: lp}\n"
 LONG = {
-    "longer": ("epochs: 3", "epochs: 25"),
+    "longer": ("epochs: 3", "epochs: 18"),
     "larger": ("max_per_class: 20", "max_per_class: 60"),
     "few": ("trials: 4", "trials: 2"),
     "alone": (CONTROL, ""),
@@ -231,20 +231,26 @@ def test_all_nodes_drained_for_a_while(slurm, tmp_path):
     assert re.search("waiting: . of the jobs cannot start: (ReqNodeNotAvail|Nodes required for job are DOWN)", output)
 
 
-@pytest.mark.parametrize("event", ["requeue", "scancel", "power loss"])
-def test_what_happens_to_a_running_job(slurm, tmp_path, event):
+def test_one_requeued_and_one_cancelled_by_someone_else(slurm, tmp_path):
+    sweep = make_sweep(tmp_path, **LONG)
+    process = sweep.start()
+    running(sweep, process, epochs=1)
+    slurm.wait(lambda: all(trial.results() for trial in sweep.trials()))
+    before = recorded(sweep)
+    first, second = sweep.trials()
+    slurm.say("scontrol", "requeue", first.job()["id"])
+    slurm.say("scancel", second.job()["id"])
+    finish(sweep, slurm, process, trials=2)
+    kept(before, sweep)
+    assert [trial.newest().path.name for trial in (first, second)] == ["0002", "0002"]
+
+
+def test_power_loss_under_a_running_job(slurm, tmp_path):
     sweep = make_sweep(tmp_path, **LONG)
     process = sweep.start()
     trial = running(sweep, process)
-    job = trial.job()["id"]
     before = recorded(sweep)
-    if event == "requeue":
-        slurm.say("scontrol", "requeue", job)
-    elif event == "scancel":
-        slurm.say("scancel", job)
-    else:
-        node = slurm.say("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
-        slurm.power_loss(node)
+    slurm.power_loss(slurm.say("squeue", "--noheader", f"--jobs={trial.job()['id']}", "--format=%N").strip())
     finish(sweep, slurm, process, trials=2)
     kept(before, sweep)
     assert trial.newest().path.name == "0002"

@@ -232,6 +232,7 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
     assert output.count("failed  diverged: train loss is nan in epoch 1") == 2
     assert "failed: 2 diverged" in output
     everything = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, fm, lp]", "[lp]")
+    everything = everything.replace("trials: 4", "trials: 1")
     (tmp_path / "none").mkdir()
     assert "no trial finished" in Sweep(tmp_path / "none", everything).run(code=1)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import lorvp
 from lorvp import training
 from lorvp.backbone import Backbone, resolve_precision
-from lorvp.config import BackboneConfig, ScheduleConfig
+from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.methods import Method
 from lorvp.training import CHECKPOINT, EpochResult, lr_factor, train
@@ -51,12 +52,17 @@ def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, ma
     assert str(final[0]["optimizers"]) == str(final[1]["optimizers"])
 
 
+@cache
+def uninterrupted(config: str) -> list[dict]:
+    return figures(list(train(TrialConfig.model_validate_json(config))))
+
+
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
 @pytest.mark.parametrize("calls", range(1, 18))
 def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, calls):
     """Before any batch, of training, of a recount or of validation."""
     config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=70)
-    expected = figures(list(train(config)))
+    expected = uninterrupted(config.canonical_json())
     left = calls
 
     def stop() -> bool:
@@ -85,9 +91,9 @@ def test_test_set_sees_the_best_epochs_prompt(digits, tmp_path):
     config = digits(epochs=4)
     results = list(train(config, folder=tmp_path))
     model = lorvp.load(tmp_path / "bundle")
-    from lorvp import data
+    from lorvp import datasets
 
-    splits = data.load(config.dataset, 32)
+    splits = datasets.load(config.dataset, 32)
     best = max(results, key=lambda r: r.val_top1)
     for images, top1 in ((splits.val, best.val_top1), (splits.test, results[-1].test_top1)):
         hits = model(images.read(range(len(images)))).argmax(1).numpy() == images.labels

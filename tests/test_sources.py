@@ -1,0 +1,345 @@
+"""Every dataset's own layout, imitated, and what `prepare` makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.io
+import torchvision
+from conftest import make, photo
+from PIL import Image
+
+from lorvp import datasets, images, prepare, sources, torchvision_sets
+from lorvp.config import DatasetConfig
+from lorvp.errors import UserError
+
+
+def cifar_archive(folder: Path, name: str) -> None:
+    """The official python archive's layout, with 20 images a batch."""
+    random = np.random.default_rng(0)
+    inner = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    (folder / inner).mkdir(parents=True)
+    key, classes = {"cifar10": ("label", 10), "cifar100": ("fine_label", 100)}[name]
+    train = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
+    for batch in [*train, "test_batch" if name == "cifar10" else "test"]:
+        values = {
+            "data": random.integers(0, 256, (20, 3072), dtype=np.uint8),
+            f"{key}s": random.integers(0, classes, 20).tolist() if name == "cifar100" else [i % 10 for i in range(20)],
+            "filenames": [f"{batch}_{i}.png" for i in range(20)],
+        }
+        if name == "cifar100":
+            values["fine_labels"] = [i % 100 for i in range(20)]
+        (folder / inner / batch).write_bytes(pickle.dumps(values, protocol=2))
+    meta = {f"{key}_names": [f"class {i}" for i in range(10 if name == "cifar10" else 20)]}
+    (folder / inner / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("archived", [False, True])
+def test_cifar(tmp_path, name, archived):
+    cifar_archive(tmp_path / "source", name)
+    (inner,) = (tmp_path / "source").iterdir()
+    batch = pickle.loads((inner / ("data_batch_2" if name == "cifar10" else "train")).read_bytes())
+    if archived:
+        archive = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}[name]
+        with tarfile.open(tmp_path / "source" / archive, "w:gz") as tar:
+            tar.add(inner, inner.name)
+        shutil.rmtree(inner)
+    opened = make(name, tmp_path / "source", tmp_path / "out")
+    assert opened.folder.name == f"{name}-32"
+    assert opened.description.transform == ""
+    kept = opened.splits["train"]
+    assert len(kept) == (100 if name == "cifar10" else 20)
+    first = 20 if name == "cifar10" else 0
+    expected = batch["data"].reshape(-1, 3, 32, 32)
+    assert np.array_equal(kept.read(np.arange(first, first + 20)).transpose(0, 3, 1, 2), expected)
+    assert kept.names[first] == batch["filenames"][0]
+    resized = make(name, tmp_path / "source", tmp_path / "out", size=64)
+    (first_image,) = kept.read(np.array([first]))
+    as_published = Image.fromarray(first_image).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(resized.splits["train"].read(np.array([first]))[0], np.asarray(as_published))
+    exact = DatasetConfig(name="store", root=opened.folder, exact=True)
+    with pytest.raises(UserError, match=rf"stored at 32 px, and dataset.exact needs 64: .*prepare {name} --size 64"):
+        datasets.load(exact, 64)
+    if name == "cifar10":  # the other has an image a class here
+        there = datasets.load(exact.model_copy(update={"root": resized.folder}), 64)
+        assert there.train.read([0]).shape == (1, 3, 64, 64)
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    cifar_archive(tmp_path / "source", "cifar10")
+    (tmp_path / "source" / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": Evil()}))
+    with pytest.raises(UserError, match=r"data_batch_3: not a batch of CIFAR .*system"):
+        make("cifar10", tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_tiny_imagenet(tmp_path):
+    source = tmp_path / "source"
+    for wnid in ("n02", "n01"):
+        for i in range(3):
+            photo(source / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+    annotations = []
+    for i in range(4):
+        photo(source / "val" / "images" / f"val_{i}.JPEG", value=40 * i)
+        annotations.append(f"val_{i}.JPEG\t{'n02' if i % 2 else 'n01'}\t0\t32\t44\t62")
+    (source / "val" / "val_annotations.txt").write_text("\n".join(annotations) + "\n")
+    (source / "wnids.txt").write_text("n02\nn01\n")
+    opened = make("tiny-imagenet", source, tmp_path / "out")
+    assert opened.description.class_names == ("n01", "n02")
+    assert opened.splits["test"].labels.tolist() == [0, 1, 0, 1]
+    assert (opened.folder.name, opened.description.transform) == ("tiny-imagenet-64", "")
+    assert "64x64" not in opened.description.transform
+    (source / "val" / "val_annotations.txt").write_text(annotations[0])
+    with pytest.raises(UserError, match=r"val_annotations.txt: 3 names are not those of the files"):
+        make("tiny-imagenet", source, tmp_path / "other")
+    (source / "val" / "val_annotations.txt").write_text("\n".join(annotations))
+    with pytest.raises(UserError, match=r"2 classes \(should be 200\), 6 train \(should be 100,000\)"):
+        prepare.prepare("tiny-imagenet", source, tmp_path / "other")
+
+
+def test_imagenet_with_a_flat_validation_folder(tmp_path):
+    source = tmp_path / "source"
+    for wnid in ("n01", "n02"):
+        photo(source / "train" / wnid / f"{wnid}_1.JPEG")
+    lines = ["ImageId,PredictionString"]
+    for i, wnid in enumerate(["n02", "n01", "n02"], start=1):
+        photo(source / "val" / f"ILSVRC2012_val_{i:08}.JPEG")
+        lines.append(f"ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8")
+    with pytest.raises(UserError, match=r"no WNID folders, and neither LOC_val_solution.csv nor ILSVRC2012_devkit_t12"):
+        make("imagenet", source, tmp_path / "out")
+    (source / "LOC_val_solution.csv").write_text("\n".join(lines))
+    opened = make("imagenet", source, tmp_path / "out")
+    assert opened.folder.name == "imagenet-224"
+    assert opened.splits["test"].labels.tolist() == [1, 0, 1]
+    (source / "LOC_val_solution.csv").unlink()
+    development_kit(source, ["n02", "n01", "n02"])
+    assert make("imagenet", source, tmp_path / "kit").splits["test"].labels.tolist() == [1, 0, 1]
+    with tarfile.open(source / f"{sources.DEVKIT}.tar.gz", "w:gz") as tar:
+        tar.add(source / sources.DEVKIT, sources.DEVKIT)
+    shutil.rmtree(source / sources.DEVKIT)
+    assert make("imagenet", source, tmp_path / "archive").splits["test"].labels.tolist() == [1, 0, 1]
+    (source / f"{sources.DEVKIT}.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"ILSVRC2012_devkit_t12.tar.gz: not ILSVRC's development kit"):
+        make("imagenet", source, tmp_path / "broken")
+
+
+def development_kit(root: Path, wnids: list[str]) -> None:
+    """data/meta.mat numbers the synsets in an order of its own, those with children among them."""
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    synsets = np.array([(1, "n02", "b", "", 0), (2, "n01", "a", "", 0), (3, "n00", "all", "", 2)], dtype=fields)
+    (root / sources.DEVKIT / "data").mkdir(parents=True)
+    scipy.io.savemat(root / sources.DEVKIT / "data" / "meta.mat", {"synsets": synsets})
+    numbers = {"n02": 1, "n01": 2}
+    truth = "".join(f"{numbers[wnid]}\n" for wnid in wnids)
+    (root / sources.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+
+
+def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
+    for number in (10, 9, 2):
+        photo(tmp_path / "source" / str(number) / "x.png")
+    opened = make("imagenet-v2", tmp_path / "source", tmp_path, size=16)
+    assert opened.description.class_names == ("2", "9", "10")
+    with pytest.raises(UserError, match="has no images to train on"):
+        datasets.load(DatasetConfig(name="store", root=opened.folder), 16)
+    (tmp_path / "source" / "n01").mkdir()
+    with pytest.raises(UserError, match="are numbers, and not n01"):
+        make("imagenet-v2", tmp_path / "source", tmp_path / "other")
+
+
+def encoded(value: int, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (20 + value % 7, 30), (value, 50, 200)).save(stream, kind)
+    return stream.getvalue()
+
+
+FEATURES = {
+    "img": {"_type": "Image"},
+    "fine_label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"},
+    "coarse_label": {"names": ["insect", "mammal"], "_type": "ClassLabel"},
+}
+
+
+def table(values: list[int], labels: list[int]) -> pa.Table:
+    """As huggingface/datasets lays a dataset of images out."""
+    cells = [{"bytes": encoded(value), "path": f"{value}.png" if value % 2 else None} for value in values]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"img": pa.array(cells, kind), "fine_label": labels, "coarse_label": [0] * len(labels)}
+    return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": FEATURES}})})
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "parquet"])
+@pytest.mark.parametrize("kept_encoded", [False, True])
+def test_hugging_face(tmp_path, layout, kept_encoded, monkeypatch):
+    monkeypatch.setattr(prepare, "PART_BYTES", 5 * 3 * 16**2)
+    source = tmp_path / "source"
+    splits = {"train": (list(range(10, 22)), [0, 1, 2] * 4), "validation": ([100, 101], [2, 0]), "test": ([7], [-1])}
+    if layout == "save_to_disk":
+        for split, (values, labels) in splits.items():
+            (source / split).mkdir(parents=True)
+            for i, half in enumerate((slice(0, len(values) // 2), slice(len(values) // 2, None))):
+                rows = table(values[half], labels[half])
+                with pa.ipc.new_stream(source / split / f"data-0000{i}-of-00002.arrow", rows.schema) as writer:
+                    writer.write_table(rows, max_chunksize=2)
+        (source / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+    else:
+        (source / "data").mkdir(parents=True)
+        for split, (values, labels) in splits.items():
+            pq.write_table(table(values, labels), source / "data" / f"{split}-00000-of-00001.parquet", row_group_size=5)
+    opened = make("huggingface", source, tmp_path / "out", size=None if kept_encoded else 16, encoded=kept_encoded)
+    assert opened.description.class_names == ("ant", "bee", "cat")
+    assert opened.splits["test"].labels.tolist() == [2, 0]
+    kept = opened.splits["train"]
+    assert kept.labels.tolist() == [0, 1, 2] * 4
+    assert kept.names[:2] == ["train/0", "11.png"]
+    expected = np.stack([images.decode(encoded(value), 16) for value in range(10, 22)])
+    read = datasets.stored(opened, "train", 16).read(np.arange(12)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(read, expected)
+
+
+def test_tables_that_are_no_image_dataset(tmp_path):
+    with pytest.raises(UserError, match="no train split of a Hugging Face dataset"):
+        make("huggingface", tmp_path, tmp_path / "out")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match=r"train-0.parquet: no table of a Hugging Face dataset"):
+        make("huggingface", tmp_path, tmp_path / "out")
+    for name in ("labels", "elsewhere"):
+        (tmp_path / name).mkdir()
+    pq.write_table(table([1, 2], [0, 5]), tmp_path / "labels" / "train-0.parquet")
+    with pytest.raises(UserError, match="train has labels from 0 to 5, and 3 classes"):
+        make("huggingface", tmp_path / "labels", tmp_path / "out")
+    rows = table([1], [0])
+    elsewhere = pa.array([{"bytes": None, "path": "/data/1.png"}], rows.schema.field("img").type)
+    pq.write_table(rows.set_column(0, "img", elsewhere), tmp_path / "elsewhere" / "train-0.parquet")
+    with pytest.raises(UserError, match="its images are not in it"):
+        make("huggingface", tmp_path / "elsewhere", tmp_path / "out")
+
+
+def matlab(path: Path, **values: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy.io.savemat(path, values)
+
+
+def make_eurosat(root: Path) -> None:
+    for name in ("Forest", "River"):
+        photo(root / "eurosat" / "2750" / name / f"{name}_1.jpg")
+
+
+def make_food101(root: Path) -> None:
+    lists = {split: {"pizza": [f"pizza/{split}"], "apple_pie": [f"apple_pie/{split}"]} for split in ("train", "test")}
+    for split, names in lists.items():
+        photo_list = [name for each in names.values() for name in each]
+        for name in photo_list:
+            photo(root / "food-101" / "images" / f"{name}.jpg")
+        meta = root / "food-101" / "meta"
+        meta.mkdir(exist_ok=True)
+        (meta / f"{split}.json").write_text(json.dumps(names))
+
+
+def make_dtd(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        names = [f"{kind}/{kind}_{split}.jpg" for kind in ("banded", "woven")]
+        for name in names:
+            photo(root / "dtd" / "dtd" / "images" / name)
+        labels = root / "dtd" / "dtd" / "labels"
+        labels.mkdir(parents=True, exist_ok=True)
+        (labels / f"{split}1.txt").write_text("\n".join(names))
+
+
+def make_flowers102(root: Path) -> None:
+    folder = root / "flowers-102"
+    for number in range(1, 7):
+        photo(folder / "jpg" / f"image_{number:05}.jpg")
+    matlab(folder / "imagelabels.mat", labels=[1, 2, 1, 2, 1, 2])
+    matlab(folder / "setid.mat", trnid=[1, 2], valid=[3, 4], tstid=[5, 6])
+
+
+def make_pets(root: Path) -> None:
+    folder = root / "oxford-iiit-pet"
+    for split in ("trainval", "test"):
+        names = [f"Abyssinian_{split}", f"great_dane_{split}"]
+        for name in names:
+            photo(folder / "images" / f"{name}.jpg")
+        (folder / "annotations").mkdir(exist_ok=True)
+        lines = [f"{name} {label} 1 1" for label, name in enumerate(names, start=1)]
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines))
+
+
+def make_gtsrb(root: Path) -> None:
+    for label in ("00000", "00001"):
+        photo(root / "gtsrb" / "GTSRB" / "Training" / label / "00000_00000.ppm")
+    photo(root / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / "00000.ppm")
+    (root / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;1\n")
+
+
+def make_svhn(root: Path) -> None:
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = random.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+        matlab(root / f"{split}_32x32.mat", X=pixels, y=np.array([[10], [1], [2], [10]]))
+
+
+PEERS = {
+    "eurosat": (make_eurosat, {"train": [0, 1]}, ("Forest", "River")),
+    "food101": (make_food101, {"train": [0, 1], "test": [0, 1]}, ("apple_pie", "pizza")),
+    "dtd": (make_dtd, {"train": [0, 1, 0, 1], "test": [0, 1]}, ("banded", "woven")),
+    "flowers102": (
+        make_flowers102,
+        {"train": [0, 1, 0, 1], "test": [0, 1]},
+        ("pink primrose", "hard-leaved pocket orchid"),
+    ),
+    "pets": (make_pets, {"train": [0, 1], "test": [0, 1]}, ("Abyssinian", "Great Dane")),
+    "gtsrb": (make_gtsrb, {"train": [0, 1], "test": [1]}, ("0", "1")),
+    "svhn": (make_svhn, {"train": [0, 1, 2, 0], "test": [0, 1, 2, 0]}, ("0", "1")),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_sets_that_torchvision_carries(tmp_path, monkeypatch, name):
+    """Small imitations; torchvision's checksums of the true files are left out."""
+    for kind in (torchvision.datasets.SVHN, torchvision.datasets.Flowers102):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    lay_out, labels, class_names = PEERS[name]
+    with pytest.raises(UserError, match="not as torchvision's download leaves it; --download fetches it"):
+        make(name, tmp_path, tmp_path / "out")
+    lay_out(tmp_path / "source")
+    opened = make(name, tmp_path / "source", tmp_path / "out")
+    assert opened.description.class_names[: len(class_names)] == class_names
+    assert {split: sorted(rows.labels.tolist()) for split, rows in opened.splits.items()} == {
+        split: sorted(expected) for split, expected in labels.items()
+    }
+    kept = opened.splits["train"]
+    if name == "svhn":
+        expected = torchvision.datasets.SVHN(tmp_path / "source").data[1].transpose(1, 2, 0)
+        assert opened.folder.name == "svhn-32"
+    else:
+        expected = images.decode(tmp_path / "source" / kept.names[1], 224)
+    assert np.array_equal(kept.read(np.array([1]))[0], expected)
+    with pytest.raises(UserError, match=r"not all of .* \(should be "):
+        prepare.prepare(name, tmp_path / "source", tmp_path / "other")
+
+
+def test_downloads_are_torchvisions(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torchvision.datasets, "GTSRB", lambda root, download, split: asked.append((root, download, split))
+    )
+    torchvision_sets.download("gtsrb", tmp_path / "raw")
+    assert asked == [(tmp_path / "raw", True, "train"), (tmp_path / "raw", True, "test")]
+    with pytest.raises(UserError, match="--download: imagenet is not one of cifar10"):
+        torchvision_sets.download("imagenet", tmp_path)
