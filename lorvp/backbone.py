@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorvp.tiny  # noqa: F401  registers the quickstart's backbone with timm
-from lorvp.config import BackboneConfig
+from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
+from lorvp.speed import accelerate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
     Raises UserError for an unknown name, weights that can't be had or don't fit, and a model without a classifier.
     """
 
-    def __init__(self, config: BackboneConfig, precision: str) -> None:
+    def __init__(self, config: BackboneConfig, precision: str, speed: SpeedConfig | None = None) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
         self.model = _create(config)
@@ -52,6 +53,10 @@ class Backbone(nn.Module):
         self.features: int = self.model.head_hidden_size
         if not self.source_classes:
             raise UserError(f"backbone {config.name} has no classifier, so no source classes to map from")
+        self.digest = hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
+        """Which weights these are: one digest of all of them, as they were loaded."""
+        self._first = accelerate(self.model, speed or SpeedConfig(), self.image_size)
+        self._frozen = self.fingerprint()
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode: BatchNorm statistics never move."""
@@ -69,13 +74,24 @@ class Backbone(nn.Module):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return images.float()
 
-    def forward(self, images: torch.Tensor, output: str) -> torch.Tensor:
-        """(N, 3, L, L) around [0, 1] to (N, source classes) `logits` or (N, features) `features`, float32."""
+    def forward(self, images: torch.Tensor, output: str, added: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, 3, L, L) around [0, 1] to (N, source classes) `logits` or (N, features) `features`, float32.
+
+        `added` (3, L, L), in the same units, is a prompt that all images get.
+        """
+        if added is not None and self._first is not None:
+            self._first.prompt = added / self.std  # the mean stays on the images' side
+        elif added is not None:
+            images = images + added
         x = (images - self.mean) / self.std
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            if output == "logits":
-                return self.model(x).float()
-            return self.model.forward_head(self.model.forward_features(x), pre_logits=True).float()
+        try:
+            with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                if output == "logits":
+                    return self.model(x).float()
+                return self.model.forward_head(self.model.forward_features(x), pre_logits=True).float()
+        finally:
+            if self._first is not None:
+                self._first.prompt = None
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of each parameter and buffer, by name."""
@@ -86,13 +102,9 @@ class Backbone(nn.Module):
             for name, tensor in self.model.state_dict().items()
         }
 
-    def digest(self) -> str:
-        """One digest of all of it: which weights these are."""
-        return hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
-
-    def check_unmoved(self, before: dict[str, str]) -> None:
-        """Raises RuntimeError naming the tensors that differ from `before`, an earlier `fingerprint()`."""
-        moved = [name for name, digest in self.fingerprint().items() if before.get(name) != digest]
+    def check_unmoved(self) -> None:
+        """Raises RuntimeError naming the tensors that are not as they were when the backbone was made."""
+        moved = [name for name, digest in self.fingerprint().items() if self._frozen.get(name) != digest]
         if moved:
             raise RuntimeError(f"the frozen backbone moved during training: {', '.join(moved[:5])}")
 

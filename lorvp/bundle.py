@@ -60,7 +60,7 @@ def save(
         },
         "class_names": list(class_names),
         "source": {
-            "digest": backbone.digest(),
+            "digest": backbone.digest,
             "image_size": backbone.image_size,
             "mean": backbone.mean.flatten().tolist(),
             "std": backbone.std.flatten().tolist(),
@@ -99,13 +99,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
         config = TrialConfig.model_validate(description["config"])
         source, class_names = description["source"], description["class_names"]
         tuned = load_file(folder / TENSORS)
-        backbone = Backbone(config.backbone, source["precision"])
+        backbone = Backbone(config.backbone, source["precision"], config.speed)
         method: Method = plugins.load("methods", config.method)(config, backbone, len(class_names))
         method.load_tuned(tuned)
     except (ValidationError, KeyError, OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: a bundle whose parts are missing or don't fit together ({reason})") from None
-    if backbone.digest() != source["digest"]:
+    if backbone.digest != source["digest"]:
         raise UserError(f"{folder}: tuned on other weights of {config.backbone.name} than these")
     method.class_names = class_names
     return method.to(device).eval()

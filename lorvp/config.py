@@ -124,6 +124,15 @@ class ScheduleConfig(Part):
     warmup_epochs: NonNegativeFloat = 0.0
 
 
+class SpeedConfig(Part):
+    """Ways to the same result in less time (`lorvp/speed.py`), used where they apply."""
+
+    channels_last: bool = Field(True, description="convolutions on pixels whose colours lie together")
+    fold_batchnorm: bool = Field(True, description="BatchNorm in the convolution before it")
+    split_first_layer: bool = Field(True, description="the prompt through the first layer once a step")
+    class_token_only: bool = Field(True, description="a ViT's last block for the class token alone")
+
+
 class TrialConfig(Part):
     """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
 
@@ -138,6 +147,7 @@ class TrialConfig(Part):
     batch_size: PositiveInt = 256
     eval_batch_size: PositiveInt = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    speed: SpeedConfig = SpeedConfig()
     select: Literal["val", "test_best_epoch"] = Field(
         "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"
     )
@@ -184,7 +194,7 @@ class TrialConfig(Part):
 
     def shares_with(self, other: TrialConfig) -> bool:
         """Whether a process that has trained one of them has loaded all that the other needs."""
-        return (self.backbone, self.dataset, self.precision) == (other.backbone, other.dataset, other.precision)
+        return all(getattr(self, key) == getattr(other, key) for key in ("backbone", "dataset", "precision", "speed"))
 
     def content_hash(self) -> str:
         """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""

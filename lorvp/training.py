@@ -74,7 +74,7 @@ def load(config: TrialConfig) -> Loaded:
     """Builds the backbone on the device and reads the data. Raises UserError where either can't be had."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
-    backbone = Backbone(config.backbone, precision).to(device)
+    backbone = Backbone(config.backbone, precision, config.speed).to(device)
     splits = datasets.load(config.dataset, backbone.image_size)
     return Loaded(backbone, pipeline.kept_on_device(splits, device), precision)
 
@@ -116,7 +116,6 @@ def train(
     trained = distributed.averaged(method)
     crops = torch.Generator().manual_seed(config.order_seed)
     steps_per_epoch = math.ceil(len(splits.train) / config.batch_size)
-    frozen = backbone.fingerprint()
 
     results: list[EpochResult] = []
     best: dict[str, Any] = {"epoch": 0, "tuned": {}}
@@ -257,7 +256,7 @@ def train(
             yield result
     except _Stop:
         pass
-    backbone.check_unmoved(frozen)
+    backbone.check_unmoved()
     if folder is not None and results:
         method.load_tuned(best["tuned"])
         bundle.save(folder / BUNDLE, method, config, precision, splits.class_names, best["epoch"], results)

@@ -29,13 +29,13 @@ class Method(nn.Module):
             torch.manual_seed(config.init_seed)
             self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, backbone.features, classes)
 
-    def prompted(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, L, L) in [0, 1] with the method's input prompt, if it has one."""
-        return images
+    def added(self) -> torch.Tensor | None:
+        """The method's input prompt, if it has one: (3, L, L), in units of pixels in [0, 1]."""
+        return None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images of any size, uint8 or float in [0, 1], (N, 3, H, W), to downstream logits (N, classes) float32."""
-        return self.mapping(self.backbone(self.prompted(self.backbone.prepare(images)), self.mapping.reads))
+        return self.mapping(self.backbone(self.backbone.prepare(images), self.mapping.reads, self.added()))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the learning rate they take: `prompt` and `head`, those that are not empty."""
@@ -48,10 +48,10 @@ class Method(nn.Module):
         `batches` starts a pass over the training images, on the device; of several processes each sees its share.
         """
         if self.mapping.recount == "epoch" or (self.mapping.recount == "once" and epoch == 1):
-            prompted = self.prompted if self.mapping.recount == "epoch" else lambda images: images
             with torch.inference_mode():
+                added = self.added() if self.mapping.recount == "epoch" else None
                 seen = (
-                    (self.backbone(prompted(self.backbone.prepare(images)), "logits"), labels)
+                    (self.backbone(self.backbone.prepare(images), "logits", added), labels)
                     for images, labels in batches()
                 )
                 device = self.backbone.mean.device

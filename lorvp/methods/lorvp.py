@@ -18,8 +18,8 @@ class LoRVP(Method):
             torch.manual_seed(config.init_seed)
             self.prompt = plugins.load("prompts", config.prompt.kind)(config.prompt, backbone.image_size)
 
-    def prompted(self, images: torch.Tensor) -> torch.Tensor:
-        return self.prompt(images)
+    def added(self) -> torch.Tensor:
+        return self.prompt.pattern()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"prompt": list(self.prompt.parameters())} | super().groups()

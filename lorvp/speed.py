@@ -1,0 +1,135 @@
+"""Ways to a frozen backbone's output, and to the gradient of what is added to its input, in less time.
+
+Each gives what the plain backbone gives, within the rounding of the precision, and can be switched off
+(`trial.speed`). docs/benchmarks.md has what each was measured to save.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from lorvp.config import SpeedConfig
+
+
+class SplitConv(nn.Module):
+    """A first layer, by linearity: conv(images + prompt) = conv(images) + conv(prompt), padding by zeros included.
+
+    The prompt's part is computed once for the batch, and no gradient goes through the images' part. `prompt` (3, L, L),
+    normalised without the mean, is set for one forward at a time.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.prompt: torch.Tensor | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        seen = self.conv(images)
+        if self.prompt is None:
+            return seen
+        part = self.conv(self.prompt[None])
+        if self.conv.bias is not None:
+            part = part - self.conv.bias[:, None, None]
+        return seen + part.to(seen.dtype)
+
+
+class ClassTokenBlock(nn.Module):
+    """The last block of a ViT, for the class token alone: nothing else of its output is read.
+
+    (N, tokens, C) to (N, 1, C).
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        block, attention = self.block, self.block.attn
+        width, heads = attention.attn_dim, (attention.num_heads, attention.head_dim)
+        y = block.norm1(x)
+        weights = attention.qkv.weight.split([width, 2 * width])
+        biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.split([width, 2 * width])
+        query = F.linear(y[:, :1], weights[0], biases[0]).unflatten(2, heads).transpose(1, 2)
+        key, value = F.linear(y, weights[1], biases[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
+        seen = attention.proj(attention.norm(seen.transpose(1, 2).flatten(2)))
+        x = x[:, :1] + block.ls1(seen)
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def accelerate(model: nn.Module, config: SpeedConfig, image_size: int) -> SplitConv | None:
+    """Makes a frozen timm model in eval mode faster, in place; its first layer, if that was split."""
+    if config.fold_batchnorm:
+        fold_batchnorm(model, image_size)
+    if config.class_token_only and _reads_class_token_only(model):
+        model.blocks[-1] = ClassTokenBlock(model.blocks[-1])
+    if config.channels_last and is_convolutional(model):
+        model.to(memory_format=torch.channels_last)
+    name = model.pretrained_cfg.get("first_conv")
+    if not config.split_first_layer or not isinstance(name, str):
+        return None
+    first = model.get_submodule(name)
+    if not isinstance(first, nn.Conv2d) or first.padding_mode != "zeros":
+        return None
+    split = SplitConv(first)
+    model.set_submodule(name, split)
+    return split
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most of the weights are convolutions'."""
+    convolutions = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    return 2 * convolutions > sum(p.numel() for p in model.parameters())
+
+
+def fold_batchnorm(model: nn.Module, image_size: int) -> int:
+    """Puts each BatchNorm, which in eval mode is linear, into the convolution before it; how many there were.
+
+    Which follows which is seen in a forward of one image. Where an output goes elsewhere, too, the model would be
+    another: then it is left as it was.
+    """
+    made: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # with the tensor itself, so that no other takes its place
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def note_output(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        made[id(output)] = (output, conv)
+
+    def note_input(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+        if id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])][1], norm))
+
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    if not norms:
+        return 0
+    hooks = [norm.register_forward_pre_hook(note_input) for norm in norms]
+    hooks += [m.register_forward_hook(note_output) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    probe = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        before = model(probe)
+        for hook in hooks:
+            hook.remove()
+        once = [(c, n) for c, n in pairs if sum(c is conv or n is norm for conv, norm in pairs) == 1]
+        plain = [(conv, conv.weight, conv.bias) for conv, _ in once]
+        for conv, norm in once:
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()  # BatchNormAct2d
+            model.set_submodule(norms[norm], rest)
+        if torch.allclose(model(probe), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
+            return len(once)
+    for (conv, weight, bias), (_, norm) in zip(plain, once, strict=True):
+        conv.weight, conv.bias = weight, bias
+        model.set_submodule(norms[norm], norm)
+    return 0
+
+
+def _reads_class_token_only(model: nn.Module) -> bool:
+    if type(model) is not VisionTransformer or model.global_pool != "token" or model.attn_pool is not None:
+        return False
+    last = model.blocks[-1]
+    return type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
