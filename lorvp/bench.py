@@ -1,0 +1,179 @@
+"""python -m lorvp.bench step: how fast the trial's loop is, beside the published one and the speed of light.
+
+plain:      ours, with every way of lorvp/speed.py switched off.
+light:      forward and backward to the input, of the same backbone, precision and memory format, on one batch
+            that lies on the device, and nothing else.
+ours:       the trial's own loop, data included (`images_per_second` of its epochs).
+published:  the loop of the public code, written anew from its description: PIL resizes each image in worker processes,
+            AMP, loss and accuracy read in each step, one SGD for prompt and head.
+
+All take turns, so that what disturbs the machine disturbs all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from lorvp import cli
+from lorvp.backbone import DTYPES, Backbone, resolve_precision
+from lorvp.config import SpeedConfig, TrialConfig
+from lorvp.datasets import ArrayImages, Splits
+from lorvp.speed import is_convolutional
+from lorvp.training import Loaded, train
+
+CLASSES = 10
+PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+console = Console(soft_wrap=True)
+
+
+@app.callback()
+def main() -> None:
+    """Benchmarks of a trial."""
+
+
+class _Photos(Dataset):
+    """Images as the published loop reads them: resized by PIL, one at a time."""
+
+    def __init__(self, pixels: np.ndarray, size: int) -> None:
+        self.pixels = pixels
+        self.transform = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[i])), i % CLASSES
+
+
+def published(model: nn.Module, mean: torch.Tensor, std: torch.Tensor, loader: DataLoader, dtype: torch.dtype) -> float:
+    """Images per second of one pass, by the public code's loop."""
+    device = mean.device
+    size = loader.dataset.transform.transforms[0].size[0]
+    b = torch.zeros(3, size, 4, device=device, requires_grad=True)
+    a = torch.randn(3, 4, size, device=device).mul_(0.01).requires_grad_()
+    head = nn.Linear(model.head_hidden_size, CLASSES).to(device)
+    optimizer = torch.optim.SGD([b, a, *head.parameters()], lr=0.02, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = time.perf_counter()
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            x = (images + b @ a - mean) / std
+            output = head(model.forward_head(model.forward_features(x), pre_logits=True))
+            loss = F.cross_entropy(output.log_softmax(1), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss.item(), (output.argmax(1) == labels).float().mean().item()
+    return len(loader.dataset) / (time.perf_counter() - start)
+
+
+def light(backbone: Backbone, batch: int, steps: int) -> float:
+    """Images per second of forward and backward to the input, and nothing else."""
+    device = backbone.mean.device
+    size = backbone.image_size
+    x = torch.randn(batch, 3, size, size, device=device)
+    if is_convolutional(backbone.model):
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    start = time.perf_counter()
+    for _ in range(steps):
+        with torch.autocast(device.type, dtype=backbone.dtype, enabled=backbone.dtype != torch.float32):
+            output = backbone.model.forward_head(backbone.model.forward_features(x), pre_logits=True)
+        output.backward(torch.ones_like(output))
+        x.grad = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return batch * steps / (time.perf_counter() - start)
+
+
+@app.command()
+def step(
+    backbone: Annotated[str, typer.Option(help="timm model name")] = "resnet18",
+    image_size: Annotated[int, typer.Option(min=8)] = 224,
+    native_size: Annotated[int, typer.Option(min=8, help="of the images before they are resized")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="of a turn")] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    precision: Annotated[str, typer.Option(help="of ours and of light: auto, fp32, bf16, fp16")] = "auto",
+    published_precision: Annotated[str, typer.Option(help="of the published loop")] = "fp32",
+) -> None:
+    """Prints images per second of ours, of the published loop and of light, and their ratios."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TrialConfig.model_validate(
+        {
+            "backbone": {"name": backbone, "pretrained": False, "image_size": image_size},
+            "dataset": {"name": "digits"},
+            "optimizer": {"lr": 0.02},
+            "epochs": 1,
+            "batch_size": batch_size,
+            "precision": precision,
+        }
+    )
+    count = batch_size * steps
+    pixels = np.random.default_rng(0).integers(0, 256, (count, native_size, native_size, 3), dtype=np.uint8)
+    ours = Backbone(config.backbone, resolve_precision(precision, device), config.speed).to(device)
+    plain = Backbone(config.backbone, "fp32", PLAIN).to(device)
+    names = tuple(map(str, range(CLASSES)))
+    images = ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names)
+    few = images.subset(np.arange(2))
+    splits, in_precision = Splits(images, few, few), resolve_precision(precision, device)
+    loaded = Loaded(ours, splits, in_precision)
+    switched_off = Loaded(Backbone(config.backbone, in_precision, PLAIN).to(device), splits, in_precision)
+    workers = len(os.sched_getaffinity(0))
+    loader = DataLoader(_Photos(pixels, image_size), batch_size, num_workers=workers, persistent_workers=True)
+    dtype = DTYPES[resolve_precision(published_precision, device)]
+    turns: dict[str, Callable[[], float]] = {
+        "ours": lambda: next(iter(train(config, loaded=loaded))).images_per_second,
+        "plain": lambda: next(iter(train(config, loaded=switched_off))).images_per_second,
+        "published": lambda: published(plain.model, plain.mean, plain.std, loader, dtype),
+        "light": lambda: light(ours, batch_size, steps),
+    }
+    rates = take_turns(turns, rounds)
+    show(rates, f"{backbone} at {image_size}, batch {batch_size}, {loaded.precision} (published {published_precision})")
+
+
+def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The rate of each in every round; one round before them is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in range(rounds + 1):
+        for name, run in turns.items():
+            rate = run()
+            if turn:
+                rates[name].append(rate)
+    return rates
+
+
+def show(rates: dict[str, list[float]], title: str) -> None:
+    table = Table(box=None, title=title, title_justify="left")
+    for column in ("", "images/s", "range"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, found in rates.items():
+        table.add_row(name, f"{statistics.median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}")
+    for other in ("plain", "published", "light"):
+        ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[other], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.add_row(f"ours : {other}", f"{statistics.median(ratios):.2f}", spread)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    cli.run(app)
