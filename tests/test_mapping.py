@@ -100,7 +100,7 @@ def test_frequency_mapping_finds_the_classes_of_real_photos(imagenette):
         ),
         "fp32",
     )
-    splits = load(DatasetConfig(name="image_folder", root=folder, max_per_class=16), backbone.image_size)
+    splits = load(DatasetConfig(name="image_folder", root=folder, max_per_class=40), backbone.image_size)
     with torch.inference_mode():
         seen = ((backbone(backbone.prepare(x), "logits"), y) for x, y in batches(splits.train, 64))
         counts = count_matrix(seen, 1000, 10, torch.device("cpu"))

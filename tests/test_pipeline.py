@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def test_resizing_is_pils(height, width, size):
 @pytest.mark.parametrize("side", [32, 28, 64, 200])
 def test_resizing_real_photos_is_pils(imagenette, side):
     folder, _ = imagenette
-    photos = [Image.open(path).convert("RGB") for path in sorted(Path(folder).rglob("*.jp*g"))[:20]]
+    photos = [Image.open(path).convert("RGB") for path in sorted(folder.glob("val/*/*"))[::25]]
     images = np.stack([np.asarray(photo.resize((side, side), Image.Resampling.BICUBIC)) for photo in photos])
     exact, on_cpu = both_ways(images, 224)
     assert exact == 0

@@ -15,13 +15,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.io
+import torch
 import torchvision
 from conftest import make, photo
 from PIL import Image
+from torchvision import transforms
 
 from lorvp import datasets, images, prepare, sources, torchvision_sets
 from lorvp.config import DatasetConfig
 from lorvp.errors import UserError
+
+
+@pytest.mark.slow
+def test_real_photos_are_what_torchvision_reads(imagenette, tmp_path):
+    folder, _ = imagenette
+    opened = make("image_folder", folder, tmp_path, size=160, name="imagenette")
+    assert {split: len(rows) for split, rows in opened.splits.items()} == {"train": 2000, "test": 500}
+    resize = transforms.Compose([transforms.Resize((160, 160)), transforms.PILToTensor()])
+    expected = torchvision.datasets.ImageFolder(folder / "val", resize)
+    kept = datasets.stored(opened, "test", 160)
+    assert kept.labels.tolist() == expected.targets
+    for pixels, (image, _) in zip(kept.read(np.arange(500)), expected, strict=True):
+        assert torch.equal(pixels, image)
 
 
 def cifar_archive(folder: Path, name: str) -> None:
