@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,10 +66,7 @@ class FolderImages:
 
     def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`. Raises UserError for an unreadable file."""
-        pixels, batch = _batch(len(indices), self.size, pin)
-        for place, image in enumerate(_decoders.map(lambda i: decode(self.paths[i], self.size), indices)):
-            pixels[place] = image
-        return batch
+        return _decoded((self.paths[i] for i in indices), len(indices), self.size, pin)
 
     def subset(self, indices: np.ndarray) -> FolderImages:
         return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
@@ -91,12 +88,10 @@ class StoreImages:
     def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
         rows = self.rows[indices]
-        pixels, batch = _batch(len(rows), self.size, pin)
         if self.split.image_size is None:
-            for place, image in enumerate(_decoders.map(lambda r: decode(self.split.encoded(r), self.size), rows)):
-                pixels[place] = image
-        else:
-            self.split.read(rows, out=pixels)
+            return _decoded(map(self.split.encoded, rows), len(rows), self.size, pin)
+        pixels, batch = _batch(len(rows), self.size, pin)
+        self.split.read(rows, out=pixels)
         return batch
 
     def subset(self, indices: np.ndarray) -> StoreImages:
@@ -110,6 +105,14 @@ def _batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]
     """Room for a batch, to be filled as (length, size, size, 3), and the batch as (length, 3, size, size)."""
     room = torch.empty((length, size, size, 3), dtype=torch.uint8, pin_memory=pin)
     return room.numpy(), room.permute(0, 3, 1, 2)
+
+
+def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -> torch.Tensor:
+    """A batch of encoded images, decoded side by side."""
+    pixels, batch = _batch(length, size, pin)
+    for place, image in enumerate(_decoders.map(lambda file: decode(file, size), files)):
+        pixels[place] = image
+    return batch
 
 
 @dataclass(frozen=True)
