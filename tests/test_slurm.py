@@ -96,7 +96,7 @@ def make_sweep(tmp_path: Path, profile: str = PROFILE, **changes: str) -> Sweep:
 
 CONTROL = "control: {method: linear_probe, label_mapping: lp}\n"
 LONG = {
-    "longer": ("epochs: 3", "epochs: 14"),
+    "longer": ("epochs: 3", "epochs: 25"),
     "larger": ("max_per_class: 20", "max_per_class: 60"),
     "few": ("trials: 4", "trials: 2"),
     "alone": (CONTROL, ""),
@@ -171,7 +171,7 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     jobs = {trial.name: trial.job() for trial in sweep.trials() if trial.job()}
     for signum in (signal.SIGTERM, signal.SIGINT):
         before = recorded(sweep)
-        process = sweep.start("--resume")
+        process = resumed(sweep)
         wait_for_epochs(sweep, process, before, more=2)
         if signum == signal.SIGTERM:  # the first after the kill: re-attached, not submitted twice
             assert jobs.items() <= {trial.name: trial.job() for trial in sweep.trials()}.items()
@@ -181,7 +181,7 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
         assert no_jobs(slurm)
         kept(before, sweep)
     before = recorded(sweep)
-    process = sweep.start("--resume", "--leave-running")
+    process = resumed(sweep, "--leave-running")
     wait_for_epochs(sweep, process, before, more=2)
     jobs = {trial.name: trial.job() for trial in sweep.trials()}
     process.send_signal(signal.SIGTERM)
@@ -194,6 +194,15 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     finish(sweep, slurm, sweep.start("--resume"), trials=2)
     kept(before, sweep)
     assert jobs == {trial.name: trial.job() for trial in sweep.trials()}
+
+
+def resumed(sweep: Sweep, *arguments: str) -> subprocess.Popen:
+    """A driver that goes on, and has begun to start Ray."""
+    process = sweep.start("--resume", *arguments)
+    while not list((sweep.path / "ray" / "session").glob(f"session_*_{process.pid}")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    return process
 
 
 def wait_for_epochs(sweep: Sweep, process: subprocess.Popen, before: dict[str, list], more: int) -> None:
