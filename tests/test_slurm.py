@@ -161,7 +161,7 @@ def test_grid_on_three_nodes(slurm, tmp_path):
 
 def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     """One sweep through the ends of five drivers: refused beside another, killed, SIGTERM, SIGINT, --leave-running."""
-    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 100")})
+    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 80")})
     process = sweep.start()
     running(sweep, process)
     said = sweep.run("--resume", code=2)
