@@ -83,6 +83,9 @@ def main(
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+    if code == EXIT_INTERRUPTED:  # perhaps in the middle of Ray's start: its C++ part would abort the interpreter's end
+        sys.stdout.flush()
+        os._exit(code)
     raise typer.Exit(code)
 
 
