@@ -54,7 +54,15 @@ class Rows:
             return np.full(len(self), self.pixels[0].nbytes)
         if self.cells is not None:
             return self.cells.sizes()
-        return np.array([os.lstat(os.path.join(self.root, name)).st_size for name in self.names])
+        return np.array([_size(os.path.join(self.root, name)) for name in self.names])
+
+
+def _size(path: str) -> int:
+    """Of the file, also where `path` is a link to it; 0 where that can't be read, which is told when it is decoded."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
