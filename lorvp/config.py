@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,6 +135,19 @@ class SpeedConfig(Part):
     class_token_only: bool = Field(True, description="a ViT's last block for the class token alone")
 
 
+BEST = "best"
+"""The value of `head_fit` for the C whose head is the best on val, not on train."""
+
+
+def _how_far(value: Any) -> float | str:
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", value) if isinstance(value, str) else None
+    if value == BEST or (share and 0 < float(share[1]) <= 100):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"must be C above 0, or best, or a share of the best val accuracy, as 90%; not {value!r}")
+
+
 class TrialConfig(Part):
     """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
 
@@ -141,6 +156,17 @@ class TrialConfig(Part):
     dataset: DatasetConfig
     prompt: PromptConfig = PromptConfig()
     label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = "lp"
+    head_init: Literal["random", "linear_probe"] = Field(
+        "random",
+        description="of lp and fm. linear_probe: fitted to the images without a prompt, as far as head_fit says",
+    )
+    # not a union: pydantic would name each of its members in an error
+    head_fit: Annotated[Any, AfterValidator(_how_far)] = Field(
+        "90%", description="C of that logistic regression; or best: the best on val; or a share of that accuracy: 90%"
+    )
+    ilm: Literal["pass", "streamed"] = Field(
+        "pass", description="counts for ilm: from a pass over the data before each epoch, or from the epoch before"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     epochs: PositiveInt = 20
@@ -160,6 +186,8 @@ class TrialConfig(Part):
             raise ValueError(f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be below epochs")
         if self.method == "linear_probe" and self.label_mapping not in HEAD_MAPPINGS:
             raise ValueError("method linear_probe trains only a head: label_mapping must be lp or fm")
+        if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
+            raise ValueError("method linear_probe with head_init linear_probe is fitted at once: epochs must be 1")
         return self
 
     def canonical(self) -> dict[str, Any]:
@@ -171,6 +199,14 @@ class TrialConfig(Part):
             unused += ["optimizer.weight_decay", "optimizer.head_weight_decay"]
         else:  # what they are the defaults of has its own value by now
             unused += ["optimizer.lr", "optimizer.weight_decay"]
+        if self.label_mapping not in HEAD_MAPPINGS or self.head_init == "random":
+            unused += ["head_fit"]
+        if self.label_mapping not in HEAD_MAPPINGS:
+            unused += ["head_init"]
+        if self.label_mapping != "ilm":
+            unused += ["ilm"]
+        if self.method == "linear_probe" and self.head_init == "linear_probe":
+            unused += ["optimizer", "schedule", "batch_size", "init_seed", "order_seed"]
         if self.method == "linear_probe":
             unused += ["prompt", "optimizer.prompt_name", "optimizer.prompt_lr", "optimizer.prompt_weight_decay"]
         elif self.prompt.kind != "low_rank":

@@ -6,11 +6,13 @@ native size and are resized in batch on the device; others are resized once, whe
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +36,23 @@ _decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix=
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images that lie in memory: pixels (N, 3, H, W) uint8, labels (N,) int64."""
+    """Images that lie in memory: pixels (N, 3, H, W) uint8, labels (N,) int64.
+
+    Or, in place of pixels, what a backbone says of images: (N, d) float32.
+    """
 
     pixels: torch.Tensor
     labels: np.ndarray
     class_names: tuple[str, ...]
+    known_digest: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what `read` gives, without the labels: equal ones have equal images."""
+        return self.known_digest or _digest(self.pixels.shape, self.pixels.cpu().contiguous().numpy().data)
 
     def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
         """The images at `indices` as (len(indices), 3, H, W) uint8, if `pin` in memory that a GPU can copy from."""
@@ -64,6 +75,13 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """As `ArrayImages.digest`, by the files' names, sizes and times."""
+        found = [path.stat() for path in self.paths]
+        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, found, strict=True)]
+        return _digest(self.size, repr(files).encode())
+
     def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`. Raises UserError for an unreadable file."""
         return _decoded((self.paths[i] for i in indices), len(indices), self.size, pin)
@@ -85,6 +103,11 @@ class StoreImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """As `ArrayImages.digest`, by the store's checksums."""
+        return _digest((self.size, [part.checksum for part in self.split.files.parts]), self.rows.data)
+
     def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
         rows = self.rows[indices]
@@ -99,6 +122,12 @@ class StoreImages:
 
 
 Images = ArrayImages | FolderImages | StoreImages
+
+
+def _digest(about: object, content: bytes | memoryview) -> str:
+    seen = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    seen.update(content)
+    return seen.hexdigest()
 
 
 def _batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]:

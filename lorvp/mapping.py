@@ -6,8 +6,6 @@ and on the features. `MAPPINGS` names them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import nn
@@ -95,19 +93,11 @@ MAPPINGS: dict[str, type[LabelMapping]] = {
 }
 
 
-def count_matrix(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], source_classes: int, classes: int, device: torch.device
-) -> torch.Tensor:
-    """How many images of each class the backbone takes for each source class: (source classes, classes) int32.
-
-    `batches` yields raw source logits (n, source classes) and labels (n,). The one matrix is all that is kept: 83 MiB
-    at 21,841 x 1,000.
-    """
-    counts = torch.zeros(source_classes * classes, dtype=torch.int32, device=device)
-    for logits, labels in batches:
-        cells = logits.argmax(1) * classes + labels
-        counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
-    return counts.view(source_classes, classes)
+def count(counts: torch.Tensor, top: torch.Tensor, labels: torch.Tensor) -> None:
+    """Adds to a count matrix (source classes, classes) int32, in place, images of class `labels` (n,) that the backbone
+    takes for the source classes `top` (n,)."""
+    cells = top * counts.shape[1] + labels
+    counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
 
 
 def greedy_matching(counts: torch.Tensor) -> torch.Tensor:

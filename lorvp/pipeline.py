@@ -88,26 +88,23 @@ def on_device(images: Images, device: torch.device, at_once: int = 512) -> Array
     # in the order of memory that they are read in: pixel by pixel, or colour by colour
     order = torch.contiguous_format if first.is_contiguous() else torch.channels_last
     shape = (len(images), *first.shape[1:])
-    pixels = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=order)
+    pixels = torch.empty(shape, dtype=first.dtype, device=device, memory_format=order)
     for chunk in np.array_split(np.arange(len(images)), max(1, len(images) // at_once)):
         pixels[chunk[0] : chunk[-1] + 1] = images.read(chunk).to(device)
-    return ArrayImages(pixels, images.labels, images.class_names)
+    return ArrayImages(pixels, images.labels, images.class_names, images.digest)
 
 
-def crop_and_flip(
-    images: torch.Tensor, size: int, generator: torch.Generator, share: tuple[int, int], whole: int
-) -> torch.Tensor:
+def crop_and_flip(images: torch.Tensor, size: int, draws: np.ndarray) -> torch.Tensor:
     """Random crops of side `size`, half of them mirrored, as published: resized to `crop_size` first.
 
-    images (n, 3, H, W) uint8 to (n, 3, size, size). The draws are made on the CPU, for a batch of `whole` images of
-    which these are this process's share, so that they depend on neither the device nor the number of processes.
+    images (n, 3, H, W) uint8 to (n, 3, size, size). `draws` (n, 3) from [0, 1) say where, and whether mirrored.
     """
     large = crop_size(size)
     images = resize(images, large)
-    draws = torch.rand((whole, 3), generator=generator, dtype=torch.float64)[share[0] :: share[1]]
-    top, left = ((large - size + 1) * draws[:, :2]).long().to(images.device).unbind(1)
+    places = torch.from_numpy(draws)
+    top, left = ((large - size + 1) * places[:, :2]).long().to(images.device).unbind(1)
     along = torch.arange(size, device=images.device)
-    columns = torch.where((draws[:, 2] < 0.5).to(images.device)[:, None], along, size - 1 - along) + left[:, None]
+    columns = torch.where((places[:, 2] < 0.5).to(images.device)[:, None], along, size - 1 - along) + left[:, None]
     rows = along + top[:, None]
     each = torch.arange(len(images), device=images.device)[:, None, None]
     return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

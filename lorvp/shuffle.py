@@ -13,6 +13,12 @@ def permutation(length: int, *seeds: int) -> np.ndarray:
     return np.argsort(hashes(np.arange(length), *seeds), kind="stable")
 
 
+def uniform(numbers: np.ndarray, width: int, *seeds: int) -> np.ndarray:
+    """`width` draws from [0, 1) for each of `numbers`: (len(numbers), width) float64."""
+    cells = numbers[:, None] * width + np.arange(width)
+    return (hashes(cells.ravel(), *seeds) >> np.uint64(11)).reshape(cells.shape) * 2.0**-53
+
+
 def hashes(numbers: np.ndarray, *seeds: int) -> np.ndarray:
     """A uniform uint64 for each of `numbers` (Steele et al. 2014, splitmix64)."""
     state = np.zeros(len(numbers), dtype=np.uint64)

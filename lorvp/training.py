@@ -6,16 +6,18 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lorvp import bundle, datasets, distributed, pipeline, plugins
+from lorvp import bundle, datasets, distributed, frozen, pipeline, plugins, probe, shuffle
 from lorvp.backbone import Backbone, resolve_precision
-from lorvp.config import OptimizerConfig, ScheduleConfig, TrialConfig
+from lorvp.config import HEAD_MAPPINGS, OptimizerConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
@@ -43,22 +45,15 @@ class EpochResult:
     seconds: float
     time: float
     """Unix time at the end of the epoch."""
+    order: int
+    """Which epoch's order of the data it had: its own, unless it joined others that were further."""
+    packed: int = 1
+    """Trials that shared its batches."""
     test_loss: float | None = None
     test_top1: float | None = None
     test_top5: float | None = None
     """Read once, in the last epoch's result, with the best epoch's prompt and head; in every result under
     `select: test_best_epoch`, there with that epoch's own."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """An epoch that was begun: how many steps of it were taken, and what they gave."""
-
-    step: int = 0
-    total_loss: float = 0.0
-    skipped: int = 0
-    lr: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,318 @@ def load(config: TrialConfig) -> Loaded:
 
 
 class _Stop(Exception):
-    """The search gave up on the trial."""
+    """The search gave up on the trial, or its job has to leave."""
+
+
+Figures = tuple[float, float, float]
+"""Loss in nats, top-1 and top-5 in percent."""
+
+
+class Training:
+    """One trial while it is trained: its method, optimizers and schedule, and what it has given so far.
+
+    With a `folder`, a checkpoint is written there after every epoch, before its result is given out, and the best
+    epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, `results` holds the epochs in it as
+    they were recorded and training goes on where it was: on one machine the results are, bit for bit, those of a
+    trial that was never interrupted. `should_stop` is asked before every batch; once it says so the trial leaves,
+    within the batch. A checkpoint is then written between two steps too, and holds the part of the epoch done so far.
+
+    Raises UserError for input that can't work.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        loaded: Loaded,
+        folder: Path | None = None,
+        resume_from: Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.loaded, self.folder, self.should_stop = config, loaded, folder, should_stop
+        self.splits = loaded.splits
+        self.device = loaded.backbone.mean.device
+        classes = len(loaded.splits.class_names)
+        self.method: Method = plugins.load("methods", config.method)(config, loaded.backbone, classes).to(self.device)
+        self.groups = self.method.groups()
+        self.optimizers = {name: make_optimizer(name, group, config.optimizer) for name, group in self.groups.items()}
+        self.base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
+        self.rank, self.processes = distributed.share()
+        self.cached = self.method.reads_frozen and not config.dataset.crop_flip
+        """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
+        self.model = self.method.mapping if self.cached else self.method
+        self.trained = distributed.averaged(self.model)
+        self.steps_per_epoch = math.ceil(len(self.splits.train) / config.batch_size)
+        self.at_once = max(config.batch_size, config.eval_batch_size)
+        """Images of a batch that go through the backbone together, fewer where the device's memory is too small."""
+
+        self.results: list[EpochResult] = []
+        self.best: dict[str, Any] = {"epoch": 0, "tuned": {}}
+        self.steps_taken = 0  # without those that fp16 skipped
+        self.order: int | None = None
+        """Which epoch's order of the data the epoch that was begun takes; None between two epochs."""
+        self.next_order = 1
+        if resume_from is not None:
+            self._continue(read_checkpoint(resume_from, config))
+
+    @property
+    def through(self) -> bool:
+        return len(self.results) == self.config.epochs
+
+    # -- an epoch
+
+    def begin(self, order: int) -> None:
+        """Begins an epoch on that order of the data, or goes on with the one that was begun."""
+        self.start = time.perf_counter()
+        if self.cached and self.splits is self.loaded.splits:
+            reads, size = self.method.mapping.reads, self.config.eval_batch_size
+            self.splits = frozen.splits(self.loaded.backbone, self.loaded.splits, reads, size, self._check)
+        if self.order is None:
+            if not self.results:
+                self._start_head()
+            self.method.start_epoch(len(self.results) + 1, self._batches, self._said_of_train)
+            self.order, self.step_in_epoch, self.before = order, 0, 0.0
+            self.first_lr: dict[str, float] = {}
+            self.total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.training_start = time.perf_counter() - self.before
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """What is left of the epoch: this process's share of images, ready for `step`, of labels, and of how many."""
+        order = pipeline.epoch_order(len(self.splits.train), self.config.order_seed, self.order)
+        size, share = self.config.batch_size, (self.rank, self.processes)
+        rest = order[self.step_in_epoch * size :]
+        given = pipeline.batches(self.splits.train, size, rest, self.device, share)
+        for start, (pixels, labels) in zip(range(len(order) - len(rest), len(order), size), given, strict=True):
+            places = np.arange(start, min(start + size, len(order)))
+            if self.config.dataset.crop_flip:
+                draws = shuffle.uniform(places[share[0] :: share[1]], 3, self.config.order_seed, self.order)
+                pixels = pipeline.crop_and_flip(pixels, self.loaded.backbone.image_size, draws)
+            yield self.prepare(pixels), labels, len(places)
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch from the data as the trial takes it."""
+        return images if self.cached else self.loaded.backbone.prepare(images)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
+        """One step on this process's share of a batch of `whole` images."""
+        if distributed.agreed(self.should_stop):
+            self.before = time.perf_counter() - self.training_start
+            self.save()
+            raise _Stop
+        step = self.steps_taken + self.step_in_epoch
+        total = self.config.epochs * self.steps_per_epoch
+        factor = lr_factor(self.config.schedule, step, total, self.steps_per_epoch)
+        self.total_loss += self._backward(images, labels, self.processes / whole)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = self.base_lr[name] * factor
+            self.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.groups[name]])
+            finite &= norm.isfinite()
+            if self.config.optimizer.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.groups[name], self.config.optimizer.clip_grad_norm, norm)
+            self.scaler.step(optimizer)
+        self._zero_grad()
+        self.scaler.update()
+        self.first_lr = self.first_lr or {name: base * factor for name, base in self.base_lr.items()}
+        self.skipped += ~finite
+        self.step_in_epoch += 1
+
+    def finish(self, val: Figures, packed: int) -> EpochResult:
+        """Ends the epoch: in the last one the test set is read, with the best epoch's prompt. `val` are its figures.
+
+        Raises TrialFailed when the loss is no longer a number.
+        """
+        if self.optimizers:
+            train_loss = distributed.total(self.total_loss).item() / len(self.splits.train)
+        else:
+            train_loss = self._evaluate(self.splits.train)[0]
+        epoch = len(self.results) + 1
+        if not math.isfinite(train_loss):
+            raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
+        # A step that fp16 skipped did not use up its place in the schedule; known only here, without a
+        # transfer in every step, so the schedule falls back at the start of the next epoch.
+        taken = self.steps_per_epoch - (int(self.skipped) if self.scaler.is_enabled() else 0)
+        val_loss, val_top1, val_top5 = val
+        test = self._evaluate(self.splits.test) if self.config.select == "test_best_epoch" else None
+        score = val_top1 if test is None else test[1]
+        best = self.best
+        if not best["epoch"] or score > best["score"]:
+            best = {"epoch": epoch, "score": score, "tuned": self.method.tuned()}
+        if self.config.select == "val" and epoch == self.config.epochs:
+            last = self.method.tuned()
+            self.method.load_tuned(best["tuned"])
+            test = self._evaluate(self.splits.test)
+            self.method.load_tuned(last)
+        test_loss, test_top1, test_top5 = test or (None, None, None)
+        result = EpochResult(
+            epoch=epoch,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            val_top1=val_top1,
+            val_top5=val_top5,
+            lr=self.first_lr,
+            images_per_second=len(self.splits.train) / self.trained_for,
+            peak_memory_mib=peak_memory_mib(self.device),
+            seconds=time.perf_counter() - self.start,
+            time=time.time(),
+            order=self.order,
+            packed=packed,
+            test_loss=test_loss,
+            test_top1=test_top1,
+            test_top5=test_top5,
+        )
+        self.results.append(result)  # with `best`, and not before: the test set may have been left half-way
+        self.best, self.steps_taken = best, self.steps_taken + taken
+        self.next_order, self.order = self.order + 1, None
+        self.save()
+        return result
+
+    def close(self) -> None:
+        """Leaves the best epoch's bundle in the folder."""
+        self.loaded.backbone.check_unmoved()
+        if self.folder is None or not self.results:
+            return
+        self.method.load_tuned(self.best["tuned"])
+        names, precision = self.splits.class_names, self.loaded.precision
+        bundle.save(self.folder / BUNDLE, self.method, self.config, precision, names, self.best["epoch"], self.results)
+
+    # -- its parts
+
+    def _check(self) -> None:
+        if distributed.agreed(self.should_stop):
+            raise _Stop
+
+    def _start_head(self) -> None:
+        """Puts a fitted head in, where the config asks for one."""
+        if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
+            return
+        splits, reads = self.loaded.splits, self.method.mapping.reads
+        train, val = (self._said(images, reads) for images in (splits.train, splits.val))
+        weight, bias = probe.head(train, val, self.config.head_fit, self.device)
+        self.method.mapping.head.load_state_dict({"weight": weight, "bias": bias})
+
+    def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
+        return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check)
+
+    def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The source class that the backbone takes each of the training images for, and their labels."""
+        said = self._said(self.loaded.splits.train, "top")
+        return said.pixels.to(self.device), torch.from_numpy(said.labels).to(self.device)
+
+    def _batches(self) -> pipeline.Batches:
+        """A pass over this process's share of the training images."""
+        size, share = self.config.eval_batch_size, (self.rank, self.processes)
+        for batch in pipeline.batches(self.loaded.splits.train, size, None, self.device, share):
+            self._check()
+            yield batch
+
+    def figures(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(3,) float64: the sum of the losses, and how many have their label first, and among the first five."""
+
+        def of(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
+            logits = self.model(some)
+            ranked = logits.topk(min(TOP_K, self.method.classes), dim=1).indices == their[:, None]
+            loss = F.cross_entropy(logits, their, reduction="sum")
+            return torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
+
+        return self._in_parts(of, images, labels)
+
+    def _evaluate(self, images: datasets.Images) -> Figures:
+        found = evaluate([self], images)
+        if not found:
+            raise _Stop
+        return found[self]
+
+    def _backward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        """Adds the gradients of the losses' sum times `scale`, and gives that sum."""
+
+        def of(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
+            loss = F.cross_entropy(self.trained(some), their, reduction="sum")
+            self.scaler.scale(loss * scale).backward()  # processes' gradients are averaged, not summed
+            return loss.detach()
+
+        total = self._in_parts(of, images, labels)
+        self.method.count(labels)
+        return total
+
+    def _in_parts(
+        self, work: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of what `work` gives of a batch's parts: one, unless the device's memory is too small for it."""
+        while True:
+            size = min(self.at_once, len(images))
+            try:
+                parts = zip(images.split(size), labels.split(size), strict=True)
+                return torch.stack([work(some, their) for some, their in parts]).sum(0)
+            except torch.OutOfMemoryError:
+                if size == 1 or self.processes > 1:  # the others would wait for gradients that never come
+                    raise
+            self.at_once = math.ceil(size / 2)
+            self._zero_grad()
+            self.method.forget()
+            torch.cuda.empty_cache()
+            print(f"out of device memory: batches of {len(images)} are taken {self.at_once} at a time", flush=True)
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    # -- the checkpoint
+
+    def save(self) -> None:
+        total_loss = distributed.total(self.total_loss).item()
+        counts = None if self.method.counts is None else distributed.total(self.method.counts)
+        if self.folder is None:
+            return
+        part = None
+        if self.order is not None:
+            part = {
+                "step": self.step_in_epoch,
+                "total_loss": total_loss,
+                "skipped": int(self.skipped),
+                "lr": self.first_lr,
+                "seconds": self.before,
+                "order": self.order,
+            }
+        state = {
+            "config_hash": self.config.content_hash(),
+            "results": [asdict(r) for r in self.results],
+            "best": self.best,
+            "steps_taken": self.steps_taken,
+            "next_order": self.next_order,
+            "part": part,
+            "tuned": self.method.tuned(),
+            "counts": counts,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "random_states": random_states(),
+        }
+        with replacing(self.folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # given a path, torch would not say that the disk is full
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        self.results = [EpochResult(**values) for values in state["results"]]
+        self.best, self.steps_taken, self.next_order = state["best"], state["steps_taken"], state["next_order"]
+        self.method.load_tuned(state["tuned"])
+        if state["counts"] is not None:
+            self.method.counts = state["counts"].to(self.device) * (self.rank == 0)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_states(state["random_states"])
+        part = state["part"]
+        if part is not None:
+            self.order, self.step_in_epoch, self.before = part["order"], part["step"], part["seconds"]
+            self.first_lr = part["lr"]
+            lead = part["total_loss"] if self.rank == 0 else 0.0
+            self.total_loss = torch.tensor(lead, dtype=torch.float64, device=self.device)
+            self.skipped = torch.tensor(part["skipped"], device=self.device)
+
+
+Said = EpochResult | TrialFailed | None
+"""Of a trial: an epoch's result; or its last word, how it failed, or None when it is through or has left."""
 
 
 def train(
@@ -90,13 +396,8 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     loaded: Loaded | None = None,
 ) -> Iterator[EpochResult]:
-    """Trains as `config` says and yields each epoch's result.
+    """Trains as `config` says and yields each epoch's result, those of a checkpoint too; see `Training`.
 
-    With a `folder`, a checkpoint is written there after every epoch, before its result is yielded, and the best
-    epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, the epochs in it are yielded as
-    they were recorded and training goes on where it was: on one machine the results are, bit for bit, those of a
-    trial that was never interrupted. `should_stop` is asked before every batch; once it says so the iterator ends,
-    within the batch. A checkpoint is then written between two steps too, and holds the part of the epoch done so far.
     `loaded` saves loading backbone and data again; the results are the same.
 
     Within a process group (`lorvp.distributed`) its processes train the one trial together: each has its share of every
@@ -104,162 +405,101 @@ def train(
 
     Raises UserError for input that can't work, and TrialFailed when the loss is no longer a number.
     """
-    loaded = loaded or load(config)
-    backbone, splits, precision = loaded.backbone, loaded.splits, loaded.precision
-    device = backbone.mean.device
-    method: Method = plugins.load("methods", config.method)(config, backbone, len(splits.class_names)).to(device)
-    groups = method.groups()
-    optimizers = {name: make_optimizer(name, parameters, config.optimizer) for name, parameters in groups.items()}
-    base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    share = distributed.share()
-    trained = distributed.averaged(method)
-    crops = torch.Generator().manual_seed(config.order_seed)
-    steps_per_epoch = math.ceil(len(splits.train) / config.batch_size)
+    training = Training(config, loaded or load(config), folder, resume_from, should_stop)
+    yield from training.results
+    waiting = [training]
+    for _, said in train_together(lambda _: [waiting.pop()] if waiting else []):
+        if isinstance(said, TrialFailed):
+            raise said
+        if said is not None:
+            yield said
 
-    results: list[EpochResult] = []
-    best: dict[str, Any] = {"epoch": 0, "tuned": {}}
-    steps_taken = 0  # without those that fp16 skipped
-    part: _Part | None = None
-    if resume_from is not None:
-        state = read_checkpoint(resume_from, config)
-        results = [EpochResult(**values) for values in state["results"]]
-        best, steps_taken = state["best"], state["steps_taken"]
-        part = _Part(**state["part"]) if state["part"] else None
-        method.load_tuned(state["tuned"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        scaler.load_state_dict(state["scaler"])
-        set_random_states(state["random_states"])
-        crops.set_state(state["crops"])
-        yield from results
 
-    def watched(images: datasets.Images, size: int) -> pipeline.Batches:
-        for batch in pipeline.batches(images, size, None, device, share):
-            if distributed.agreed(should_stop):
-                raise _Stop
-            yield batch
+def train_together(join: Callable[[int], list[Training]]) -> Iterator[tuple[Training, Said]]:
+    """Trains trials on the same batches, one after the other on each; they have the same `Loaded` and batch sizes.
 
-    def evaluate(images: datasets.Images) -> tuple[float, float, float]:
-        """Loss, top-1 and top-5 over `images`, summed on the device and read once."""
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        with torch.inference_mode():
-            for pixels, labels in watched(images, config.eval_batch_size):
-                logits = method(pixels)
-                ranked = logits.topk(min(TOP_K, method.classes), dim=1).indices == labels[:, None]
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum()])
-        loss, top1, top5 = (distributed.total(sums) / len(images)).tolist()
-        return loss, 100 * top1, 100 * top5
-
-    def save(part: _Part | None) -> None:
-        if folder is None:
+    `join` is asked before every epoch, with how many are being trained, for those that shall join them; when there are
+    none left this ends. The results of a trial are those that it has by itself on the same orders of the data
+    (`EpochResult.order`): nothing goes from one to another, and one that fails leaves the others alone.
+    """
+    members: list[Training] = []
+    while True:
+        for new in join(len(members)):
+            members.append(new)
+            if new.order is not None or new.through:  # it left within an epoch, or after the last
+                yield from _epoch([new], new.order, members)
+        if not members:
             return
-        state = {
-            "config_hash": config.content_hash(),
-            "results": [asdict(r) for r in results],
-            "best": best,
-            "steps_taken": steps_taken,
-            "part": asdict(part) if part else None,
-            "tuned": method.tuned(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "scaler": scaler.state_dict(),
-            "random_states": random_states(),
-            "crops": crops.get_state(),
-        }
-        with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)  # given a path, torch would not say that the disk is full
+        pack = [training for training in members if not training.cached]
+        for group in [pack, *([training] for training in members if training.cached)]:
+            if group:
+                yield from _epoch(group, group[0].next_order, members)
 
-    try:
-        for epoch in range(len(results) + 1, config.epochs + 1):
-            start = time.perf_counter()
-            order = pipeline.epoch_order(len(splits.train), config.order_seed, epoch)
-            if part is None:
-                method.start_epoch(epoch, lambda: watched(splits.train, config.eval_batch_size))
-                part = _Part()
-            first_lr = part.lr
-            total_loss = torch.zeros((), dtype=torch.float64, device=device)
-            if share[0] == 0:
-                total_loss += part.total_loss
-            skipped = torch.tensor(part.skipped, device=device)
-            training_start = time.perf_counter() - part.seconds
-            rest = order[part.step * config.batch_size :]
-            given = pipeline.batches(splits.train, config.batch_size, rest, device, share)
-            for step, (pixels, labels) in enumerate(given, part.step):
-                if distributed.agreed(should_stop):
-                    seconds = time.perf_counter() - training_start
-                    save(_Part(step, distributed.total(total_loss).item(), int(skipped), first_lr, seconds))
-                    raise _Stop
-                whole = min(config.batch_size, len(order) - step * config.batch_size)
-                if config.dataset.crop_flip:
-                    pixels = pipeline.crop_and_flip(pixels, backbone.image_size, crops, share, whole)
-                factor = lr_factor(
-                    config.schedule, steps_taken + step, config.epochs * steps_per_epoch, steps_per_epoch
-                )
-                loss = F.cross_entropy(trained(pixels), labels, reduction="sum")
-                scaler.scale(loss * (share[1] / whole)).backward()  # processes' gradients are averaged, not summed
-                finite = torch.ones((), dtype=torch.bool, device=device)
-                for name, optimizer in optimizers.items():
-                    optimizer.param_groups[0]["lr"] = base_lr[name] * factor
-                    scaler.unscale_(optimizer)
-                    norm = torch.nn.utils.get_total_norm([p.grad for p in groups[name]])
-                    finite &= norm.isfinite()
-                    if config.optimizer.clip_grad_norm is not None:
-                        torch.nn.utils.clip_grads_with_norm_(groups[name], config.optimizer.clip_grad_norm, norm)
-                    scaler.step(optimizer)
-                    optimizer.zero_grad()
-                scaler.update()
-                first_lr = first_lr or {name: base * factor for name, base in base_lr.items()}
-                total_loss += loss.detach()
-                skipped += ~finite
-            seconds_training = time.perf_counter() - training_start
-            train_loss = distributed.total(total_loss).item() / len(splits.train)
-            if not math.isfinite(train_loss):
-                raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
-            # A step that fp16 skipped did not use up its place in the schedule; known only here, without a
-            # transfer in every step, so the schedule falls back at the start of the next epoch.
-            steps_taken += steps_per_epoch - (int(skipped) if scaler.is_enabled() else 0)
 
-            val_loss, val_top1, val_top5 = evaluate(splits.val)
-            test = None
-            if config.select == "test_best_epoch":
-                test = evaluate(splits.test)
-            score = val_top1 if test is None else test[1]
-            best_yet = best
-            if not best["epoch"] or score > best["score"]:
-                best_yet = {"epoch": epoch, "score": score, "tuned": method.tuned()}
-            if config.select == "val" and epoch == config.epochs:
-                last = method.tuned()
-                method.load_tuned(best_yet["tuned"])
-                test = evaluate(splits.test)
-                method.load_tuned(last)
-            test_loss, test_top1, test_top5 = test or (None, None, None)
-            result = EpochResult(
-                epoch=epoch,
-                train_loss=train_loss,
-                val_loss=val_loss,
-                val_top1=val_top1,
-                val_top5=val_top5,
-                lr=first_lr,
-                images_per_second=len(splits.train) / seconds_training,
-                peak_memory_mib=peak_memory_mib(device),
-                seconds=time.perf_counter() - start,
-                time=time.time(),
-                test_loss=test_loss,
-                test_top1=test_top1,
-                test_top5=test_top5,
-            )
-            results.append(result)  # with `best`, and not before: the test set may have been left half-way
-            best = best_yet
-            part = None
-            save(part)
-            yield result
-    except _Stop:
-        pass
-    backbone.check_unmoved()
-    if folder is not None and results:
-        method.load_tuned(best["tuned"])
-        bundle.save(folder / BUNDLE, method, config, precision, splits.class_names, best["epoch"], results)
+def _epoch(group: list[Training], order: int | None, members: list[Training]) -> list[tuple[Training, Said]]:
+    """One epoch of trials that share their batches, and what it gave; those that end are taken out of `members`."""
+    said: list[tuple[Training, Said]] = []
+    running = list(group)
+
+    def end(training: Training, last_word: TrialFailed | None) -> None:
+        if last_word is None:
+            training.close()
+        running.remove(training)
+        members.remove(training)
+        said.append((training, last_word))
+
+    def attempt(training: Training, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except _Stop:
+            end(training, None)
+        except TrialFailed as error:
+            end(training, error)
+
+    def finish(training: Training, val: Figures | None) -> None:
+        if val is None:
+            raise _Stop
+        said.append((training, training.finish(val, packed)))
+
+    for training in group:
+        if training.through:
+            end(training, None)
+        else:
+            attempt(training, partial(training.begin, order))
+    packed = len(running)
+    if running and running[0].optimizers:
+        for images, labels, whole in running[0].batches():
+            for training in list(running):
+                attempt(training, partial(training.step, images, labels, whole))
+            if not running:
+                break
+    for training in running:
+        training.trained_for = time.perf_counter() - training.training_start
+    found = evaluate(running, running[0].splits.val) if running else {}
+    for training in list(running):
+        attempt(training, partial(finish, training, found.get(training)))
+        if training in running and training.through:
+            end(training, None)
+    return said
+
+
+def evaluate(group: list[Training], images: datasets.Images) -> dict[Training, Figures]:
+    """Figures of trials that share their batches, summed on the device and read once; without those that stopped."""
+    first = group[0]
+    sums = {training: torch.zeros(3, dtype=torch.float64, device=first.device) for training in group}
+    share = (first.rank, first.processes)
+    with torch.inference_mode():
+        for pixels, labels in pipeline.batches(images, first.config.eval_batch_size, None, first.device, share):
+            prepared = first.prepare(pixels)
+            for training in list(sums):
+                if distributed.agreed(training.should_stop):
+                    del sums[training]
+                else:
+                    sums[training] += training.figures(prepared, labels)
+            if not sums:
+                return {}
+    figures = {training: (distributed.total(found) / len(images)).tolist() for training, found in sums.items()}
+    return {training: (loss, 100 * top1, 100 * top5) for training, (loss, top1, top5) in figures.items()}
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -93,9 +93,8 @@ def test_kept_in_one_tensor_is_the_same(image_root):
 
 
 def test_crops_are_windows_of_the_image_half_of_them_mirrored():
-    generator = torch.Generator().manual_seed(0)
     images = arrays(200, crop_size(16)).pixels
-    crops = pipeline.crop_and_flip(images, 16, generator, (0, 1), 200)
+    crops = pipeline.crop_and_flip(images, 16, shuffle.uniform(np.arange(200), 3, 0))
     found = set()
     for image, crop in zip(images, crops, strict=True):
         windows = {
@@ -111,10 +110,10 @@ def test_crops_are_windows_of_the_image_half_of_them_mirrored():
 
 
 def test_crops_depend_on_neither_processes_nor_an_interruption(digits, tmp_path):
-    images = arrays(10, 8).pixels
-    whole = pipeline.crop_and_flip(images, 8, torch.Generator().manual_seed(1), (0, 1), 10)
+    images, places = arrays(10, 8).pixels, np.arange(10)
+    whole = pipeline.crop_and_flip(images, 8, shuffle.uniform(places, 3, 1))
     for rank in range(2):
-        part = pipeline.crop_and_flip(images[rank::2], 8, torch.Generator().manual_seed(1), (rank, 2), 10)
+        part = pipeline.crop_and_flip(images[rank::2], 8, shuffle.uniform(places[rank::2], 3, 1))
         assert torch.equal(part, whole[rank::2])
     dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2, "crop_flip": True}
     config = digits(dataset=dataset, epochs=2)

@@ -117,7 +117,7 @@ def test_a_loss_that_is_no_number_ends_the_trial(digits):
 
 
 def test_a_backbone_that_moves_is_noticed(digits, monkeypatch):
-    def touch(self: Method, epoch: int, batches) -> None:
+    def touch(self: Method, epoch: int, *given: object) -> None:
         self.backbone.model.get_classifier().bias += 1e-3
 
     monkeypatch.setattr(Method, "start_epoch", touch)

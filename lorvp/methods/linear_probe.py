@@ -1,7 +1,17 @@
 from __future__ import annotations
 
+from torch import nn
+
 from lorvp.methods import Method
 
 
 class LinearProbe(Method):
-    """No prompt, only a head: the control that a prompt's gain is measured against."""
+    """No prompt, only a head: the control that a prompt's gain is measured against.
+
+    With `head_init: linear_probe` the head is fitted before the first epoch, and there is nothing left to train.
+    """
+
+    reads_frozen = True
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {} if self.config.head_init == "linear_probe" else super().groups()

@@ -1,0 +1,90 @@
+"""What the frozen backbone says of images as they are, without a prompt: computed once, for all trials of all sweeps.
+
+A file for each split and output lies in the cache's folder (LORVP_CACHE, by default ~/.cache/lorvp), named by a digest
+of the weights, the images and the way between them: what is there is right, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lorvp import pipeline
+from lorvp.backbone import Backbone
+from lorvp.datasets import ArrayImages, Images, Splits
+from lorvp.files import replacing
+
+Output = Literal["features", "logits", "top"]
+"""(N, features) or (N, source classes) float32, or (N,) int64: the source class of the largest logit."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+
+
+def key(*parts: object) -> str:
+    """A name for what is made of `parts` and of nothing else."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def once(path: Path) -> Iterator[bool]:
+    """Whether `path` is missing: of several processes that need it the first is told so, the others find it made."""
+    if path.exists():
+        yield False
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        with suppress(OSError):  # a disk without locks: then it is made more than once, each time whole
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not path.exists()
+
+
+def outputs(
+    backbone: Backbone, images: Images, output: Output, batch_size: int, check: Callable[[], None] = lambda: None
+) -> ArrayImages:
+    """`images` with what `backbone` says in place of the pixels, mapped from the cache, where it is put if missing.
+
+    `check` is called before every batch, and may raise what ends the computation.
+    """
+    statistics = (backbone.mean.flatten().tolist(), backbone.std.flatten().tolist())
+    name = key(output, backbone.digest, backbone.image_size, statistics, str(backbone.dtype), images.digest)
+    path = cache_folder() / f"{output}-{name}.npy"
+    with once(path) as missing:
+        if missing:
+            _compute(path, backbone, images, output, batch_size, check)
+    said = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return ArrayImages(said, images.labels, images.class_names, name)
+
+
+def _compute(
+    path: Path, backbone: Backbone, images: Images, output: Output, batch_size: int, check: Callable[[], None]
+) -> None:
+    width = {"features": (backbone.features,), "logits": (backbone.source_classes,), "top": ()}[output]
+    kind = np.dtype(np.int64 if output == "top" else np.float32)
+    header = {"descr": kind.str, "fortran_order": False, "shape": (len(images), *width)}
+    # not through a memory map: on a full disk that would kill the process
+    with replacing(path) as temporary, open(temporary, "wb") as file, torch.inference_mode():
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels, _ in pipeline.batches(images, batch_size, device=backbone.mean.device):
+            check()
+            said = backbone(backbone.prepare(pixels), "features" if output == "features" else "logits")
+            file.write((said.argmax(1) if output == "top" else said).cpu().numpy().astype(kind).data)
+
+
+def splits(
+    backbone: Backbone, given: Splits, output: Output, batch_size: int, check: Callable[[], None] = lambda: None
+) -> Splits:
+    """All three splits, with what the backbone says in place of the pixels."""
+    train, val, test = (
+        outputs(backbone, images, output, batch_size, check) for images in (given.train, given.val, given.test)
+    )
+    return Splits(train, val, test)
