@@ -433,7 +433,7 @@ def train_together(join: Callable[[int], list[Training]]) -> Iterator[tuple[Trai
         pack = [training for training in members if not training.cached]
         for group in [pack, *([training] for training in members if training.cached)]:
             if group:
-                yield from _epoch(group, group[0].next_order, members)
+                yield from _epoch(group, max(each.next_order for each in group), members)
 
 
 def _epoch(group: list[Training], order: int | None, members: list[Training]) -> list[tuple[Training, Said]]:

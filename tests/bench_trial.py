@@ -1,0 +1,103 @@
+"""What a fitted head and streamed counts do to a trial; prints the tables of docs/benchmarks.md.
+
+    python tests/bench_trial.py --photos CIFAR10 --photos IMAGENETTE --weights mobilenetv2_100.safetensors
+
+Each folder holds train/CLASS/* and test/CLASS/* (or val/). scikit-learn's digits, far from any photo, are always among
+the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained on ImageNet, at 96 px.
+
+warm: epochs that a warm start needs to a cold start's final val accuracy, and its own final one, by how far the head is
+fitted first (`head_fit`); the prompt by Adam, all else as published.
+ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against those of passes of their own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lorvp import cli, training
+from lorvp.config import TrialConfig
+
+SEEDS = (0, 1, 2)
+FITS: tuple[float | str, ...] = (1e-4, 1e-3, 1e-2, "80%", "90%", "best")
+
+
+def backbones(weights: Path) -> dict[str, dict[str, Any]]:
+    half = (0.5, 0.5, 0.5)
+    mobile = {"name": "mobilenetv2_100", "checkpoint": str(weights), "kwargs": {"pad_type": "same"}}
+    return {
+        "tiny (CIFAR-10)": {"name": "lorvp_tiny_32.cifar10"},
+        "MobileNetV2 (ImageNet)": mobile | {"image_size": 96, "mean": half, "std": half},
+    }
+
+
+def sets(photos: list[Path], images: int) -> dict[str, dict[str, Any]]:
+    few = {"max_per_class": images // 8, "val_fraction": 0.2}
+    by_name = {folder.name: {"name": "image_folder", "root": str(folder)} | few for folder in photos}
+    return {"digits": {"name": "digits"} | few} | by_name
+
+
+def curve(values: dict[str, Any], loaded: training.Loaded) -> list[float]:
+    """Val accuracy, best so far, epoch by epoch."""
+    best: list[float] = []
+    for result in training.train(TrialConfig.model_validate(values), loaded=loaded):
+        best.append(max([result.val_top1, *best[-1:]]))
+    return best
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def main(
+    photos: Annotated[list[Path], typer.Option(exists=True, help="folders of images")],
+    weights: Annotated[Path, typer.Option(exists=True, help="of mobilenetv2_100, safetensors")],
+    epochs: Annotated[int, typer.Option(min=2)] = 10,
+    images: Annotated[int, typer.Option(min=80, help="of ten classes, about so many")] = 1000,
+) -> None:
+    """Prints the tables."""
+    torch.set_num_threads(torch.get_num_threads())
+    print(f"| set, backbone | {' | '.join(['cold'] + [f'{fit}' for fit in FITS])} |")
+    print(f"|---|{'---|' * (len(FITS) + 1)}", flush=True)
+    ilm: list[str] = []
+    for model, backbone in backbones(weights).items():
+        for name, dataset in sets(photos, images).items():
+            base = {
+                "backbone": backbone,
+                "dataset": dataset,
+                "epochs": epochs,
+                "batch_size": 64,
+                "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.01},
+            }
+            loaded = training.load(TrialConfig.model_validate(base))
+            cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
+            cells = [mean([each[-1] for each in cold])]
+            for fit in FITS:
+                warm_start = base | {"head_init": "linear_probe", "head_fit": fit}
+                warm = [curve(warm_start | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
+                needed = [
+                    next((epoch for epoch, got in enumerate(each, 1) if got >= goal[-1]), None)
+                    for each, goal in zip(warm, cold, strict=True)
+                ]
+                shown = ", ".join("-" if epoch is None else str(epoch) for epoch in needed)
+                cells.append(f"{mean([each[-1] for each in warm])} ({shown})")
+            print(f"| {name}, {model} | {' | '.join(cells)} |", flush=True)
+            mapped = base | {"label_mapping": "ilm"}
+            final = {
+                way: [curve(mapped | {"ilm": way, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
+                for way in ("pass", "streamed")
+            }
+            apart = [ours - theirs for ours, theirs in zip(final["streamed"], final["pass"], strict=True)]
+            ilm.append(f"| {name}, {model} | {mean(final['pass'])} | {mean(final['streamed'])} | {mean(apart)} |")
+    print("\n| set, backbone | ilm: pass | ilm: streamed | difference |\n|---|---|---|---|")
+    print("\n".join(ilm))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    cli.run(app)
