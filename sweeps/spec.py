@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from lorvp.config import AbsolutePath, Part, TrialConfig
+from lorvp.config import BEST, HEAD_MAPPINGS, AbsolutePath, Part, TrialConfig
 
 
 def _scalar(value: Any) -> Any:
@@ -20,6 +20,14 @@ def _scalar(value: Any) -> Any:
 # Not a union: pydantic would name each of its members in an error.
 Scalar = Annotated[Any, AfterValidator(_scalar)]
 OneOrMore = Annotated[Any, AfterValidator(lambda v: [_scalar(one) for one in (v if isinstance(v, list) else [v])])]
+FITTED = {
+    "method": "linear_probe",
+    "head_init": "linear_probe",
+    "head_fit": BEST,
+    "epochs": 1,
+    "schedule.warmup_epochs": 0,
+}
+"""What makes the control of any sweep, beside its label mapping."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
@@ -114,8 +122,8 @@ class Spec(Part):
     early_stopping: EarlyStopping = EarlyStopping()
     failure_limit: FailureLimit = FailureLimit()
     objective: Literal["val_top1", "val_top5", "val_loss"] = "val_top1"
-    control: dict[str, Any] = Field(
-        {}, description="values, by dotted path, that make the control; lists are tried one by one"
+    control: dict[str, Any] | None = Field(
+        {}, description="values, by dotted path, that make controls beside the fitted head; lists are tried one by one"
     )
     cluster: str = Field("local", description="a profile in cluster/profiles, or the path of one")
     tracking: Tracking = Tracking()
@@ -141,11 +149,19 @@ class Spec(Part):
         return TrialConfig.model_validate(values)
 
     def control_configs(self) -> list[TrialConfig]:
-        """The control's configs: every combination of its lists; none where the spec asks for no control."""
-        if not self.control:
+        """Each head of the space (lp where there is none) fitted to the end without a prompt, which takes seconds; and
+        every combination of the lists of `control`. None of them where that is null.
+        """
+        if self.control is None:
             return []
-        lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
-        return [self.trial_config(dict(zip(self.control, cell, strict=True))) for cell in itertools.product(*lists)]
+        axis = self.space.get("label_mapping")
+        mappings = axis.values() if axis else [self.trial_config(self.example()).label_mapping]
+        heads = [mapping for mapping in mappings if mapping in HEAD_MAPPINGS] or ["lp"]
+        cells = [FITTED | {"label_mapping": head} for head in heads]
+        if self.control:
+            lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
+            cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
+        return [self.trial_config(cell) for cell in cells]
 
     def ordered_axes(self) -> dict[str, Axis]:
         """The axes, each after those that its condition names. Raises ValueError naming a cycle."""

@@ -36,7 +36,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
         file.fail(("space",), str(error))
     known = dotted_keys(TrialConfig)
     for kind in ("space", "control"):
-        for key in getattr(spec, kind):
+        for key in getattr(spec, kind) or {}:
             if key not in known:
                 file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
     try:
@@ -100,7 +100,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     if spec.search.algorithm == "grid":
         for cell in spec.cells():
             check(cell, ("space",))
-    for key, value in spec.control.items():
+    for key, value in (spec.control or {}).items():
         if value == []:
             fail(("control", key), "an empty list; give at least one value")
     if spec.control:

@@ -7,7 +7,7 @@ the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained 
 
 warm: epochs that a warm start needs to a cold start's final val accuracy, and its own final one, by how far the head is
 fitted first (`head_fit`); the prompt by Adam, all else as published.
-ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against those of passes of their own.
+ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against passes of their own.
 """
 
 from __future__ import annotations

@@ -8,12 +8,10 @@ import sys
 from dataclasses import asdict
 
 import pytest
-import torch
 from conftest import digits_values
 from test_training import MEASURED
 
 from lorvp import training
-from lorvp.config import TrialConfig
 from lorvp.errors import TrialFailed
 from lorvp.pipeline import epoch_order
 from lorvp.training import CHECKPOINT, EpochResult, Training, train, train_together
@@ -124,12 +122,13 @@ from lorvp.config import TrialConfig
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-values = {digits_values(epochs=1, batch_size=128)!r} | {{"backbone": {{"name": "resnet18", "pretrained": False, "image_size": 32}}}}
-loaded = training.load(TrialConfig.model_validate(values))
+backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
+dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
+values = {digits_values(epochs=1, batch_size=64)!r} | {{"backbone": backbone, "dataset": dataset}}
+configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
+loaded = training.load(configs[0])
 before = peak()
-waiting = [
-    training.Training(TrialConfig.model_validate(values | {{"init_seed": seed}}), loaded) for seed in range(int(sys.argv[1]))
-]
+waiting = [training.Training(config, loaded) for config in configs]
 for _ in training.train_together(lambda count: [waiting.pop() for _ in list(waiting)]):
     pass
 print(peak() - before)

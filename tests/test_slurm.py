@@ -94,12 +94,12 @@ def make_sweep(tmp_path: Path, profile: str = PROFILE, **changes: str) -> Sweep:
     return Sweep(tmp_path, text)
 
 
-CONTROL = "control: {method: linear_probe, label_mapping: lp}\n"
+CONTROL = "control: {}\n"
 LONG = {
     "longer": ("epochs: 3", "epochs: 25"),
     "larger": ("max_per_class: 20", "max_per_class: 60"),
     "few": ("trials: 4", "trials: 2"),
-    "alone": (CONTROL, ""),
+    "alone": (CONTROL, "control: null\n"),
 }
 """Two trials, long enough for something to happen to them."""
 LONGER = LONG | {"longer": ("epochs: 3", "epochs: 60")}
@@ -428,7 +428,7 @@ def test_time_limit_shorter_than_a_trial(slurm, tmp_path):
         "longer": ("epochs: 3", "epochs: 40"),
         "larger": ("max_per_class: 20", "max_per_class: 100"),
         "one": ("trials: 4", "trials: 1"),
-        "alone": (CONTROL, ""),
+        "alone": (CONTROL, "control: null\n"),
         "mapping": ("[rlm, flm, ilm, fm, lp]", "[ilm]"),
     }
     sweep = make_sweep(tmp_path, PROFILE.replace("minutes: 30", "minutes: 1"), **changes)

@@ -75,6 +75,9 @@ BROKEN = {
     "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
     "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
+    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head_fit: far", ":6: trial.head_fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
+    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head_fit: 0", ":6: trial.head_fit: must be C above 0"),
+    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head_fit: 120%", ":6: trial.head_fit: must be C above 0"),
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
     "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
     "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
@@ -153,7 +156,29 @@ def test_overrides_reach_every_kind_of_key(write):
     assert changed.space["optimizer.prompt_lr"].choice is None
     assert list(changed.space)[-1] == "prompt.init_a"
     assert changed.trial["prompt"] == {"init_std": 1e-3}
-    assert [config.optimizer.head_lr for config in changed.control_configs()] == [0.1, 1.0]
+    fitted, *_ = changed.control_configs()
+    assert (fitted.method, fitted.head_init, fitted.head_fit, fitted.epochs) == (
+        "linear_probe",
+        "linear_probe",
+        "best",
+        1,
+    )
+    assert [config.optimizer.head_lr for config in changed.control_configs()[-2:]] == [0.1, 1.0]
+
+
+def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
+    def controls(*overrides: str, old: str = "", new: str = "") -> list[str]:
+        return [config.label_mapping for config in spec_file.load(write(old, new), overrides).control_configs()]
+
+    assert controls() == ["fm", "lp"]
+    assert controls("trial.schedule={warmup_epochs: 1}", "space.optimizer.head_lr.when={label_mapping: fm}") == [
+        "fm",
+        "lp",
+    ]
+    assert controls("control=null") == []
+    without_heads = "[flm, ilm]}", "when: {label_mapping: [flm]"
+    text = GOOD.replace("[flm, fm, lp]}", without_heads[0]).replace("when: {label_mapping: [fm, lp]", without_heads[1])
+    assert controls(old=GOOD, new=text) == ["lp"]
 
 
 def test_grid_has_every_valid_cell_once(write):
