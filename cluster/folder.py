@@ -3,7 +3,7 @@
     config.json            what to train, written by the driver: asking for a trial is writing this
     job.json               the job that trains it, and how often one was submitted
     stop                   the driver's word that the trial shall end, and why
-    next                   the trial that the same job takes after this one; empty if there is none
+    next                   another trial that the same job takes, beside or after this one; empty if there is none
     attempts/0001/         one start of the job; a later one begins with a copy of what it continues
         started.json       where and when
         results.jsonl      a line per epoch, appended
@@ -11,7 +11,8 @@
         bundle/            the best epoch's prompt
         end.json           finished, stopped or failed, and why; absent while it runs or if it died
 
-The jobs' output, and what submitit needs, lie together in `jobs/`, beside the folders of the trials.
+The jobs' output, and what submitit needs, lie together in `jobs/`, beside `trials/`; there too is `pack.json`: how many
+trials a job had better train together, where one was asked to measure that.
 
 Whoever reads a folder may be killed and start again at any time. Only the newest attempt counts: a job that finds a
 newer one than its own stops without another word.
@@ -35,6 +36,8 @@ from lorvp.config import TrialConfig
 from lorvp.files import create, write_json
 
 ROOM_BYTES = 1 << 20
+AUTO = "auto"
+"""In place of a number of trials that are trained together: as many as pay, which a job measures."""
 
 
 class State(StrEnum):
@@ -304,6 +307,10 @@ class TrialFolder:
             return Path(job["log"]).read_text(errors="replace").strip().splitlines()[-count:] if job else []
         except FileNotFoundError:
             return []
+
+
+def pack_file(trials: Path) -> Path:
+    return trials.parent / "pack.json"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""The job: trains the trial of a folder, then those that the driver hands to it. submitit starts it, the same on this
-machine and on a cluster.
+"""The job: trains the trial of a folder, and those that the driver hands to it, one after the other or together.
+submitit starts it, the same on this machine and on a cluster.
 
 It imports neither ray nor mlflow, and torch only once it has begun, so that submitting it costs the driver nothing.
 """
@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import submitit
 
-from cluster.folder import Attempt, Cause, State, StopReason, TrialFolder
+from cluster.folder import AUTO, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from cluster.quick_torch import leave_out_compiler
 from lorvp.errors import TrialFailed, UserError
+from lorvp.files import write_json
 
 if TYPE_CHECKING:
-    from lorvp.training import Loaded
+    from lorvp.training import EpochResult, Loaded
 
 HAND_OVER_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""
@@ -34,12 +35,12 @@ HAND_OVER_POLL = 0.1
 class TrialJob:
     """What submitit runs. Its `checkpoint` is asked for when the job is to be requeued, at a limit or a preemption."""
 
-    def __call__(self, folder: Path, threads: int, trials: int) -> None:
+    def __call__(self, folder: Path, threads: int, trials: int, pack: int | str) -> None:
         leave_out_compiler()
-        run(folder, threads, trials)
+        run(folder, threads, trials, pack)
 
-    def checkpoint(self, folder: Path, threads: int, trials: int) -> submitit.helpers.DelayedSubmission:
-        return submitit.helpers.DelayedSubmission(self, folder, threads, trials)
+    def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:
+        return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
 class Fenced(Exception):
@@ -65,32 +66,134 @@ class Requeue:
         self.asked_for = True
 
 
-def run(folder: Path, threads: int, trials: int = 1) -> None:
-    """Trains up to `trials` trials, the one in `folder` first, each from where its last attempt was.
+def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1) -> None:
+    """Trains the trial in `folder`, and those that are handed over, each from where its last attempt was.
 
-    `threads` are those of the CPU. A job that is started again finds what it was handed before.
+    `threads` are those of the CPU. Up to `trials` are trained one after the other; or, with `pack` other than 1,
+    together, for as long as the driver hands any over, and if it is `auto` the job measures how many at a time that had
+    better be. A job that is started again finds what it was handed before.
     """
     import torch
 
     torch.set_num_threads(threads)
     requeue = Requeue()
-    loaded: Loaded | None = None  # stays in memory for all trials of the job
-    failed: TrialFailed | None = None
-    for trial in taken(TrialFolder(folder), trials, lambda: requeue.asked_for):
-        try:
-            loaded = train(trial, loaded, lambda: requeue.asked_for)
-        except TrialFailed as error:  # only this trial's hyperparameters are to blame
-            failed = error
-        except Fenced:
-            return
-        except Exception:
-            with suppress(OSError):
-                trial.hand_over(None)  # this process may be in no state to take another
-            raise
-        if requeue.asked_for and not trial.ended() and not trial.stop_reason():
-            requeue.carry_out()
+    first = TrialFolder(folder)
+
+    def leaving() -> bool:
+        return requeue.asked_for
+
+    try:
+        failed = one_by_one(first, trials, leaving) if pack == 1 else together(first, leaving, measure=pack == AUTO)
+    except Fenced:
+        return
+    if requeue.asked_for and any(not trial.ended() and not trial.stop_reason() for trial in handed(first)):
+        requeue.carry_out()
     if failed:
         raise failed
+
+
+def handed(first: TrialFolder) -> list[TrialFolder]:
+    """The trials that are this job's: the one that it was submitted with, and all that were handed over to it since."""
+    trials = [first]
+    for trial in trials:  # which grows meanwhile
+        name = trial.handed_over()
+        if name:
+            following = TrialFolder(trial.path.parent / name)
+            if following.job()["id"] == first.job()["id"]:  # else it was given to another job while this one was away
+                trials.append(following)
+    return trials
+
+
+def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> TrialFailed | None:
+    """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
+    import torch
+
+    from lorvp import distributed, training
+
+    loaded: Loaded | None = None  # stays in memory for all trials of the job
+    failed: TrialFailed | None = None
+    for trial in taken(first, trials, leaving):
+        run = Run(trial, leaving)
+        try:
+            loaded = loaded or training.load(trial.config)
+            processes = max(1, torch.cuda.device_count())
+            for result in distributed.train(trial.config, processes, loaded=loaded, **run.options()):
+                run.record(result)
+            run.end()
+        except Fenced:
+            raise
+        except TrialFailed as error:
+            run.fail(error)
+            failed = error
+        except Exception as error:
+            with suppress(OSError):
+                trial.hand_over(None)  # this process may be in no state to take another
+            run.fail(error)
+            raise
+    return failed
+
+
+def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
+    """Trains this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
+    from lorvp import training
+
+    loaded: Loaded | None = None
+    begun: set[str] = set()
+    runs: dict[training.Training, Run] = {}
+    failed: Exception | None = None
+
+    def begin(trial: TrialFolder) -> list[training.Training]:
+        nonlocal loaded, failed
+        begun.add(trial.name)
+        run = Run(trial, leaving)
+        try:
+            if loaded is None:
+                loaded = training.load(trial.config)
+                if measure:
+                    note_pack(trial, lambda: training.best_pack(trial.config, loaded))
+            begins = training.Training(trial.config, loaded, **run.options())
+        except Exception as error:
+            run.fail(error)
+            failed = error
+            return []
+        runs[begins] = run
+        return [begins]
+
+    def join(running: int) -> list[training.Training]:
+        deadline = time.monotonic() + HAND_OVER_SECONDS
+        while True:
+            mine = handed(first)
+            new = [trial for trial in mine if trial.name not in begun and not trial.ended()]
+            if leaving():
+                return []
+            if new or running:
+                return [each for trial in new for each in begin(trial)]
+            if time.monotonic() > deadline:
+                for trial in mine:
+                    trial.hand_over(None)  # from now on it is too late
+                if len(handed(first)) == len(mine):
+                    return []
+            time.sleep(HAND_OVER_POLL)
+
+    for member, said in training.train_together(join):
+        with suppress(Fenced):  # another job has this trial now; the others stay
+            if isinstance(said, Exception):
+                failed = said
+                runs[member].fail(said)
+            elif said is None:
+                runs[member].end()
+            else:
+                runs[member].record(said)
+    return failed
+
+
+def note_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
+    """Has it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
+    path = pack_file(trial.path.parent)
+    if not path.exists():
+        pack = measure()
+        print(f"{pack} trials at a time", flush=True)
+        write_json(path, pack)
 
 
 def taken(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Iterator[TrialFolder]:
@@ -113,46 +216,49 @@ def taken(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Itera
         trial = following
 
 
-def train(trial: TrialFolder, loaded: Loaded | None, leaving: Callable[[], bool]) -> Loaded:
-    """Trains one trial, as far as it may, and records its end. Gives what the job's next trial need not load.
+class Run:
+    """A trial's attempt by this job: what it gives is recorded in the folder, unless a newer attempt has begun."""
 
-    Raises Fenced, and what training raises.
-    """
-    import torch
+    def __init__(self, trial: TrialFolder, leaving: Callable[[], bool]) -> None:
+        self.trial = trial
+        self.attempt = trial.claim()
+        self._recorded = len(self.attempt.results())
+        self._leaving = leaving
+        print(f"trial {trial.name}", flush=True)
 
-    from lorvp import distributed, training
+    def options(self) -> dict[str, Any]:
+        """How it is to be trained: where to, from where, and until when."""
+        attempt = self.attempt
+        return {
+            "folder": attempt.path,
+            "resume_from": attempt.checkpoint if attempt.checkpoint.exists() else None,
+            "should_stop": lambda: self._leaving() or self.trial.stop_reason() is not None or attempt.fenced(),
+        }
 
-    attempt = trial.claim()
-    print(f"trial {trial.name}", flush=True)
-    try:
-        loaded = loaded or training.load(trial.config)
-        recorded = len(attempt.results())
-        for result in distributed.train(
-            trial.config,
-            processes=max(1, torch.cuda.device_count()),
-            folder=attempt.path,
-            resume_from=attempt.checkpoint if attempt.checkpoint.exists() else None,
-            should_stop=lambda: leaving() or trial.stop_reason() is not None or attempt.fenced(),
-            loaded=loaded,
-        ):
-            if attempt.fenced():
-                raise Fenced
-            if result.epoch > recorded:
-                attempt.append(asdict(result))
-                print(f"epoch {result.epoch}: val top-1 {result.val_top1:.2f} %, {result.seconds:.1f} s", flush=True)
-    except Exception as error:
-        if attempt.fenced():
+    def record(self, result: EpochResult) -> None:
+        """Raises Fenced where it no longer counts."""
+        if self.attempt.fenced():
+            raise Fenced
+        if result.epoch > self._recorded:
+            self.attempt.append(asdict(result))
+            at = f"{self.trial.name[:6]} epoch {result.epoch}"
+            print(f"{at}: val top-1 {result.val_top1:.2f} %, {result.seconds:.1f} s", flush=True)
+
+    def end(self) -> None:
+        """Raises Fenced where it no longer counts."""
+        if self.attempt.fenced():
+            raise Fenced
+        if len(self.attempt.results()) == self.trial.config.epochs:
+            self.attempt.end(State.FINISHED)
+        elif self.trial.stop_reason() == StopReason.SEARCH:
+            self.attempt.end(State.STOPPED)
+
+    def fail(self, error: Exception) -> None:
+        """Raises Fenced where it no longer counts."""
+        if self.attempt.fenced():
             raise Fenced from error
-        traceback.print_exc()
-        record_failure(attempt, error)
-        raise
-    if attempt.fenced():
-        raise Fenced
-    if len(attempt.results()) == trial.config.epochs:
-        attempt.end(State.FINISHED)
-    elif trial.stop_reason() == StopReason.SEARCH:
-        attempt.end(State.STOPPED)
-    return loaded
+        traceback.print_exception(error)
+        record_failure(self.attempt, error)
 
 
 def record_failure(attempt: Attempt, error: Exception) -> None:

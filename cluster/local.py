@@ -23,10 +23,11 @@ class LocalCluster:
 
     max_submissions = 3
 
-    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
+    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
         self.folder = sweep / "jobs"
         self.python = code.python(sweep / "code")
         self.trials_per_job = profile.trials_per_job
+        self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, int] = {}
@@ -42,7 +43,7 @@ class LocalCluster:
                 visible_gpus=() if gpu is None else (gpu,),
                 stderr_to_stdout=True,
             )
-            submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job)
+            submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job, self.pack)
             trial.submitted(submitted.job_id, submitted.paths.stdout)
             if gpu is not None:
                 self._gpu_of[submitted.job_id] = gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster import code
-from cluster.folder import Cause, JobState, Requests, State, StopReason, TrialFolder
+from cluster.folder import AUTO, Cause, JobState, Requests, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from cluster.slurm import SlurmCluster
@@ -30,6 +31,7 @@ class Cluster(Protocol):
 
     jobs_in_flight: int
     trials_per_job: int
+    pack: int | str
     max_submissions: int
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None: ...
@@ -41,11 +43,11 @@ class Cluster(Protocol):
     def cancel(self, job_ids: Sequence[str]) -> None: ...
 
 
-def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> Cluster:
-    """The place that `profile` describes, for the sweep in the folder `sweep`."""
+def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str = 1) -> Cluster:
+    """The place that `profile` describes, for the sweep in the folder `sweep`; `pack` trials of it share a process."""
     code.snapshot(sweep / "code")
     kind = {"local": LocalCluster, "slurm": SlurmCluster}[profile.kind]
-    return kind(profile, sweep, sweep_id, concurrent)
+    return kind(profile, sweep, sweep_id, concurrent, pack)
 
 
 class Relay:
@@ -53,14 +55,15 @@ class Relay:
 
     def __init__(self, trials: Path, cluster: Cluster) -> None:
         self.cluster = cluster
+        self._trials = trials
         self._requests = Requests(trials)
         self.states: dict[str, JobState] = {}
         """What is known of the job of each open trial, by the trial's name."""
         self.troubles: dict[str, str] = {}
         """Why a trial can't have another job now, by its name."""
         self._ended: set[str] = set()
-        self._free: dict[str, TrialFolder] = {}
-        """Jobs that wait to be handed a trial, or will soon be gone, with the last that each has trained."""
+        self._free: dict[str, list[TrialFolder]] = {}
+        """Jobs that may be handed a trial: those of their trials that have ended and that none follows."""
         self._ending = False
         # What this relay has seen of a trial; an earlier driver's is another story.
         self._submissions: Counter[str] = Counter()
@@ -84,7 +87,7 @@ class Relay:
         by_job = self.cluster.states([*jobs.values(), *self._free])
         self.states = {name: by_job[job_id] for name, job_id in jobs.items() if job_id in by_job}
         alive = {job_id for job_id, state in by_job.items() if state.alive}
-        self._free = {job_id: trial for job_id, trial in self._free.items() if job_id in alive}
+        self._free = {job_id: ended for job_id, ended in self._free.items() if job_id in alive}
         due = []
         for trial in open_trials:
             if jobs.get(trial.name) in alive or trial.ended():  # it may have ended since the look at its folder
@@ -100,13 +103,15 @@ class Relay:
                 self._not_before[trial.name] = now + ROOM_POLL
                 continue
             due.append(trial)
-        due = [trial for trial in due if not self._hand_over(trial)]
+        running = [trial for trial in open_trials if jobs.get(trial.name) in alive]
+        due = [trial for trial in due if not self._hand_over(trial, running)]
         room = self.cluster.jobs_in_flight - len(alive)
         if len(due) > room:
             self.dismiss()  # jobs that none of these fits are in the way
             self._free.clear()
-        if room > 0 and due and now >= self._refused_until:
-            self._submit(due[:room])
+        leads = self._leads(due, running)[: max(0, room)]
+        if leads and now >= self._refused_until:
+            self._submit(leads)
 
     def _submit(self, trials: list[TrialFolder]) -> None:
         """Submits, or waits longer before each next try."""
@@ -130,16 +135,53 @@ class Relay:
                 self._count_start(trial)
         self._wait = 0.0
 
-    def _hand_over(self, trial: TrialFolder) -> bool:
-        """Whether a job that has just finished a trial takes this one next."""
-        for job_id, last in self._free.items():
-            if last.config.shares_with(trial.config):
-                del self._free[job_id]
+    @property
+    def _pack(self) -> int | None:
+        """How many trials a job trains at a time; None while no job has measured that."""
+        if self.cluster.pack == AUTO:
+            with suppress(FileNotFoundError):
+                self.cluster.pack = json.loads(pack_file(self._trials).read_text())
+        return None if self.cluster.pack == AUTO else self.cluster.pack
+
+    def _leads(self, due: list[TrialFolder], running: list[TrialFolder]) -> list[TrialFolder]:
+        """Those that are submitted, a job each; the others are handed over to these, and wait for that."""
+        pack = self._pack
+        if pack == 1:
+            return due
+        if pack is None:  # one job finds out
+            return [] if running else due[:1]
+        places: dict[TrialFolder, int] = {}
+        for trial in due:
+            lead = next((lead for lead, free in places.items() if free and lead.config.packs_with(trial.config)), None)
+            if lead:
+                places[lead] -= 1
+            else:
+                places[trial] = pack - 1
+        return list(places)
+
+    def _hand_over(self, trial: TrialFolder, running: list[TrialFolder]) -> bool:
+        """Whether a job takes this one next: one that has just finished a trial or, packed, one with a place left."""
+        pack = self._pack or 1
+        hosts = {job_id: list(ended) for job_id, ended in self._free.items()}
+        taken: Counter[str] = Counter()
+        for other in running:
+            job_id = other.job()["id"]
+            taken[job_id] += 1
+            if pack > 1:
+                hosts.setdefault(job_id, []).append(other)
+        for job_id, others in hosts.items():
+            for last in others:
+                fits = last.config.packs_with if pack > 1 else last.config.shares_with
+                if taken[job_id] >= pack or last.handed_over() is not None or not fits(trial.config):
+                    continue
+                if last in self._free.get(job_id, []):
+                    self._free[job_id].remove(last)
                 job = last.job()
                 # Noted before it is said: a driver that is killed in between finds the trial's job gone, in the end.
                 trial.submitted(job_id, Path(job["log"]), place=job["place"] + 1)
                 if not last.hand_over(trial):
                     return False  # the job has just left
+                running.append(trial)
                 self._count_start(trial)
                 return True
         return False
@@ -182,14 +224,16 @@ class Relay:
             if trial.ended():
                 self._ended.add(trial.name)
                 job = trial.job()
-                if job and job["place"] < self.cluster.trials_per_job and trial.handed_over() is None:
-                    self._free[job["id"]] = trial
+                more = job and (self._pack != 1 or job["place"] < self.cluster.trials_per_job)
+                if more and trial.handed_over() is None:
+                    self._free.setdefault(job["id"], []).append(trial)
         return [t for t in trials if t.name not in self._ended]
 
     def dismiss(self) -> None:
         """Sends jobs home that wait for a trial."""
-        for trial in self._free.values():
-            trial.hand_over(None)
+        for ended in self._free.values():
+            for trial in ended:
+                trial.hand_over(None)
 
     def interrupt(self, patience: float = 20.0) -> None:
         """Ends all jobs so that their trials can be continued.

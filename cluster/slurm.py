@@ -33,11 +33,12 @@ class SlurmCluster:
     for that was away, accounting knows; where it is off they count as lost.
     """
 
-    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int) -> None:
+    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
         self.profile = profile
         self.folder = sweep / "jobs"
         self.python = code.python(sweep / "code", profile.container)
         self.trials_per_job = profile.trials_per_job
+        self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.max_submissions = 1 + profile.requeues
         self.name = sweep_name(sweep_id)
@@ -65,7 +66,8 @@ class SlurmCluster:
             executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
             executor.update_parameters(**sbatch_parameters(profile, intent.stem))
             with executor.batch():
-                jobs = [executor.submit(TrialJob(), t.path, self._threads, self.trials_per_job) for t in part]
+                arguments = (self._threads, self.trials_per_job, self.pack)
+                jobs = [executor.submit(TrialJob(), trial.path, *arguments) for trial in part]
             for trial, job in zip(part, jobs, strict=True):
                 trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
             intent.unlink()

@@ -232,6 +232,11 @@ class TrialConfig(Part):
         """Whether a process that has trained one of them has loaded all that the other needs."""
         return all(getattr(self, key) == getattr(other, key) for key in ("backbone", "dataset", "precision", "speed"))
 
+    def packs_with(self, other: TrialConfig) -> bool:
+        """Whether they can be trained together, on the same batches."""
+        same = ("batch_size", "eval_batch_size", "order_seed")
+        return self.shares_with(other) and all(getattr(self, key) == getattr(other, key) for key in same)
+
     def content_hash(self) -> str:
         """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]

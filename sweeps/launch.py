@@ -183,7 +183,8 @@ def existing_sweep(spec: Spec) -> dict:
 
 
 def make_relay(spec: Spec, sweep_id: str) -> Relay:
-    return Relay(spec.trials, make_cluster(profiles.load(spec.cluster), spec.folder, sweep_id, spec.search.concurrent))
+    profile = profiles.load(spec.cluster)
+    return Relay(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent, spec.pack))
 
 
 def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:

@@ -125,6 +125,10 @@ class Spec(Part):
     control: dict[str, Any] | None = Field(
         {}, description="values, by dotted path, that make controls beside the fitted head; lists are tried one by one"
     )
+    pack: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="trials that a job trains together, on the same batches; auto: as many as 20 steps find to pay",
+    )
     cluster: str = Field("local", description="a profile in cluster/profiles, or the path of one")
     tracking: Tracking = Tracking()
     output: AbsolutePath = Field(Path("runs"), validate_default=True, description="folder of all sweeps")

@@ -40,9 +40,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
             if key not in known:
                 file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
     try:
-        profiles.load(spec.cluster)
+        profile = profiles.load(spec.cluster)
     except UserError as error:
         file.fail(("cluster",), str(error))
+    if spec.pack != 1 and profile.gpus > 1:
+        file.fail(("pack",), f"must be 1 where a job has {profile.gpus} GPUs, as profile {spec.cluster} gives it")
     _check_search(spec, file.fail)
     _check_configs(spec, file.fail)
     for part, key in (("dataset", "root"), ("backbone", "checkpoint")):

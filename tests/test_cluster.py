@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from cluster import job
-from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder
+from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.profile import Profile
 from cluster.relay import UNEXPLAINED, Relay, make_cluster
 from lorvp.errors import TrialFailed, UserError
@@ -221,6 +222,7 @@ class DeadCluster:
 
     jobs_in_flight = 4
     trials_per_job = 1
+    pack = 1
     max_submissions = 10
 
     def __init__(self, log: Path, state: JobState | None) -> None:
@@ -358,6 +360,139 @@ def test_the_relay_hands_trials_over(digits, tmp_path):
     relay.open_trials()
     relay.dismiss()
     wait_until(lambda: not cluster.states([jobs[3]["id"]]), seconds=10)
+
+
+def packed_jobs(trials: list[TrialFolder]) -> None:
+    """Hands each of `trials` over to the job of the first."""
+    log = trials[0].path.parent / "log"
+    for place, trial in enumerate(trials, start=1):
+        trial.submitted("7", log, place)
+    for trial, following in pairwise(trials):
+        assert trial.hand_over(following)
+
+
+def test_a_packed_job_trains_its_trials_together(digits, tmp_path, monkeypatch):
+    """Each with the results that it has alone; one that fails, and one that was given up, end by themselves."""
+    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    diverging = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
+    configs = [digits(label_mapping="fm"), digits(optimizer=diverging), digits(init_seed=1), digits(init_seed=2)]
+    trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
+    packed_jobs(trials)
+    trials[3].stop(StopReason.SEARCH)
+    with pytest.raises(TrialFailed):
+        job.run(trials[0].path, threads=1, pack=4)
+    states = [trial.ended().state for trial in trials]
+    assert states == [State.FINISHED, State.FAILED, State.FINISHED, State.STOPPED]
+    assert trials[1].ended().cause == Cause.DIVERGED
+    assert [result["packed"] for result in trials[0].results()] == [4, 2, 2]
+    alone = TrialFolder.request(tmp_path / "alone", configs[2])
+    job.run(alone.path, threads=1)
+    for ours, by_itself in zip(trials[2].results(), alone.results(), strict=True):
+        assert (ours["val_loss"], ours["train_loss"]) == (by_itself["val_loss"], by_itself["train_loss"])
+    assert not trials[3].hand_over(trials[0])  # it has left
+
+
+def test_a_packed_job_that_is_started_again_goes_on_with_all(digits, tmp_path, monkeypatch):
+    """One of them has another job by now."""
+    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(3)]
+    packed_jobs(trials)
+    for trial in trials:
+        trial.stop(StopReason.INTERRUPT)
+    job.run(trials[0].path, threads=1, pack=3)
+    assert not any(trial.ended() for trial in trials)
+    for trial in trials:
+        trial.clear_stop()
+        (trial.path / "next").write_text("") if trial is trials[2] else None
+    trials[2].submitted("8", tmp_path / "log")
+    job.run(trials[0].path, threads=1, pack=3)
+    assert [trial.ended() is not None for trial in trials] == [True, True, False]
+
+
+def test_how_many_to_pack_is_measured_once(digits, tmp_path, monkeypatch):
+    from lorvp import training
+
+    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.1)
+    asked = []
+    monkeypatch.setattr(training, "best_pack", lambda config, loaded: asked.append(1) or 4)
+    for seed in range(2):
+        trial = TrialFolder.request(tmp_path / "trials", digits(epochs=1, init_seed=seed))
+        trial.submitted("7", tmp_path / "log")
+        job.run(trial.path, threads=1, pack="auto")
+        assert trial.ended().state == State.FINISHED
+    assert json.loads(pack_file(tmp_path / "trials").read_text()) == 4
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [({1: 1.0, 2: 1.0, 4: 1.5, 8: 3.0}, 4), ({1: 1.0, 2: 1.95}, 1), ({1: 1.0, 2: 1.1, 4: 2.1}, 2)],
+)
+def test_packing_is_found_to_pay_or_not(digits, monkeypatch, seconds, best):
+    """By a clock that says how long the steps of so many trials take."""
+    from lorvp import training
+
+    begun: list[training.Training] = []
+    readings: list[float] = []
+
+    def begin(self: training.Training, order: int) -> None:
+        begun.append(self)
+        original(self, order)
+
+    def now(device: torch.device) -> float:
+        readings.append(0.0 if len(readings) % 2 == 0 else seconds[len(begun)])
+        if readings[-1]:
+            begun.clear()
+        return readings[-1]
+
+    original = training.Training.begin
+    monkeypatch.setattr(training.Training, "begin", begin)
+    monkeypatch.setattr(training, "_now", now)
+    assert training.best_pack(digits(), training.load(digits()), steps=1) == best
+
+
+class HoldingCluster(DeadCluster):
+    """Jobs that live as long as one wants them to."""
+
+    pack: int | str = 3
+
+    def submit(self, trials, exclude):
+        for trial in trials:
+            trial.submitted(f"job-{trial.name}", self.log)
+
+
+def test_the_relay_packs_trials_that_fit(digits, tmp_path):
+    """Four and a different one by jobs of three places; a place that gets free goes to the next that fits."""
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    configs = [digits(init_seed=seed) for seed in range(4)] + [digits(batch_size=16)]
+    trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
+    relay = Relay(tmp_path / "trials", cluster)
+    for _ in range(3):
+        relay.poll()
+    jobs = [trial.job()["id"] for trial in trials]
+    assert jobs[0] == jobs[1] == jobs[2]
+    assert len(set(jobs)) == 3
+    trials[1].claim().end(State.STOPPED)
+    joins = TrialFolder.request(tmp_path / "trials", digits(init_seed=9))
+    relay.poll()
+    assert joins.job()["id"] in (jobs[0], jobs[3])
+    assert {trial.name for trial in job.handed(trials[0])} >= {trial.name for trial in trials[:3]}
+
+
+def test_one_job_measures_before_others_start(digits, tmp_path):
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = "auto"
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(4)]
+    relay = Relay(tmp_path / "trials", cluster)
+    for _ in range(3):
+        relay.poll()
+    assert [trial.job() is not None for trial in trials] == [True, False, False, False]
+    pack_file(tmp_path / "trials").write_text("2")
+    for _ in range(3):
+        relay.poll()
+    jobs = [trial.job()["id"] for trial in trials]
+    assert jobs[0] == jobs[1]
+    assert jobs[2] == jobs[3] != jobs[0]
 
 
 @pytest.mark.parametrize(
