@@ -30,7 +30,7 @@ class DriverJob(Part):
 
 
 class Profile(Part):
-    """One place to run jobs. All keys but `kind` and `jobs_in_flight` are SLURM's."""
+    """One place to run jobs. All keys but `kind`, `jobs_in_flight` and `gpu_memory_gb` are SLURM's."""
 
     kind: Literal["local", "slurm"]
     jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
@@ -38,6 +38,7 @@ class Profile(Part):
     account: str | None = None
     qos: str | None = None
     gres: str | None = Field(None, description="GPUs by type, as gpu:rtx8000:1")
+    gpu_memory_gb: PositiveFloat | None = Field(None, description="of one GPU; --dry-run says whether trials fit it")
     constraint: str | None = Field(None, description="features that a node must have")
     exclude: str | None = Field(None, description="nodes not to use")
     trials_per_job: PositiveInt = Field(

@@ -8,10 +8,13 @@ published:  the loop of the public code, written anew from its description: PIL 
             AMP, loss and accuracy read in each step, one SGD for prompt and head.
 
 All take turns, so that what disturbs the machine disturbs all of them.
+
+python -m lorvp.bench memory: what the allocator gave a trial at most, beside what --dry-run predicts.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -33,6 +36,7 @@ from lorvp import cli
 from lorvp.backbone import DTYPES, Backbone, resolve_precision
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.datasets import ArrayImages, Splits
+from lorvp.memory import predict
 from lorvp.speed import is_convolutional
 from lorvp.training import Loaded, train
 
@@ -149,6 +153,55 @@ def step(
     }
     rates = take_turns(turns, rounds)
     show(rates, f"{backbone} at {image_size}, batch {batch_size}, {loaded.precision} (published {published_precision})")
+
+
+@app.command()
+def memory(
+    backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="timm model names")],
+    batch_size: Annotated[int, typer.Option(min=1, help="of training and of evaluation")] = 32,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+) -> None:
+    """Prints the memory of a trial's tensors at its peak, as predicted and as measured on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = resolve_precision(precision, device)
+    table = Table(box=None, title=f"MiB, batch {batch_size}, {known}, on the {device.type}", title_justify="left")
+    for column in ("", "predicted", "measured", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in backbones:
+        config = TrialConfig.model_validate(
+            {
+                "backbone": {"name": name, "pretrained": False},
+                "dataset": {"name": "digits"},
+                "epochs": 1,
+                "batch_size": batch_size,
+                "eval_batch_size": batch_size,
+                "precision": known,
+            }
+        )
+        predicted, measured = predict(config, CLASSES).peak, measured_peak(config, device)
+        table.add_row(name, f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}")
+    console.print(table)
+
+
+def measured_peak(config: TrialConfig, device: torch.device) -> float:
+    """MiB that torch's allocator has given at most, in an epoch of two steps and an evaluation on random images."""
+    backbone = Backbone(config.backbone, resolve_precision(config.precision, device), config.speed).to(device)
+    side = backbone.image_size
+    count = max(2 * config.batch_size, config.eval_batch_size)
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    images = ArrayImages(pixels, np.arange(count) % CLASSES, tuple(map(str, range(CLASSES))))
+    train_images, few = (images.subset(np.arange(n)) for n in (2 * config.batch_size, config.eval_batch_size))
+    loaded = Loaded(backbone, Splits(train_images, few, few), resolve_precision(config.precision, device))
+    frozen = sum(t.nbytes for t in (*backbone.parameters(), *backbone.buffers()))
+    if device.type == "cuda":
+        others = torch.cuda.memory_allocated(device) - frozen  # of what ran before in this process
+        torch.cuda.reset_peak_memory_stats(device)
+        (result,) = train(config, loaded=loaded)
+        return result.peak_memory_mib - others / 2**20
+    with torch.autograd.profiler.profile(profile_memory=True) as profiled:
+        (_,) = train(config, loaded=loaded)
+    changes = [event.nbytes() for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    return (frozen + max(itertools.accumulate(changes))) / 2**20
 
 
 def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

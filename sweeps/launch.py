@@ -30,6 +30,7 @@ from lorvp.errors import UserError
 from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
 from sweeps import spec_file, status
+from sweeps.memory import memory_line
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
@@ -119,6 +120,7 @@ def show_plan(spec: Spec) -> None:
     console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
     console.print("one config:")
     console.print_json(spec.trial_config(spec.example()).model_dump_json())
+    console.print(memory_line(spec), markup=False, highlight=False)
     profile = profiles.load(spec.cluster)
     if profile.kind == "slurm":
         console.print(f"one sbatch file, by profile {spec.cluster}:")

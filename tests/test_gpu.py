@@ -12,7 +12,9 @@ from PIL import Image
 
 import lorvp
 from lorvp import datasets, pipeline
+from lorvp.bench import CLASSES, measured_peak
 from lorvp.config import DatasetConfig
+from lorvp.memory import predict
 from lorvp.resize import resize
 from lorvp.training import CHECKPOINT, train
 
@@ -76,3 +78,12 @@ def test_counts_of_a_recount_stay_under_200_mib():
     for _ in range(3):
         count(counts, torch.randn(64, 21841, device="cuda").argmax(1), torch.randint(1000, (64,), device="cuda"))
     assert torch.cuda.max_memory_allocated() - before < 200 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_small_patch16_224", "convnext_tiny"])
+def test_a_trial_takes_the_memory_that_was_predicted(digits, name, precision):
+    """Workspaces of cuDNN and cuBLAS are not predicted: the batch is large enough for them to be a small part."""
+    backbone = {"name": name, "pretrained": False}
+    config = digits(backbone=backbone, precision=precision, epochs=1, batch_size=128, eval_batch_size=128)
+    assert predict(config, CLASSES).peak == pytest.approx(measured_peak(config, torch.device("cuda")), rel=0.25)
