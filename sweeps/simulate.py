@@ -9,13 +9,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import os
 import random
 import sys
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -228,9 +230,9 @@ class _Replay:
             self.request(config, control=True)
         self.fill()
         while self.events and not self.outcome.given_up:
-            time, _, event = heapq.heappop(self.events)
-            self.outcome.gpu_seconds += (self.place.gpus - self.free_gpus) * (time - self.now)
-            self.now = time
+            then, _, event = heapq.heappop(self.events)
+            self.outcome.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
+            self.now = then
             event()
             self.fill()
         self.outcome.repeating = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
@@ -411,6 +413,36 @@ class _Replay:
         job.trial.job = None
         self.jobs -= 1
         self.free_gpus += self.place.profile.gpus
+
+
+def estimate(spec: Spec) -> str:
+    """What the sweep will take, in words, by a few steps of its example on this machine; that it writes nothing.
+
+    A cluster is taken to have a GPU for each job in flight, at once. On this machine jobs share the CPU, or take turns
+    on its GPUs. Raises what training raises, where the data or the weights aren't there, too.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: an estimate downloads nothing
+    start = time.perf_counter()
+    import torch
+
+    from lorvp.calibrate import calibrate
+
+    import_seconds = time.perf_counter() - start
+    profile = profiles.load(spec.cluster)
+    jobs = profile.jobs_in_flight or spec.search.concurrent
+    cores = len(os.sched_getaffinity(0))
+    local = profile.kind == "local"
+    threads = cores // jobs if local else min(cores, profile.cpus_per_gpu * profile.gpus)
+    measured = calibrate(spec.trial_config(spec.example()), max(1, threads))
+    gpus = min(jobs, torch.cuda.device_count() or jobs) if local else jobs * profile.gpus
+    curves = Family(spec, measured.epoch_seconds, seed=0)
+    outcome = replay(spec, curves, Place(profile, gpus, start_up=import_seconds + measured.load_seconds))
+    makespan = timedelta(seconds=round(outcome.makespan))
+    return (
+        f"estimate: {outcome.gpu_seconds / 3600:.3g} GPU-hours; started now, it ends in {makespan}, at "
+        f"{datetime.now() + makespan:%Y-%m-%d %H:%M}: by {measured.steps} steps on this machine's {measured.device}, "
+        f"{measured.epoch_seconds:.3g} s an epoch, assumed learning curves, {gpus} GPUs, no waiting in a queue"
+    )
 
 
 def show(outcome: Outcome, spec: Spec, curves: Curves, place: Place) -> None:
