@@ -93,8 +93,8 @@ class Recorded:
         count = sum(len(curves) for _, curves in self._groups.values())
         seconds = f"{self._epoch_seconds:g} s an epoch" if self._epoch_seconds else "their own seconds an epoch"
         return (
-            f"each trial takes the curve of the nearest of {count} in {self.path}: axes scaled to [0, 1], "
-            f"another choice is 1 apart; {seconds}"
+            f"each trial takes the curve of the nearest of {count} in {self.path}: axes scaled to [0, 1] "
+            f"(log_uniform by its logarithm), another choice is 1 apart; {seconds}"
         )
 
     def _point(self, values: list[Scalar]) -> list[float]:
@@ -132,6 +132,9 @@ def _read(path: Path, spec: Spec) -> list[dict[str, Any]]:
     for column in needed:
         if table[column].null_count or not len(table):
             raise UserError(f"{path}: {column} has no value in some row; each row must be an epoch of a trial")
+    for column in ("epoch", "seconds", spec.objective):
+        if not (pa.types.is_integer(table[column].type) or pa.types.is_floating(table[column].type)):
+            raise UserError(f"{path}: {column} holds {table[column].type}; it must hold numbers")
     return table.select(columns).to_pylist()
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -72,6 +73,9 @@ def main(
 ) -> None:
     """Replays the sweep that SPEC describes in virtual time, against recorded or assumed learning curves."""
     spec = spec_file.load(file, overrides)
+    for option, value in (("--submission-delay", submission_delay), ("--start-up", start_up)):
+        if not math.isfinite(value):
+            raise UserError(f"{option} {value}: must be seconds")
     if epoch_seconds is not None and not 0 < epoch_seconds < math.inf:
         raise UserError(f"--epoch-seconds {epoch_seconds:g}: must be above 0")
     known = Recorded(curves, spec, epoch_seconds) if curves else Family(spec, epoch_seconds or 60, seed)
@@ -97,7 +101,7 @@ class Place:
 
     @property
     def starts(self) -> int:
-        """How often a trial may be started before it has failed for good."""
+        """How often a trial may be started before it has failed for good, as `cluster.relay` counts failed nodes."""
         return 1 + self.profile.requeues if self.profile.kind == "slurm" else LocalCluster.max_submissions
 
     @property
@@ -118,7 +122,7 @@ class Outcome:
     repeated: int = 0
     """Points that gave the config of an earlier trial: nothing is trained for them."""
     failed_starts: int = 0
-    repeating: int = 0
+    beyond_curve: int = 0
     """Trials that went on longer than their curve."""
     makespan: float = 0.0
     gpu_seconds: float = 0.0
@@ -195,7 +199,9 @@ def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> Outcome:
     submission, start-up and epochs: suggestions, polls, the test set's reading and a job's wait for its next trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return _Replay(spec, curves, place, seed).run()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray's, of samplers that take a second
+        return _Replay(spec, curves, place, seed).run()
 
 
 class _Replay:
@@ -235,7 +241,7 @@ class _Replay:
             self.now = then
             event()
             self.fill()
-        self.outcome.repeating = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
+        self.outcome.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
         return self.outcome
 
     def at(self, time: float, event: Callable[[], None]) -> None:
@@ -416,10 +422,10 @@ class _Replay:
 
 
 def estimate(spec: Spec) -> str:
-    """What the sweep will take, in words, by a few steps of its example on this machine; that it writes nothing.
+    """What the sweep will take, in a line, by a few training steps of its example config on this machine.
 
-    A cluster is taken to have a GPU for each job in flight, at once. On this machine jobs share the CPU, or take turns
-    on its GPUs. Raises what training raises, where the data or the weights aren't there, too.
+    A cluster is taken to have a free GPU for each job in flight. On this machine jobs share the CPU's cores, or take
+    turns on its GPUs. Nothing is written. Raises what `lorvp.calibrate.calibrate` raises.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: an estimate downloads nothing
     start = time.perf_counter()
@@ -441,7 +447,7 @@ def estimate(spec: Spec) -> str:
     return (
         f"estimate: {outcome.gpu_seconds / 3600:.3g} GPU-hours; started now, it ends in {makespan}, at "
         f"{datetime.now() + makespan:%Y-%m-%d %H:%M}: by {measured.steps} steps on this machine's {measured.device}, "
-        f"{measured.epoch_seconds:.3g} s an epoch, assumed learning curves, {gpus} GPUs, no waiting in a queue"
+        f"{measured.epoch_seconds:.3g} s an epoch, assumed learning curves, {gpus // profile.gpus} jobs at once"
     )
 
 
@@ -472,8 +478,8 @@ def figures(outcome: Outcome) -> dict[str, str]:
         shown["asked for again"] = f"{outcome.repeated} points of the space, each the config of an earlier trial"
     if outcome.invalid:
         shown["not valid"] = f"{outcome.invalid} points of the space"
-    if outcome.repeating:
-        shown["short curves"] = f"{outcome.repeating} trials went on with the last value of a curve that ends earlier"
+    if outcome.beyond_curve:
+        shown["short curves"] = f"{outcome.beyond_curve} trials went on with the last value of their curve"
     return shown | {
         "failed starts": str(outcome.failed_starts),
         "GPU-hours": f"{outcome.gpu_seconds / 3600:.4g}",
