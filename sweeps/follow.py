@@ -21,8 +21,8 @@ from rich.table import Table
 from cluster.folder import End, Requests, State, TrialFolder
 from cluster.relay import Relay
 from sweeps.leaderboard import number
-from sweeps.spec import Spec
-from sweeps.tracking import Tracker, flatten
+from sweeps.spec import Spec, flatten
+from sweeps.tracking import Tracker
 
 POLL_SECONDS = 0.5
 

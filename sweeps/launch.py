@@ -50,6 +50,9 @@ def main(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the spec")
     ] = [],  # noqa: B006  typer's own form
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
+    no_estimate: Annotated[
+        bool, typer.Option("--no-estimate", help="with --dry-run: don't train a few steps to tell what it will take")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
     leave_running: Annotated[
         bool, typer.Option("--leave-running", help="on a signal, leave the jobs to be re-attached by --resume")
@@ -64,6 +67,8 @@ def main(
         spec = spec_file.load(file, overrides)
         if dry_run:
             show_plan(spec)
+            if not no_estimate:
+                console.print(estimated(spec), highlight=False, markup=False)
             return
         if show_status or cancel or follow:
             relay = make_relay(spec, existing_sweep(spec)["id"])
@@ -125,6 +130,18 @@ def show_plan(spec: Spec) -> None:
     if profile.kind == "slurm":
         console.print(f"one sbatch file, by profile {spec.cluster}:")
         console.print(sbatch_file(profile, spec.folder), markup=False, highlight=False, soft_wrap=True)
+
+
+def estimated(spec: Spec) -> str:
+    """What the sweep will take, in a line; or why that can't be told: no data, no weights, or another error."""
+    try:
+        check_inputs(spec)
+        from sweeps import simulate  # it takes Ray, Optuna and torch
+
+        return simulate.estimate(spec)
+    except Exception as error:  # whatever keeps a trial from running here; the plan is no worse for it
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"no estimate: {lines[0]}"
 
 
 def check_inputs(spec: Spec) -> None:

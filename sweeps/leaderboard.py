@@ -13,8 +13,8 @@ from rich.table import Table
 
 from cluster.folder import End, State, TrialFolder
 from lorvp.files import replacing
-from sweeps.spec import Spec
-from sweeps.tracking import epoch_metrics, flatten
+from sweeps.spec import Spec, flatten
+from sweeps.tracking import epoch_metrics
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,25 @@ class Suggestions:
             file.write(json.dumps(params) + "\n")
 
 
-class RecordingSearch(OptunaSearch):
-    """OptunaSearch that writes down what it suggests, before anything comes of it."""
+class SpecSearch(OptunaSearch):
+    """OptunaSearch over the spec's space, by its algorithm; the points `again` are suggested first."""
+
+    def __init__(self, spec: Spec, again: Sequence[dict[str, Scalar]] = ()) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # a sampler that starts over would suggest its first points a second time
+            sampler = make_sampler(spec, spec.search.seed + len(again))
+        super().__init__(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=list(again), sampler=sampler)
+
+
+class RecordingSearch(SpecSearch):
+    """Writes down what it suggests, before anything comes of it."""
 
     def __init__(self, spec: Spec, suggestions: Suggestions) -> None:
         again = suggestions.read()
         self._suggestions = suggestions
         self._to_repeat = len(again)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # a sampler that starts over would suggest its first points a second time
-            sampler = make_sampler(spec, spec.search.seed + len(again))
-        super().__init__(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=again, sampler=sampler)
+        super().__init__(spec, again)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         params = super().suggest(trial_id)

@@ -32,7 +32,7 @@ from mlflow.types.schema import Schema, TensorSpec
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle_format import describe
 from lorvp.errors import UserError
-from sweeps.spec import Spec
+from sweeps.spec import Spec, flatten
 
 SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
 PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
@@ -212,14 +212,6 @@ def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
     """An EpochResult's figures by the names they have in MLflow."""
     values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
     return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted path."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def git_commit() -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import optuna
@@ -244,8 +245,9 @@ def test_sweeps_that_come_with_the_project(path):
     loaded = spec_file.load(path)
     assert loaded.name == path.stem
     assert path.read_text().startswith("#")
-    result = CliRunner().invoke(launch.app, [str(path), "--dry-run"])
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--no-estimate"])
     assert result.exit_code == 0
+    assert "estimate" not in result.output
     assert f"trials: {loaded.number_of_trials()}" in result.output
 
 
@@ -275,10 +277,27 @@ def test_values_that_go_with_some_others_only(write):
 
 def test_dry_run_writes_nothing(write, tmp_path):
     path = write()
-    result = CliRunner().invoke(launch.app, [str(path), "--dry-run"])
+    few = ["--set", "trial.dataset.max_per_class=40", "--set", "trial.batch_size=8"]
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", *few])
     assert result.exit_code == 0
     assert "trials: 30" in result.output
     assert '"prompt_lr": 0.001' in result.output
+    assert re.search(r"estimate: \S+ GPU-hours; .* by 20 steps on this machine's [CG]PU", result.output)
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
+        ("trial.backbone={name: no_such_model}", "backbone.name: timm has no model 'no_such_model'"),
+    ],
+)
+def test_dry_run_without_an_estimate(override, reason, write, tmp_path):
+    path = write()
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--set", override])
+    assert result.exit_code == 0
+    assert f"no estimate: {reason}" in result.output
     assert sorted(tmp_path.rglob("*")) == [path]
 
 
