@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from sweeps.spec import Axis, Scalar, Spec, flatten
+from sweeps.spec import Axis, Scalar, Spec
 
 CEILING, FALL, EFFECT, NOISE, APPROACH = 90.0, 10.0, 1.0, 0.3, 0.2
 """Of `Family`: its docstring says what each does."""
@@ -180,5 +180,5 @@ class Family:
 
 def on_axes(config: TrialConfig, spec: Spec) -> dict[str, Scalar]:
     """The trial's values on the axes of the space, as `results.parquet` has them: None where one has no effect."""
-    values = flatten(config.canonical())
+    values = spec.params(config)
     return {axis: values.get(axis) for axis in spec.space}

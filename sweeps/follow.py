@@ -21,7 +21,7 @@ from rich.table import Table
 from cluster.folder import End, Requests, State, TrialFolder
 from cluster.relay import Relay
 from sweeps.leaderboard import number
-from sweeps.spec import Spec, flatten
+from sweeps.spec import Spec
 from sweeps.tracking import Tracker
 
 POLL_SECONDS = 0.5
@@ -161,7 +161,7 @@ class Follower:
 
     def _see(self, trial: TrialFolder) -> Progress:
         if trial.name not in self._progress:
-            values = flatten(trial.config.canonical())
+            values = self.spec.params(trial.config)
             names = self.spec.short_names()
             label = " ".join(f"{name}={number(values[axis])}" for axis, name in names.items() if axis in values)
             self._progress[trial.name] = Progress(trial, trial.name in self._controls, label)

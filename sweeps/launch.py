@@ -29,7 +29,7 @@ from cluster.slurm import requeue_this_job, sbatch_file, submit_driver
 from lorvp.errors import UserError
 from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
-from sweeps import spec_file, status
+from sweeps import spec_file, status, triage
 from sweeps.memory import memory_line
 from sweeps.spec import Spec
 
@@ -52,6 +52,9 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
     no_estimate: Annotated[
         bool, typer.Option("--no-estimate", help="with --dry-run: don't train a few steps to tell what it will take")
+    ] = False,
+    triaged: Annotated[
+        bool, typer.Option("--triage", help="say whether a prompt will beat a linear probe on this data, in minutes")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
     leave_running: Annotated[
@@ -80,6 +83,9 @@ def main(
             console.print(status.table(spec, relay))
             return
         check_inputs(spec)
+        if triaged:
+            triage.show(spec, console)
+            return
         with sweep_folder(spec, resume) as sweep_id:
             if detach:
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running

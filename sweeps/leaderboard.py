@@ -13,7 +13,8 @@ from rich.table import Table
 
 from cluster.folder import End, State, TrialFolder
 from lorvp.files import replacing
-from sweeps.spec import Spec, flatten
+from sweeps import triage
+from sweeps.spec import Spec
 from sweeps.tracking import epoch_metrics
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
@@ -64,8 +65,7 @@ class Leaderboard:
         controls = {config.content_hash() for config in spec.control_configs()}
         entries = []
         for trial in TrialFolder.requested(spec.trials):
-            values = flatten(trial.config.canonical())
-            params = {key: values[key] for key in spec.space if key in values}
+            params = spec.params(trial.config)
             end = trial.ended()
             entries.append(Entry(trial, params, trial.name in controls, trial.results(), end))
 
@@ -114,7 +114,8 @@ class Leaderboard:
         lines.append(f"control {control.trial.name}: {self._figures(control)}")
         val = best.best()["val_top1"] - control.best()["val_top1"]
         test = best.test_top1() - control.test_top1()
-        return [*lines, f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)"]
+        lines.append(f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)")
+        return lines + triage.checked(self.spec, val)
 
     def failures(self) -> list[str]:
         """What failed and why: each cause with its trials."""

@@ -28,6 +28,8 @@ FITTED = {
     "schedule.warmup_epochs": 0,
 }
 """What makes the control of any sweep, beside its label mapping."""
+DEFAULTS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
+"""Keys that only say what others are by default."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
@@ -151,6 +153,16 @@ class Spec(Part):
         for key, value in params.items():
             set_dotted(values, key, value)
         return TrialConfig.model_validate(values)
+
+    def params(self, config: TrialConfig) -> dict[str, Scalar]:
+        """Where a trial lies in the space: its values on the axes that matter to it."""
+        values, matter = flatten(config.model_dump(mode="json")), flatten(config.canonical())
+        # what others have by default has done its part by then
+        return {
+            name: values[name]
+            for name, axis in self.space.items()
+            if name in matter or (name in DEFAULTS and active(axis, values))
+        }
 
     def control_configs(self) -> list[TrialConfig]:
         """Each head of the space (lp where there is none) fitted to the end without a prompt, which takes seconds; and

@@ -182,6 +182,17 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
     assert controls(old=GOOD, new=text) == ["lp"]
 
 
+def test_where_a_trial_lies_in_the_space(write):
+    """With an axis that is the default of other keys, without one that has no effect on the trial."""
+    spec = spec_file.load(write("optimizer.prompt_lr", "optimizer.lr"))
+    point = {"label_mapping": "fm", "prompt.rank": 2, "optimizer.lr": 0.1, "optimizer.head_lr": 1}
+    assert spec.params(spec.trial_config(point)) == point
+    del point["optimizer.head_lr"]
+    assert spec.params(spec.trial_config(point | {"label_mapping": "flm"})) == point | {"label_mapping": "flm"}
+    (control, _) = spec.control_configs()
+    assert "prompt.rank" not in spec.params(control)
+
+
 def test_grid_has_every_valid_cell_once(write):
     good = spec_file.load(write())
     cells = good.cells()

@@ -145,10 +145,18 @@ class Sweep:
 def test_a_sweep_from_yaml_to_mlflow(tmp_path):
     sweep = Sweep(tmp_path)
     shutil.rmtree(tmp_path / "runs")  # this one makes its own
+    assert "log ratio of the evidences, an image: +0." in sweep.run("--triage")
     output = sweep.run()
     sweep.check_complete(trials=5)
     assert sweep.best_model().shape == (4, 10)
-    for phrase in ("small: 5 trials", "best trial", "control", "difference: val", "mlflow ui --backend-store-uri"):
+    for phrase in (
+        "small: 5 trials",
+        "best trial",
+        "control",
+        "difference: val",
+        "triage said",
+        "mlflow ui --backend-store-uri",
+    ):
         assert phrase in output
     best = re.search(r"best prompt: (\S+)", output)[1]
     assert lorvp.load(best).class_names[9] == "9"
