@@ -4,8 +4,7 @@ plain:      ours, with every way of lorvp/speed.py switched off.
 light:      forward and backward to the input, of the same backbone, precision and memory format, on one batch
             that lies on the device, and nothing else.
 ours:       the trial's own loop, data included (`images_per_second` of its epochs).
-published:  the loop of the public code, written anew from its description: PIL resizes each image in worker processes,
-            AMP, loss and accuracy read in each step, one SGD for prompt and head.
+published:  the loop of the public code (`lorvp/published.py`).
 
 All take turns, so that what disturbs the machine disturbs all of them.
 
@@ -24,16 +23,12 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
-from lorvp import cli
-from lorvp.backbone import DTYPES, Backbone, resolve_precision
+from lorvp import cli, published
+from lorvp.backbone import Backbone, resolve_precision
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.datasets import ArrayImages, Splits
 from lorvp.memory import predict
@@ -52,41 +47,10 @@ def main() -> None:
     """Benchmarks of a trial."""
 
 
-class _Photos(Dataset):
-    """Images as the published loop reads them: resized by PIL, one at a time."""
-
-    def __init__(self, pixels: np.ndarray, size: int) -> None:
-        self.pixels = pixels
-        self.transform = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[i])), i % CLASSES
-
-
-def published(model: nn.Module, mean: torch.Tensor, std: torch.Tensor, loader: DataLoader, dtype: torch.dtype) -> float:
+def rate(trial: published.Trial, loader: DataLoader) -> float:
     """Images per second of one pass, by the public code's loop."""
-    device = mean.device
-    size = loader.dataset.transform.transforms[0].size[0]
-    b = torch.zeros(3, size, 4, device=device, requires_grad=True)
-    a = torch.randn(3, 4, size, device=device).mul_(0.01).requires_grad_()
-    head = nn.Linear(model.head_hidden_size, CLASSES).to(device)
-    optimizer = torch.optim.SGD([b, a, *head.parameters()], lr=0.02, momentum=0.9, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start = time.perf_counter()
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            x = (images + b @ a - mean) / std
-            output = head(model.forward_head(model.forward_features(x), pre_logits=True))
-            loss = F.cross_entropy(output.log_softmax(1), labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        loss.item(), (output.argmax(1) == labels).float().mean().item()
+    trial.epoch(loader)
     return len(loader.dataset) / (time.perf_counter() - start)
 
 
@@ -135,7 +99,7 @@ def step(
     count = batch_size * steps
     pixels = np.random.default_rng(0).integers(0, 256, (count, native_size, native_size, 3), dtype=np.uint8)
     ours = Backbone(config.backbone, resolve_precision(precision, device), config.speed).to(device)
-    plain = Backbone(config.backbone, "fp32", PLAIN).to(device)
+    plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
     names = tuple(map(str, range(CLASSES)))
     images = ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names)
     few = images.subset(np.arange(2))
@@ -143,12 +107,13 @@ def step(
     loaded = Loaded(ours, splits, in_precision)
     switched_off = Loaded(Backbone(config.backbone, in_precision, PLAIN).to(device), splits, in_precision)
     workers = len(os.sched_getaffinity(0))
-    loader = DataLoader(_Photos(pixels, image_size), batch_size, num_workers=workers, persistent_workers=True)
-    dtype = DTYPES[resolve_precision(published_precision, device)]
+    photos = published.Photos(pixels, np.arange(count) % CLASSES, image_size)
+    loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
+    theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
     turns: dict[str, Callable[[], float]] = {
         "ours": lambda: next(iter(train(config, loaded=loaded))).images_per_second,
         "plain": lambda: next(iter(train(config, loaded=switched_off))).images_per_second,
-        "published": lambda: published(plain.model, plain.mean, plain.std, loader, dtype),
+        "published": lambda: rate(theirs, loader),
         "light": lambda: light(ours, batch_size, steps),
     }
     rates = take_turns(turns, rounds)

@@ -1,0 +1,224 @@
+"""python -m sweeps.bench: what finding the best config costs, by our defaults and by the published way.
+
+The published way is the full grid, 5 learning rates of the prompt x 4 ranks x 5 label mappings, each cell by the public
+code's loop (`lorvp/published.py`). Ours is a sweep of as many trials over the same ranks, mappings and rates: fitted
+heads, TPE, ASHA, one cache, our loop. Counted is the CPU time of the trials, until one of ours has the val accuracy of
+the grid's best within 0.2 points; the starts of jobs and the search itself are in neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import optuna
+import torch
+import typer
+from ray.air.constants import TRAINING_ITERATION
+from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from lorvp import cli, published, training
+from lorvp.backbone import Backbone
+from lorvp.config import SpeedConfig
+from sweeps.search import SpecSearch, make_scheduler
+from sweeps.spec import Spec
+from sweeps.tune_trial import SCORE
+
+RATES = (0.02, 0.1, 0.3, 1.0, 3.0)
+RANKS = (1, 4, 8, 16)
+MAPPINGS = ("rlm", "flm", "ilm", "fm", "lp")
+HEAD_RATE = 0.1
+WITHIN = 0.2
+"""Points of val accuracy."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True)
+
+
+def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) -> Spec:
+    """Our sweep over the grid's space."""
+    return Spec.model_validate(
+        {
+            "name": "bench",
+            "trial": {
+                "backbone": {"name": "lorvp_tiny_32.cifar10"},
+                "dataset": dataset,
+                "optimizer": {"prompt_name": "adam", "head_lr": HEAD_RATE},
+                "head_init": "linear_probe",
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "precision": "fp32",
+                "init_seed": seed,
+                "order_seed": seed,
+            },
+            "space": {
+                "label_mapping": {"choice": list(MAPPINGS)},
+                "prompt.rank": {"choice": list(RANKS)},
+                "optimizer.prompt_lr": {"log_uniform": [0.002, 0.3]},
+            },
+            "search": {"algorithm": "tpe", "trials": len(RATES) * len(RANKS) * len(MAPPINGS), "seed": seed},
+            "early_stopping": {"rule": "asha"},
+        }
+    )
+
+
+@dataclass
+class Found:
+    """How far a search had come: CPU-seconds and the best val accuracy at each improvement, and where the time went."""
+
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def note(self, val_top1: float) -> None:
+        if not self.curve or val_top1 > self.curve[-1][1]:
+            self.curve.append((self.total, val_top1))
+
+    @property
+    def total(self) -> float:
+        return self.seconds.total()
+
+    @property
+    def best(self) -> float:
+        return self.curve[-1][1] if self.curve else 0.0
+
+
+class Clock:
+    """Adds the CPU time of a block to one of the parts of a search."""
+
+    def __init__(self, found: Found, part: str) -> None:
+        self.found, self.part = found, part
+
+    def __enter__(self) -> None:
+        self.start = time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.found.seconds[self.part] += time.process_time() - self.start
+
+
+def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
+    """Every cell by the published loop."""
+    found = Found()
+    config = spec.trial_config(spec.example())
+    plain = Backbone(config.backbone, "fp32", SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False)))
+    train, val = (
+        published.Photos(
+            images.read(np.arange(len(images))).permute(0, 2, 3, 1).numpy(), images.labels, plain.image_size
+        )
+        for images in (loaded.splits.train, loaded.splits.val)
+    )
+    shuffled = DataLoader(train, config.batch_size, shuffle=True)
+    in_order, held_out = DataLoader(train, config.eval_batch_size), DataLoader(val, config.eval_batch_size)
+    torch.manual_seed(seed)
+    for number, (mapping, rank, rate) in enumerate(itertools.product(MAPPINGS, RANKS, RATES), start=1):
+        trial = published.Trial(plain, len(loaded.splits.class_names), mapping, rank, rate, HEAD_RATE)
+        for epoch in range(config.epochs):
+            if mapping == "ilm" or (mapping == "flm" and epoch == 0):
+                with Clock(found, "label mapping"):
+                    trial.map_labels(in_order, prompted=mapping == "ilm")
+            with Clock(found, "training"):
+                trial.epoch(shuffled, 0.5 * (1 + math.cos(math.pi * epoch / config.epochs)))
+            with Clock(found, "validation"):
+                found.note(trial.accuracy(held_out))
+        progress(f"seed {seed}: cell {number} of the grid, best {found.best:.2f} %, {found.total:.0f} s")
+    return found
+
+
+def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
+    """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
+    found = Found()
+    search, scheduler = SpecSearch(spec), make_scheduler(spec)
+    live: deque[tuple[Suggested, Iterator[training.EpochResult]]] = deque()
+    asked = 0
+    while found.best < goal and (live or asked < spec.search.trials):
+        while len(live) < spec.search.concurrent and asked < spec.search.trials:
+            new = Suggested(str(asked))
+            asked += 1
+            config = spec.trial_config(search.suggest(new.trial_id))
+            live.append((new, training.train(config, loaded=loaded)))
+            scheduler.on_trial_add(None, new)
+        trial, epochs = live.popleft()
+        with Clock(found, "training and validation" if trial.score > -math.inf else "first epochs, with the cache"):
+            result = next(epochs)
+        trial.score = max(trial.score, result.val_top1)
+        said = {"epoch": result.epoch, SCORE: trial.score, TRAINING_ITERATION: result.epoch}
+        last = result.epoch == spec.max_epochs()
+        if not last and scheduler.on_trial_result(None, trial, said) != TrialScheduler.STOP:
+            search.on_trial_result(trial.trial_id, said)
+            live.append((trial, epochs))
+        else:
+            scheduler.on_trial_complete(None, trial, said)
+            search.on_trial_complete(trial.trial_id, said)
+        found.note(result.val_top1)
+        progress(f"ours: trial {asked}, best {found.best:.2f} % of {goal:.2f} %, {found.total:.0f} s")
+    return found
+
+
+@dataclass(eq=False)
+class Suggested:
+    """A trial as Tune's scheduler sees it."""
+
+    trial_id: str
+    score: float = -math.inf
+
+
+def progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+
+
+@app.command()
+def main(
+    photos: Annotated[
+        Path | None, typer.Option(exists=True, help="a folder of train/CLASS/*; default: scikit-learn's digits")
+    ] = None,
+    per_class: Annotated[int, typer.Option(min=2, help="images of a class")] = 100,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Prints CPU-seconds of both, their ratio, and where the time went."""
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", module="optuna|ray")
+    source = {"name": "image_folder", "root": photos} if photos else {"name": "digits"}
+    dataset = source | {"max_per_class": per_class, "val_fraction": 0.2}
+    ratios, parts = [], {"published": Counter(), "ours": Counter()}
+    for seed in range(seeds):
+        spec = make_spec(dataset, epochs, batch_size, seed)
+        loaded = training.load(spec.trial_config(spec.example()))
+        with TemporaryDirectory() as cache:
+            os.environ["LORVP_CACHE"] = cache  # an empty one, so that filling it is counted
+            theirs = grid(spec, loaded, seed)
+            goal = theirs.best - WITHIN
+            found = ours(spec, loaded, goal)
+        ratios.append(theirs.total / found.total)
+        parts["published"] += theirs.seconds
+        parts["ours"] += found.seconds
+        reached = "" if found.best >= goal else ", NOT reached"
+        console.print(
+            f"seed {seed}: grid {theirs.total:.0f} s, best {theirs.best:.2f} %; ours {found.total:.1f} s to "
+            f"{found.best:.2f} %{reached}; ratio {ratios[-1]:.1f}",
+            highlight=False,
+        )
+    console.print(f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})", highlight=False)
+    for way, seconds in parts.items():
+        shares = ", ".join(f"{part} {100 * taken / seconds.total():.0f} %" for part, taken in seconds.most_common())
+        console.print(f"{way}: {shares}", highlight=False)
+
+
+if __name__ == "__main__":
+    cli.run(app)
