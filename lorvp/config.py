@@ -126,6 +126,14 @@ class ScheduleConfig(Part):
     warmup_epochs: NonNegativeFloat = 0.0
 
 
+class Rung(Part):
+    """Epochs at the beginning of a trial that cost less, and tell the search something already."""
+
+    epochs: PositiveInt
+    image_size: PositiveInt | None = Field(None, description="side of the backbone's input; the prompt grows with it")
+    train_share: Fraction | None = Field(None, description="of the training images, stratified")
+
+
 class SpeedConfig(Part):
     """Ways to the same result in less time (`lorvp/speed.py`), used where they apply."""
 
@@ -169,7 +177,8 @@ class TrialConfig(Part):
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = Field(20, description="those of rungs included")
+    rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after the other")
     batch_size: PositiveInt = 256
     eval_batch_size: PositiveInt = 512
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -186,9 +195,19 @@ class TrialConfig(Part):
             raise ValueError(f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be below epochs")
         if self.method == "linear_probe" and self.label_mapping not in HEAD_MAPPINGS:
             raise ValueError("method linear_probe trains only a head: label_mapping must be lp or fm")
+        if sum(rung.epochs for rung in self.rungs) >= self.epochs:
+            raise ValueError(f"rungs: their epochs must be fewer than epochs ({self.epochs}): the last ones are whole")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
             raise ValueError("method linear_probe with head_init linear_probe is fitted at once: epochs must be 1")
         return self
+
+    def rung(self, epoch: int) -> Rung | None:
+        """The rung that an epoch, counted from 1, belongs to; None for those at full size on all images."""
+        for rung in self.rungs:
+            epoch -= rung.epochs
+            if epoch <= 0:
+                return rung
+        return None
 
     def canonical(self) -> dict[str, Any]:
         """The config as plain JSON values, without the keys that have no effect on this trial's result."""
@@ -235,7 +254,11 @@ class TrialConfig(Part):
     def packs_with(self, other: TrialConfig) -> bool:
         """Whether they can be trained together, on the same batches."""
         same = ("batch_size", "eval_batch_size", "order_seed")
-        return self.shares_with(other) and all(getattr(self, key) == getattr(other, key) for key in same)
+        return (
+            not (self.rungs or other.rungs)
+            and self.shares_with(other)
+            and all(getattr(self, key) == getattr(other, key) for key in same)
+        )
 
     def content_hash(self) -> str:
         """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""

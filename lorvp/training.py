@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lorvp import bundle, datasets, distributed, frozen, pipeline, plugins, probe, shuffle
 from lorvp.backbone import Backbone, resolve_precision
-from lorvp.config import HEAD_MAPPINGS, OptimizerConfig, ScheduleConfig, TrialConfig
+from lorvp.config import HEAD_MAPPINGS, OptimizerConfig, Rung, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
@@ -49,6 +49,8 @@ class EpochResult:
     """Which epoch's order of the data it had: its own, unless it joined others that were further."""
     packed: int = 1
     """Trials that shared its batches."""
+    whole: bool = True
+    """Whether it was at full size and on all training images, not at a rung."""
     test_loss: float | None = None
     test_top1: float | None = None
     test_top5: float | None = None
@@ -102,32 +104,62 @@ class Training:
         resume_from: Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.loaded, self.folder, self.should_stop = config, loaded, folder, should_stop
-        self.splits = loaded.splits
+        self.config, self.whole, self.folder, self.should_stop = config, loaded, folder, should_stop
         self.device = loaded.backbone.mean.device
-        classes = len(loaded.splits.class_names)
-        self.method: Method = plugins.load("methods", config.method)(config, loaded.backbone, classes).to(self.device)
-        self.groups = self.method.groups()
-        self.optimizers = {name: make_optimizer(name, group, config.optimizer) for name, group in self.groups.items()}
-        self.base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
         self.rank, self.processes = distributed.share()
-        self.cached = self.method.reads_frozen and not config.dataset.crop_flip
-        """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
-        self.model = self.method.mapping if self.cached else self.method
-        self.trained = distributed.averaged(self.model)
-        self.steps_per_epoch = math.ceil(len(self.splits.train) / config.batch_size)
+        self.steps_per_epoch = math.ceil(len(loaded.splits.train) / config.batch_size)
+        """Of those on all images; the learning rate's schedule goes by them."""
         self.at_once = max(config.batch_size, config.eval_batch_size)
         """Images of a batch that go through the backbone together, fewer where the device's memory is too small."""
 
         self.results: list[EpochResult] = []
         self.best: dict[str, Any] = {"epoch": 0, "tuned": {}}
-        self.steps_taken = 0  # without those that fp16 skipped
+        self.steps_taken = 0.0  # without those that fp16 skipped
         self.order: int | None = None
         """Which epoch's order of the data the epoch that was begun takes; None between two epochs."""
         self.next_order = 1
-        if resume_from is not None:
+        if resume_from is None:
+            self._enter(config.rung(1))
+        else:
             self._continue(read_checkpoint(resume_from, config))
+
+    def _enter(self, rung: Rung | None) -> None:
+        """Makes what is trained, at the size and on the images of `rung`."""
+        config, backbone, splits = self.config, self.whole.backbone, self.whole.splits
+        if rung and rung.image_size:
+            smaller = config.backbone.model_copy(update={"image_size": rung.image_size})
+            backbone = Backbone(smaller, self.whole.precision, config.speed).to(self.device)
+        if rung and rung.train_share:
+            count = max(1, round(rung.train_share * len(splits.train)))
+            _, kept = datasets.stratified_sample(splits.train.labels, count, config.dataset.split_seed)
+            splits = replace(splits, train=splits.train.subset(kept))
+        self.rung, self.loaded, self.splits = rung, Loaded(backbone, splits, self.whole.precision), splits
+        classes = len(splits.class_names)
+        self.method: Method = plugins.load("methods", config.method)(config, backbone, classes).to(self.device)
+        self.groups = self.method.groups()
+        self.optimizers = {name: make_optimizer(name, group, config.optimizer) for name, group in self.groups.items()}
+        self.base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.cached = self.method.reads_frozen and not config.dataset.crop_flip
+        """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
+        self.model = self.method.mapping if self.cached else self.method
+        self.trained = distributed.averaged(self.model)
+        self.steps_in_epoch = math.ceil(len(splits.train) / config.batch_size)
+
+    def _climb(self, rung: Rung | None) -> None:
+        """Goes on at another rung with what was learned: prompts are interpolated to their new size."""
+        before, optimizers = self.method, self.optimizers
+        self._enter(rung)
+        shapes = {name: tensor.shape for name, tensor in self.method.tuned().items()}
+        tuned = {
+            name: tensor if tensor.shape == shapes[name] else _resized(tensor, shapes[name])
+            for name, tensor in before.tuned().items()
+        }
+        self.method.load_tuned(tuned)
+        self.method.counts = before.counts
+        if all(tensor.shape == shapes[name] for name, tensor in before.tuned().items()):
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(optimizers[name].state_dict())
 
     @property
     def through(self) -> bool:
@@ -138,6 +170,9 @@ class Training:
     def begin(self, order: int) -> None:
         """Begins an epoch on that order of the data, or goes on with the one that was begun."""
         self.start = time.perf_counter()
+        rung = self.config.rung(len(self.results) + 1)
+        if rung != self.rung:
+            self._climb(rung)
         if self.cached and self.splits is self.loaded.splits:
             reads, size = self.method.mapping.reads, self.config.eval_batch_size
             self.splits = frozen.splits(self.loaded.backbone, self.loaded.splits, reads, size, self._check)
@@ -145,7 +180,7 @@ class Training:
             if not self.results:
                 self._start_head()
             self.method.start_epoch(len(self.results) + 1, self._batches, self._said_of_train)
-            self.order, self.step_in_epoch, self.before = order, 0, 0.0
+            self.order, self.steps_done, self.before = order, 0, 0.0
             self.first_lr: dict[str, float] = {}
             self.total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
             self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -155,7 +190,7 @@ class Training:
         """What is left of the epoch: this process's share of images, ready for `step`, of labels, and of how many."""
         order = pipeline.epoch_order(len(self.splits.train), self.config.order_seed, self.order)
         size, share = self.config.batch_size, (self.rank, self.processes)
-        rest = order[self.step_in_epoch * size :]
+        rest = order[self.steps_done * size :]
         given = pipeline.batches(self.splits.train, size, rest, self.device, share)
         for start, (pixels, labels) in zip(range(len(order) - len(rest), len(order), size), given, strict=True):
             places = np.arange(start, min(start + size, len(order)))
@@ -174,7 +209,7 @@ class Training:
             self.before = time.perf_counter() - self.training_start
             self.save()
             raise _Stop
-        step = self.steps_taken + self.step_in_epoch
+        step = self.steps_taken + self.steps_done * self.steps_per_epoch / self.steps_in_epoch
         total = self.config.epochs * self.steps_per_epoch
         factor = lr_factor(self.config.schedule, step, total, self.steps_per_epoch)
         self.total_loss += self._backward(images, labels, self.processes / whole)
@@ -191,7 +226,7 @@ class Training:
         self.scaler.update()
         self.first_lr = self.first_lr or {name: base * factor for name, base in self.base_lr.items()}
         self.skipped += ~finite
-        self.step_in_epoch += 1
+        self.steps_done += 1
 
     def finish(self, val: Figures, packed: int) -> EpochResult:
         """Ends the epoch: in the last one the test set is read, with the best epoch's prompt. `val` are its figures.
@@ -207,12 +242,13 @@ class Training:
             raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
         # A step that fp16 skipped did not use up its place in the schedule; known only here, without a
         # transfer in every step, so the schedule falls back at the start of the next epoch.
-        taken = self.steps_per_epoch - (int(self.skipped) if self.scaler.is_enabled() else 0)
+        skipped = int(self.skipped) if self.scaler.is_enabled() else 0
+        taken = self.steps_per_epoch - skipped * self.steps_per_epoch / self.steps_in_epoch
         val_loss, val_top1, val_top5 = val
         test = self._evaluate(self.splits.test) if self.config.select == "test_best_epoch" else None
         score = val_top1 if test is None else test[1]
         best = self.best
-        if not best["epoch"] or score > best["score"]:
+        if self.rung is None and (not best["epoch"] or score > best["score"]):
             best = {"epoch": epoch, "score": score, "tuned": self.method.tuned()}
         if self.config.select == "val" and epoch == self.config.epochs:
             last = self.method.tuned()
@@ -233,6 +269,7 @@ class Training:
             time=time.time(),
             order=self.order,
             packed=packed,
+            whole=self.rung is None,
             test_loss=test_loss,
             test_top1=test_top1,
             test_top5=test_top5,
@@ -246,7 +283,7 @@ class Training:
     def close(self) -> None:
         """Leaves the best epoch's bundle in the folder."""
         self.loaded.backbone.check_unmoved()
-        if self.folder is None or not self.results:
+        if self.folder is None or not self.best["epoch"]:
             return
         self.method.load_tuned(self.best["tuned"])
         names, precision = self.splits.class_names, self.loaded.precision
@@ -343,7 +380,7 @@ class Training:
         part = None
         if self.order is not None:
             part = {
-                "step": self.step_in_epoch,
+                "step": self.steps_done,
                 "total_loss": total_loss,
                 "skipped": int(self.skipped),
                 "lr": self.first_lr,
@@ -369,6 +406,8 @@ class Training:
     def _continue(self, state: dict[str, Any]) -> None:
         self.results = [EpochResult(**values) for values in state["results"]]
         self.best, self.steps_taken, self.next_order = state["best"], state["steps_taken"], state["next_order"]
+        part = state["part"]
+        self._enter(self.config.rung(len(self.results) + 1 if part else max(1, len(self.results))))
         self.method.load_tuned(state["tuned"])
         if state["counts"] is not None:
             self.method.counts = state["counts"].to(self.device) * (self.rank == 0)
@@ -376,13 +415,17 @@ class Training:
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random_states"])
-        part = state["part"]
         if part is not None:
-            self.order, self.step_in_epoch, self.before = part["order"], part["step"], part["seconds"]
+            self.order, self.steps_done, self.before = part["order"], part["step"], part["seconds"]
             self.first_lr = part["lr"]
             lead = part["total_loss"] if self.rank == 0 else 0.0
             self.total_loss = torch.tensor(lead, dtype=torch.float64, device=self.device)
             self.skipped = torch.tensor(part["skipped"], device=self.device)
+
+
+def _resized(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A part of a prompt, (channels, rows, columns), for another image size: B's rows and A's columns interpolated."""
+    return F.interpolate(tensor[None], shape[-2:], mode="bilinear")[0]
 
 
 Said = EpochResult | TrialFailed | None
@@ -550,7 +593,7 @@ def make_optimizer(name: str, parameters: list[torch.nn.Parameter], config: Opti
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](parameters, **options)
 
 
-def lr_factor(schedule: ScheduleConfig, step: int, total: int, steps_per_epoch: int) -> float:
+def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch: int) -> float:
     """Share of the learning rate at `step` (from 0) of `total`: the first warm-up step has a share above 0."""
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:

@@ -270,7 +270,7 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     parquet = spec.folder / "results.parquet"
     board.write_parquet(parquet)
     console.print(board.table())
-    for line in [*board.failures(), *board.verdict()]:
+    for line in [*board.failures(), *board.trust(), *board.verdict()]:
         console.print(line, highlight=False, markup=False)
     console.print(f"every epoch: {parquet}", highlight=False)
     best = board.best()

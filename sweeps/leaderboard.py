@@ -35,14 +35,20 @@ class Entry:
     def finished(self) -> bool:
         return self.end is not None and self.end.state == State.FINISHED
 
+    @property
+    def whole(self) -> list[dict[str, Any]]:
+        """The epochs at full size on all images; of a trial that never got there, those of its rungs."""
+        return [result for result in self.results if result["whole"]] or self.results
+
     def best(self) -> dict[str, Any]:
         """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set."""
         protocol = self.trial.config.select
-        return max(self.results, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
+        return max(self.whole, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
 
-    def score(self, spec: Spec) -> float:
-        """The objective's best value, larger is better."""
-        values = [result[spec.objective] for result in self.results]
+    def score(self, spec: Spec, epoch: int | None = None) -> float:
+        """The objective's best value, larger is better; with `epoch`, as the search saw it then."""
+        seen = self.results[:epoch]
+        values = [result[spec.objective] for result in seen if result["whole"] == seen[-1]["whole"]]
         return max(values) if spec.mode == "max" else -min(values)
 
     def test_top1(self) -> float | None:
@@ -117,6 +123,19 @@ class Leaderboard:
         lines.append(f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)")
         return lines + triage.checked(self.spec, val)
 
+    def trust(self) -> list[str]:
+        """How far the trials' order at each milestone was that at their end, in words."""
+        finished = [entry for entry in self.entries if entry.finished and not entry.control]
+        last = [entry.score(self.spec) for entry in finished]
+        found = []
+        for epoch in self.spec.milestones():
+            then = [entry.score(self.spec, epoch) for entry in finished]
+            if len(set(then)) > 2 and len(set(last)) > 2:
+                found.append(f"epoch {epoch} {rank_correlation(then, last):.2f}")
+        if not found:
+            return []
+        return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(found)}"]
+
     def failures(self) -> list[str]:
         """What failed and why: each cause with its trials."""
         failed = [entry for entry in self.entries if entry.end is not None and entry.end.state == State.FAILED]
@@ -153,6 +172,13 @@ class Leaderboard:
                     row[f"param.{axis}"] = None if value is None else str(value)
         with replacing(path) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's."""
+    from scipy.stats import spearmanr  # which takes a second to import
+
+    return float(spearmanr(first, second).statistic)
 
 
 def number(value: Any) -> str:

@@ -25,6 +25,7 @@ FITTED = {
     "head_init": "linear_probe",
     "head_fit": BEST,
     "epochs": 1,
+    "rungs": [],
     "schedule.warmup_epochs": 0,
 }
 """What makes the control of any sweep, beside its label mapping."""
@@ -218,6 +219,15 @@ class Spec(Part):
             self.space["epochs"].examples() if "epochs" in self.space else [self.trial_config(self.example()).epochs]
         )
         return max(lengths)
+
+    def milestones(self) -> list[int]:
+        """The epochs after which a trial may be given up for the others' sake, or goes on at another rung."""
+        epochs, stopping = self.max_epochs(), self.early_stopping
+        found = set(itertools.accumulate(rung.epochs for rung in self.trial_config(self.example()).rungs))
+        if stopping.rule == "asha":
+            rungs = (stopping.grace_epochs * stopping.reduction_factor**k for k in itertools.count())
+            found |= set(itertools.takewhile(lambda epoch: epoch < epochs, rungs))
+        return sorted(found)
 
     def short_names(self) -> dict[str, str]:
         """What to call each axis where there is little room: its last part, if no other axis ends in it."""

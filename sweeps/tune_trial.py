@@ -61,6 +61,8 @@ class TuneTrial(tune.Trainable):
                 self.handed_on += 1
                 value = result[self.spec.objective]
                 better = max if self.spec.mode == "max" else min
+                if self.handed_on > 1 and result["whole"] != results[self.handed_on - 2]["whole"]:
+                    self.score = None  # what a rung gave is no figure of the trial
                 self.score = value if self.score is None else better(self.score, value)
                 last = self.handed_on == self.folder.config.epochs
                 return {"epoch": result["epoch"], SCORE: self.score, "done": last}

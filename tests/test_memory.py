@@ -37,6 +37,7 @@ def test_training_takes_what_was_predicted(backbone, batch):
     assert predict(config, CLASSES).peak == measured(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"method": "linear_probe", "eval_batch_size": 64}, {"precision": "fp16"}, {"label_mapping": "fm"}],
@@ -47,6 +48,7 @@ def test_so_do_other_trials(changes):
     assert predict(config, CLASSES).peak == measured(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [TINY, VIT], ids=lambda backbone: backbone["name"])
 def test_memory_grows_with_the_batch_and_shrinks_with_the_precision(backbone):
     def training(batch: int, precision: str) -> float:
@@ -115,6 +117,7 @@ def test_dry_run_says_what_fits(planned):
     assert planned(None).endswith("in evaluation at batch 512 (16-bit)")
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_would_fit(planned):
     said = planned(0.03, "trial.eval_batch_size=8", "space.batch_size={choice: [32, 512]}")
     assert "in training at batch 512 (16-bit), does NOT fit the 0.03 GB of profile gpu.yaml" in said
@@ -125,6 +128,7 @@ def test_dry_run_says_what_would_fit(planned):
     assert planned(0.001).endswith("; no batch_size would, no eval_batch_size would")
 
 
+@pytest.mark.slow
 def test_dry_run_looks_at_the_largest_trial(planned):
     backbones = "space.backbone.name={choice: [lorvp_tiny_32, resnet10t]}"
     methods = "space.method={choice: [linear_probe, lorvp]}"

@@ -182,6 +182,12 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
     assert controls(old=GOOD, new=text) == ["lp"]
 
 
+def test_milestones_are_where_decisions_fall(write):
+    overrides = ["trial.epochs=20", "early_stopping.grace_epochs=2", "trial.rungs=[{epochs: 3, image_size: 16}]"]
+    assert spec_file.load(write(), overrides).milestones() == [2, 3, 6, 18]
+    assert spec_file.load(write(), ["early_stopping.rule=none"]).milestones() == []
+
+
 def test_where_a_trial_lies_in_the_space(write):
     """With an axis that is the default of other keys, without one that has no effect on the trial."""
     spec = spec_file.load(write("optimizer.prompt_lr", "optimizer.lr"))

@@ -25,7 +25,8 @@ BACKBONES = {
 
 def build(name: str, speed: SpeedConfig) -> Backbone:
     torch.manual_seed(0)
-    config = BackboneConfig(name=name, pretrained=name.startswith("lorvp"), kwargs=BACKBONES[name])
+    size = 64 if name in ("resnet18", "mobilenetv2_100") else None  # float64 takes its time
+    config = BackboneConfig(name=name, pretrained=name.startswith("lorvp"), kwargs=BACKBONES[name], image_size=size)
     backbone = Backbone(config, "fp32", PLAIN)
     with torch.no_grad():
         for module in backbone.modules():  # fresh statistics would make folding trivial

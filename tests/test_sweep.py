@@ -272,13 +272,14 @@ def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
 
 
 def test_tracking_on_a_server(tmp_path, server):
-    """Named by the usual environment variable."""
+    """Named by the usual environment variable; the trials are packed."""
     text = SPEC.replace("algorithm: tpe, trials: 4", "algorithm: random, trials: 2")
-    sweep = Sweep(tmp_path, text.replace("rule: asha", "rule: median"))
+    sweep = Sweep(tmp_path, text.replace("rule: asha", "rule: median") + "pack: 2\n")
     sweep.environment["MLFLOW_TRACKING_URI"] = server.uri
     output = sweep.run()
     assert f"open {server.uri}" in output
     sweep.check_complete(trials=3)
+    assert len({trial.job()["id"] for trial in sweep.trials()}) < 3  # packed
     local = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     assert local.get_experiment_by_name("lorvp") is None
 

@@ -16,14 +16,14 @@ def test_logme_is_the_largest_evidence(count, width):
     random = np.random.default_rng(0)
     labels = np.arange(count) % 2
     x = random.normal(size=(count, width)) + labels[:, None]
-    precisions = [(alpha, beta) for alpha in np.logspace(-3, 5, 50) for beta in np.logspace(-2, 4, 60)]
+    precisions = [(alpha, beta) for alpha in np.logspace(-3, 5, 25) for beta in np.logspace(-2, 4, 30)]
 
     def evidence(y: np.ndarray, alpha: float, beta: float) -> float:
         covariance = np.eye(count) / beta + x @ x.T / alpha
         return multivariate_normal(cov=covariance).logpdf(y) / count
 
     expected = np.mean([max(evidence((labels == c) * 1.0, *each) for each in precisions) for c in (0, 1)])
-    assert triage.logme(torch.from_numpy(x), torch.from_numpy(labels)) == pytest.approx(expected, abs=0.01)
+    assert triage.logme(torch.from_numpy(x), torch.from_numpy(labels)) == pytest.approx(expected, abs=0.02)
 
 
 def test_features_that_tell_the_classes_apart_score_higher():
