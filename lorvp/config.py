@@ -170,7 +170,7 @@ class TrialConfig(Part):
     )
     # not a union: pydantic would name each of its members in an error
     head_fit: Annotated[Any, AfterValidator(_how_far)] = Field(
-        "90%", description="C of that logistic regression; or best: the best on val; or a share of that accuracy: 90%"
+        BEST, description="C of that logistic regression; or best: the best on val; or a share of that accuracy: 90%"
     )
     ilm: Literal["pass", "streamed"] = Field(
         "pass", description="counts for ilm: from a pass over the data before each epoch, or from the epoch before"

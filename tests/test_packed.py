@@ -123,7 +123,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
-dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
+dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
 values = {digits_values(epochs=1, batch_size=64)!r} | {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
 loaded = training.load(configs[0])
