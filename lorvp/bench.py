@@ -8,16 +8,22 @@ published:  the loop of the public code (`lorvp/published.py`).
 
 All take turns, so that what disturbs the machine disturbs all of them.
 
+python -m lorvp.bench pack: trials that share each batch, against one alone and as many processes at once.
+
 python -m lorvp.bench memory: what the allocator gave a trial at most, beside what --dry-run predicts.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.synchronize import Barrier
 from typing import Annotated
 
 import numpy as np
@@ -33,9 +39,10 @@ from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.datasets import ArrayImages, Splits
 from lorvp.memory import predict
 from lorvp.speed import is_convolutional
-from lorvp.training import Loaded, train
+from lorvp.training import EpochResult, Loaded, Training, train, train_together
 
 CLASSES = 10
+_barrier: Barrier
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -83,10 +90,57 @@ def step(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     precision: Annotated[str, typer.Option(help="of ours and of light: auto, fp32, bf16, fp16")] = "auto",
     published_precision: Annotated[str, typer.Option(help="of the published loop")] = "fp32",
+    levers: Annotated[bool, typer.Option("--levers", help="also each way of lorvp/speed.py alone")] = False,
 ) -> None:
     """Prints images per second of ours, of the published loop and of light, and their ratios."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = TrialConfig.model_validate(
+    config = trial_config(backbone, image_size, batch_size, precision)
+    ours = synthetic(config, native_size, steps)
+    device, count = ours.backbone.mean.device, batch_size * steps
+    plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
+    switched_off = replace(ours, backbone=Backbone(config.backbone, ours.precision, PLAIN).to(device))
+    pixels = ours.splits.train.pixels.permute(0, 2, 3, 1).numpy()
+    photos = published.Photos(pixels, np.arange(count) % CLASSES, image_size)
+    workers = len(os.sched_getaffinity(0))
+    loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
+    theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
+    turns: dict[str, Callable[[], float]] = {
+        "ours": lambda: trained(config, ours),
+        "plain": lambda: trained(config, switched_off),
+        "published": lambda: rate(theirs, loader),
+        "light": lambda: light(ours.backbone, batch_size, steps),
+    }
+    for key in SpeedConfig.model_fields if levers else ():
+        alone = Backbone(config.backbone, ours.precision, PLAIN.model_copy(update={key: True})).to(device)
+        turns[key] = partial(trained, config, replace(ours, backbone=alone))
+    rates = take_turns(turns, rounds)
+    ratios = [("ours", other) for other in ("plain", "published", "light")]
+    ratios += [(key, "plain") for key in turns if key in SpeedConfig.model_fields]
+    show(rates, ratios, f"{title(config, ours)} (published {published_precision})")
+
+
+@app.command()
+def pack(
+    backbone: Annotated[str, typer.Option(help="timm model name")] = "resnet18",
+    image_size: Annotated[int, typer.Option(min=8)] = 224,
+    native_size: Annotated[int, typer.Option(min=8, help="of the images before they are resized")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="of a turn")] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    most: Annotated[int, typer.Option(min=2, help="trials at a time, at most")] = 8,
+) -> None:
+    """Prints images per second, times trials, of trials that share each batch, and of as many processes at once."""
+    config = trial_config(backbone, image_size, batch_size, precision)
+    loaded = synthetic(config, native_size, steps)
+    counts = [2**n for n in range(most.bit_length()) if 2**n <= most]
+    turns = {f"packed {count}": partial(trained, config, loaded, count) for count in counts}
+    turns |= {f"processes {count}": partial(side_by_side, config, native_size, steps, count) for count in counts[1:]}
+    rates = take_turns(turns, rounds)
+    show(rates, [(name, "packed 1") for name in turns if name != "packed 1"], title(config, loaded))
+
+
+def trial_config(backbone: str, image_size: int, batch_size: int, precision: str) -> TrialConfig:
+    return TrialConfig.model_validate(
         {
             "backbone": {"name": backbone, "pretrained": False, "image_size": image_size},
             "dataset": {"name": "digits"},
@@ -96,28 +150,55 @@ def step(
             "precision": precision,
         }
     )
-    count = batch_size * steps
+
+
+def synthetic(config: TrialConfig, native_size: int, steps: int) -> Loaded:
+    """The backbone, and random images for so many steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.precision, device)
+    count = config.batch_size * steps
     pixels = np.random.default_rng(0).integers(0, 256, (count, native_size, native_size, 3), dtype=np.uint8)
-    ours = Backbone(config.backbone, resolve_precision(precision, device), config.speed).to(device)
-    plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
     names = tuple(map(str, range(CLASSES)))
     images = ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names)
     few = images.subset(np.arange(2))
-    splits, in_precision = Splits(images, few, few), resolve_precision(precision, device)
-    loaded = Loaded(ours, splits, in_precision)
-    switched_off = Loaded(Backbone(config.backbone, in_precision, PLAIN).to(device), splits, in_precision)
-    workers = len(os.sched_getaffinity(0))
-    photos = published.Photos(pixels, np.arange(count) % CLASSES, image_size)
-    loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
-    theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
-    turns: dict[str, Callable[[], float]] = {
-        "ours": lambda: next(iter(train(config, loaded=loaded))).images_per_second,
-        "plain": lambda: next(iter(train(config, loaded=switched_off))).images_per_second,
-        "published": lambda: rate(theirs, loader),
-        "light": lambda: light(ours, batch_size, steps),
-    }
-    rates = take_turns(turns, rounds)
-    show(rates, f"{backbone} at {image_size}, batch {batch_size}, {loaded.precision} (published {published_precision})")
+    backbone = Backbone(config.backbone, precision, config.speed).to(device)
+    return Loaded(backbone, Splits(images, few, few), precision)
+
+
+def title(config: TrialConfig, loaded: Loaded) -> str:
+    device = loaded.backbone.mean.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    size = loaded.backbone.image_size
+    return f"{config.backbone.name} at {size}, batch {config.batch_size}, {loaded.precision}, {name}"
+
+
+def trained(config: TrialConfig, loaded: Loaded, count: int = 1) -> float:
+    """Images per second of an epoch by the trial's own loop, times the trials that share it."""
+    waiting = [Training(config, loaded) for _ in range(count)]
+    said = train_together(lambda _: [waiting.pop() for _ in list(waiting)])
+    return count * min(result.images_per_second for _, result in said if isinstance(result, EpochResult))
+
+
+def side_by_side(config: TrialConfig, native_size: int, steps: int, count: int) -> float:
+    """The same of as many processes at once, each with its share of the cores; their starts are not counted."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(count)
+    threads = max(1, torch.get_num_threads() // count)
+    with spawn.Pool(count, _meet_at, (barrier, threads)) as pool:
+        return sum(pool.starmap(_one_of_them, [(config, native_size, steps)] * count, chunksize=1))
+
+
+def _meet_at(barrier: Barrier, threads: int) -> None:
+    global _barrier
+    _barrier = barrier
+    torch.set_num_threads(threads)
+
+
+def _one_of_them(config: TrialConfig, native_size: int, steps: int) -> float:
+    loaded = synthetic(config, native_size, steps)
+    trained(config, loaded)
+    _barrier.wait()
+    return trained(config, loaded)
 
 
 @app.command()
@@ -180,16 +261,15 @@ def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     return rates
 
 
-def show(rates: dict[str, list[float]], title: str) -> None:
-    table = Table(box=None, title=title, title_justify="left")
+def show(rates: dict[str, list[float]], ratios: list[tuple[str, str]], heading: str) -> None:
+    table = Table(box=None, title=heading, title_justify="left")
     for column in ("", "images/s", "range"):
         table.add_column(column, justify="left" if not column else "right")
     for name, found in rates.items():
         table.add_row(name, f"{statistics.median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}")
-    for other in ("plain", "published", "light"):
-        ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[other], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        table.add_row(f"ours : {other}", f"{statistics.median(ratios):.2f}", spread)
+    for ours, other in ratios:
+        found = [one / another for one, another in zip(rates[ours], rates[other], strict=True)]
+        table.add_row(f"{ours} : {other}", f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}")
     console.print(table)
 
 

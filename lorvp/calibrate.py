@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from lorvp import frozen
 from lorvp.config import TrialConfig
 from lorvp.datasets import Splits
 from lorvp.training import load, train
@@ -52,10 +53,11 @@ def calibrate(config: TrialConfig, threads: int) -> Calibration:
         result = next(train(config, loaded=replace(loaded, splits=Splits(*parts))))
         return result.seconds, share
 
-    seconds(1)
-    one, _ = seconds(1)
-    steps = max(1, min(STEPS, int(LONGEST / one), math.ceil(len(splits.train) / config.batch_size)))
-    taken, share = seconds(steps)
+    with frozen.forgotten():
+        seconds(1)
+        one, _ = seconds(1)
+        steps = max(1, min(STEPS, int(LONGEST / one), math.ceil(len(splits.train) / config.batch_size)))
+        taken, share = seconds(steps)
     device = loaded.backbone.mean.device
     name = f"GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "CPU"
     return Calibration(taken / share, load_seconds, steps, name)

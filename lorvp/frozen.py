@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -26,8 +27,23 @@ Output = Literal["features", "logits", "top"]
 """(N, features) or (N, source classes) float32, or (N,) int64: the source class of the largest logit."""
 
 
+_elsewhere: Path | None = None
+
+
 def cache_folder() -> Path:
-    return Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+    return _elsewhere or Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """What is computed meanwhile is not kept: of images that nobody will ask for again."""
+    global _elsewhere
+    with TemporaryDirectory(prefix="lorvp-") as folder:
+        _elsewhere = Path(folder)
+        try:
+            yield
+        finally:
+            _elsewhere = None
 
 
 def key(*parts: object) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import sys
 import time
@@ -19,7 +18,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,7 +29,7 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from lorvp import cli, published, training
+from lorvp import cli, frozen, published, training
 from lorvp.backbone import Backbone
 from lorvp.config import SpeedConfig
 from sweeps.search import SpecSearch, make_scheduler
@@ -200,8 +198,7 @@ def main(
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
         loaded = training.load(spec.trial_config(spec.example()))
-        with TemporaryDirectory() as cache:
-            os.environ["LORVP_CACHE"] = cache  # an empty one, so that filling it is counted
+        with frozen.forgotten():  # so that the cache is empty, and filling it is counted
             theirs = grid(spec, loaded, seed)
             goal = theirs.best - WITHIN
             found = ours(spec, loaded, goal)

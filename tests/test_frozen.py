@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lorvp import datasets, frozen, probe, training
 from lorvp.backbone import Backbone
+from lorvp.calibrate import calibrate
 from lorvp.config import DatasetConfig
 from lorvp.methods import Method
 from lorvp.training import train
@@ -279,3 +280,8 @@ def test_other_kinds_of_output_share_labels(digits, cache):
     said = frozen.splits(loaded.backbone, loaded.splits, "features", 64)
     for ours, images in ((said.train, loaded.splits.train), (said.val, loaded.splits.val)):
         assert replace(ours, pixels=images.pixels, known_digest="").digest == images.digest
+
+
+def test_what_is_computed_for_a_calibration_is_not_kept(digits, cache):
+    calibrate(digits(label_mapping="flm", epochs=1), threads=1)
+    assert not cache.exists()

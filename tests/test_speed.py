@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from lorvp import bench
 from lorvp.backbone import Backbone
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.speed import ClassTokenBlock, SplitConv, accelerate, fold_batchnorm
@@ -94,3 +96,14 @@ def test_what_can_not_be_folded_is_left_alone():
     assert fold_batchnorm(model, 8) == 0
     assert torch.equal(model(x), before)
     assert fold_batchnorm(timm.create_model("resnet18").eval().requires_grad_(False), 64) == 20
+
+
+@pytest.mark.slow
+def test_the_benchmarks_print_their_tables():
+    tiny = ["--backbone", "lorvp_tiny_32", "--image-size", "32", "--steps", "2", "--rounds", "1"]
+    printed = CliRunner().invoke(bench.app, ["step", *tiny, "--levers"]).output
+    for ratio in ("ours : plain", "ours : published", "ours : light", *(f"{key} : plain" for key in KEYS)):
+        assert ratio in printed
+    printed = CliRunner().invoke(bench.app, ["pack", *tiny, "--most", "2"]).output
+    assert "packed 2 : packed 1" in printed
+    assert "processes 2 : packed 1" in printed
