@@ -145,7 +145,7 @@ def test_grid_on_three_nodes(slurm, tmp_path):
     """12 cells and the control; the type of GPU asked for is the one got."""
     grid = ("algorithm: tpe, trials: 4,", "algorithm: grid,")
     axes = ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05, 0.1]}")
-    mappings = ("[rlm, flm, ilm, fm, lp]", "[flm, fm, lp]")
+    mappings = ("[rlm, flm, ilm, lp]", "[flm, ilm, lp]")
     probe = 'setup: ["echo on $SLURMD_NODENAME with GPU $CUDA_VISIBLE_DEVICES"]\n'
     sweep = make_sweep(
         tmp_path, PROFILE + probe, grid=grid, axes=axes, mappings=mappings, short=("epochs: 3", "epochs: 1")

@@ -229,7 +229,7 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
         "optimizer.prompt_lr: {log_uniform: [0.005, 0.2]}", "optimizer.prompt_lr: {choice: [0.05, 1e30]}"
     )
     text = text.replace("prompt_name: adam", "prompt_name: sgd").replace("rule: asha", "rule: none")
-    text = text.replace("[rlm, flm, ilm, fm, lp]", "[lp]").replace("algorithm: tpe, trials: 4,", "algorithm: grid,")
+    text = text.replace("[rlm, flm, ilm, lp]", "[lp]").replace("algorithm: tpe, trials: 4,", "algorithm: grid,")
     sweep = Sweep(tmp_path, text)
     output = sweep.run()
     assert len(sweep.trials()) == 5
@@ -239,7 +239,7 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
     assert {run.info.status for run in failed} == {"FAILED"}
     assert output.count("failed  diverged: train loss is nan in epoch 1") == 2
     assert "failed: 2 diverged" in output
-    everything = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, fm, lp]", "[lp]")
+    everything = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, lp]", "[lp]")
     everything = everything.replace("trials: 4", "trials: 1")
     (tmp_path / "none").mkdir()
     assert "no trial finished" in Sweep(tmp_path / "none", everything).run(code=1)
@@ -287,7 +287,7 @@ def test_tracking_on_a_server(tmp_path, server):
 def test_a_sweep_that_fails_from_its_start_is_ended(tmp_path):
     text = (
         SPEC.replace("lr: 0.5", "lr: 1e30")
-        .replace("[rlm, flm, ilm, fm, lp]", "[lp]")
+        .replace("[rlm, flm, ilm, lp]", "[lp]")
         .replace("trials: 4", "trials: 40")
     )
     sweep = Sweep(tmp_path, text + "failure_limit: {share: 0.4, trials: 5}\n")
