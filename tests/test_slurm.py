@@ -324,7 +324,7 @@ def test_disk_full_in_one_trials_folder(installed, tmp_path, monkeypatch):
     """It is said, the other trials go on, and so does this one once there is room."""
     grid = ("algorithm: tpe, trials: 4,", "algorithm: grid,")
     axes = ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}")
-    mappings = ("[rlm, flm, ilm, fm, lp]", "[lp]")
+    mappings = ("[rlm, flm, ilm, lp]", "[lp]")
     sweep = make_sweep(tmp_path, grid=grid, axes=axes, mappings=mappings)
     spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
     full = spec.trials / spec.trial_config(spec.cells()[0]).content_hash()
@@ -429,7 +429,7 @@ def test_time_limit_shorter_than_a_trial(slurm, tmp_path):
         "larger": ("max_per_class: 20", "max_per_class: 100"),
         "one": ("trials: 4", "trials: 1"),
         "alone": (CONTROL, "control: null\n"),
-        "mapping": ("[rlm, flm, ilm, fm, lp]", "[ilm]"),
+        "mapping": ("[rlm, flm, ilm, lp]", "[ilm]"),
     }
     sweep = make_sweep(tmp_path, PROFILE.replace("minutes: 30", "minutes: 1"), **changes)
     process = sweep.start()
