@@ -20,7 +20,7 @@ import torch
 
 from lorvp import pipeline
 from lorvp.backbone import Backbone
-from lorvp.datasets import ArrayImages, Images, Splits
+from lorvp.datasets import ArrayImages, Images
 from lorvp.files import replacing
 
 Output = Literal["features", "logits", "top"]
@@ -94,13 +94,3 @@ def _compute(
             check()
             said = backbone(backbone.prepare(pixels), "features" if output == "features" else "logits")
             file.write((said.argmax(1) if output == "top" else said).cpu().numpy().astype(kind).data)
-
-
-def splits(
-    backbone: Backbone, given: Splits, output: Output, batch_size: int, check: Callable[[], None] = lambda: None
-) -> Splits:
-    """All three splits, with what the backbone says in place of the pixels."""
-    train, val, test = (
-        outputs(backbone, images, output, batch_size, check) for images in (given.train, given.val, given.test)
-    )
-    return Splits(train, val, test)

@@ -174,8 +174,11 @@ class Training:
         if rung != self.rung:
             self._climb(rung)
         if self.cached and self.splits is self.loaded.splits:
-            reads, size = self.method.mapping.reads, self.config.eval_batch_size
-            self.splits = frozen.splits(self.loaded.backbone, self.loaded.splits, reads, size, self._check)
+            said = {
+                name: self._said(getattr(self.loaded.splits, name), self.method.mapping.reads)
+                for name in ("train", "val", "test")
+            }
+            self.splits = datasets.Splits(**said)
         if self.order is None:
             if not self.results:
                 self._start_head()
@@ -305,7 +308,9 @@ class Training:
         self.method.mapping.head.load_state_dict({"weight": weight, "bias": bias})
 
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
-        return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check)
+        """Of several processes one computes it and the others wait, where they can't agree to stop."""
+        check = self._check if self.processes == 1 else lambda: None
+        return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, check)
 
     def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The source class that the backbone takes each of the training images for, and their labels."""

@@ -162,15 +162,23 @@ def test_a_trial_on_800_and_200(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["lp", "ilm"])
-def test_two_processes_give_what_one_gives(digits, tmp_path, mapping):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_init": "linear_probe", "head_fit": 1e-3},
+        {"label_mapping": "ilm"},
+        {"label_mapping": "ilm", "ilm": "streamed"},
+    ],
+)
+def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, changes):
     """With an odd last batch of one image, so that one process has none of it; stopped and continued, too."""
     dataset = {"name": "digits", "train_images": 161, "val_images": 41, "crop_flip": True}
     # SGD: Adam's first steps have the size of the learning rate also where a gradient is rounding alone
-    given = {"dataset": dataset, "label_mapping": mapping, "optimizer": {"lr": 0.1, "prompt_lr": 2.0}}
+    given = {"dataset": dataset, "optimizer": {"lr": 0.1, "prompt_lr": 2.0}} | changes
     config = digits(**given, precision="fp32", batch_size=32, epochs=3)
     alone = list(train(config))
     (tmp_path / "whole").mkdir()
+    monkeypatch.setenv("LORVP_CACHE", str(tmp_path / "cache"))
     together = list(distributed.train(config, 2, folder=tmp_path / "whole"))
     assert len(together) == 3
     for one, two in zip(alone, together, strict=True):
