@@ -115,23 +115,24 @@ def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_p
 
 
 PEAK = f"""
-import resource, sys
+import re, sys
 from lorvp import training
 from lorvp.config import TrialConfig
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
 dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
 values = {digits_values(epochs=1, batch_size=64)!r} | {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
 loaded = training.load(configs[0])
-before = peak()
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = resident("VmRSS")
 waiting = [training.Training(config, loaded) for config in configs]
 for _ in training.train_together(lambda count: [waiting.pop() for _ in list(waiting)]):
     pass
-print(peak() - before)
+print(resident("VmHWM") - before)
 """
 
 
