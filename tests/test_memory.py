@@ -30,6 +30,7 @@ def measured(config: TrialConfig) -> object:
     return pytest.approx(measured_peak(config, torch.device("cpu")), rel=0.15, abs=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [8, 32])
 @pytest.mark.parametrize("backbone", [TINY, RESNET, VIT], ids=lambda backbone: backbone["name"])
 def test_training_takes_what_was_predicted(backbone, batch):

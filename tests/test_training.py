@@ -57,6 +57,7 @@ def uninterrupted(config: str) -> list[dict]:
     return figures(list(train(TrialConfig.model_validate_json(config))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
 @pytest.mark.parametrize("calls", range(1, 18))
 def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, calls):
