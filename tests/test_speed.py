@@ -52,7 +52,7 @@ def outputs(backbone: Backbone, images: torch.Tensor, added: torch.Tensor, outpu
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("key", [*KEYS, "all"])
+@pytest.mark.parametrize("key", ["all", *(pytest.param(key, marks=pytest.mark.slow) for key in KEYS)])
 def test_it_is_the_plain_backbone(name, key):
     torch.manual_seed(1)
     speed = SpeedConfig() if key == "all" else PLAIN.model_copy(update={key: True})

@@ -24,7 +24,7 @@ def figures(results: list[EpochResult]) -> list[dict]:
 
 
 @pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "fm", "lp"])
-@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("stop_after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, stop_after):
     config = digits(label_mapping=mapping)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
