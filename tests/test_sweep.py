@@ -294,4 +294,5 @@ def test_a_sweep_that_fails_from_its_start_is_ended(tmp_path):
     assert len(sweep.trials()) < 10
     (parent,) = [run for run in sweep.runs() if "mlflow.parentRunId" not in run.data.tags]
     assert parent.info.status == "FAILED"
-    assert "failed" in sweep.run("--follow", sweep.trials()[1].name[:6])
+    failed = next(trial for trial in sweep.trials() if trial.ended() and trial.ended().state == State.FAILED)
+    assert "failed" in sweep.run("--follow", failed.name[:6])
