@@ -33,7 +33,8 @@ def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -
                 raise ValueError(f"{image.width} x {image.height} pixels, not {size} x {size}")
             if image.mode in DEEP:
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            image = image.convert("RGB")
+            if image.mode != "RGB":  # which would only copy it
+                image = image.convert("RGB")
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if resize else image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name or str(file)!r}: not a readable image ({error})") from None

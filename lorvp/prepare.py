@@ -11,9 +11,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from zlib_ng import zlib_ng
 
 from lorvp import images, store
 from lorvp.errors import UserError
@@ -93,7 +93,7 @@ def make_image(task: Task, row: int) -> StoredImage:
     size, rows = task.description.image_size, task.rows
     if rows.pixels is not None:
         pixels = np.ascontiguousarray(rows.pixels[row])
-        return StoredImage(images.resized(pixels, size) if task.resize else pixels, zlib.crc32(pixels))
+        return StoredImage(images.resized(pixels, size) if task.resize else pixels, zlib_ng.crc32(pixels))
     name = repr(str(Path(rows.root or "", rows.names[row])))
     try:
         file = rows.file(row)
@@ -101,7 +101,7 @@ def make_image(task: Task, row: int) -> StoredImage:
         raise UserError(f"{name}: not a readable image ({error.strerror})") from None
     # one that is kept as it is must be readable, too
     pixels = images.decode(file, size or DEFAULT_SIZE, task.resize or size is None, name)
-    return StoredImage(file if size is None else pixels, zlib.crc32(file))
+    return StoredImage(file if size is None else pixels, zlib_ng.crc32(file))
 
 
 def done_before(task: Task) -> Done | None:
@@ -171,8 +171,8 @@ def prepare(
         found = len(np.unique(store.Split(folder, files, size).labels))
         if found < len(np.unique(source.splits[split].labels)):
             raise UserError(f"{folder}: a class has no readable image in {split}: {'; '.join(skipped[:3])}")
+        store.verify_file(folder, files.index)  # the images have been, as they were made
     manifest = Manifest(format_version=store.FORMAT_VERSION, description=description, splits=splits)
-    store.verify(folder, manifest)
     with written(folder):
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     for leftover in [folder / PLAN, *folder.glob("*.skipped.json"), *folder.glob(".*.tmp")]:
@@ -211,8 +211,12 @@ def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progr
     done = [done_before(task) for task in tasks]
     bar.advance(bar.task_ids[0], sum(len(before.kept) for before in done if before))
     todo = [number for number, before in enumerate(done) if before is None]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    with (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
+        ThreadPoolExecutor(1) as reader,
+    ):
         running: dict[Future[Done], int] = {}
+        verified: list[Future[None]] = []
         while todo or running:
             while todo and len(running) < 2 * workers:  # few at a time: a task may hold the pixels themselves
                 number = todo.pop(0)
@@ -221,7 +225,11 @@ def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progr
             number = running.pop(finished)
             with written(tasks[number].path.parent):
                 done[number] = finished.result()
+            if done[number].file:  # what the disk has is read beside the decoding, which leaves the disk idle
+                verified.append(reader.submit(store.verify_file, tasks[number].path.parent, done[number].file))
             bar.advance(bar.task_ids[0], len(tasks[number]))
+        for each in verified:
+            each.result()
     return done
 
 

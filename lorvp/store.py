@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
+from zlib_ng import zlib_ng
 
 from lorvp.config import Part
 from lorvp.errors import UserError
@@ -127,7 +127,7 @@ class Writer:
     closed = False
 
     def write(self, data: bytes) -> int:
-        self._checksum = zlib.crc32(data, self._checksum)
+        self._checksum = zlib_ng.crc32(data, self._checksum)
         self._size += len(data)
         return self._file.write(data)
 
@@ -185,7 +185,7 @@ def described(path: Path, rows: int) -> File:
     checksum = 0
     with open(path, "rb") as file:
         while data := file.read(BATCH_BYTES):
-            checksum = zlib.crc32(data, checksum)
+            checksum = zlib_ng.crc32(data, checksum)
         uncache(file)
     return File(name=path.name, rows=rows, bytes=path.stat().st_size, checksum=checksum)
 
@@ -318,7 +318,11 @@ def verify(folder: Path, manifest: Manifest) -> None:
     for file in files:
         check_size(folder, file)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:  # both reading and summing let the others run
-        found = readers.map(lambda file: described(folder / file.name, file.rows), files)
-        for file, now in zip(files, found, strict=True):
-            if now.checksum != file.checksum:
-                raise UserError(f"{folder / file.name}: not what was written (checksum); prepare the store anew")
+        list(readers.map(lambda file: verify_file(folder, file), files))
+
+
+def verify_file(folder: Path, file: File) -> None:
+    """Compares every byte of one file with its checksum. Raises UserError."""
+    check_size(folder, file)
+    if described(folder / file.name, file.rows).checksum != file.checksum:
+        raise UserError(f"{folder / file.name}: not what was written (checksum); prepare the store anew")

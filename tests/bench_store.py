@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from lorvp import images, prepare, store
+from lorvp import prepare, store
 from lorvp.files import write_json
 from lorvp.store import Description, Manifest, SplitFiles, Store, StoredImage
 
@@ -135,7 +135,7 @@ def read(files: list[Path], folder: Path) -> None:
 
 def decode_all(paths: list[Path]) -> None:
     for path in paths:
-        images.decode(path, SIZE)
+        np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 @contextmanager
