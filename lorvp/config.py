@@ -186,6 +186,7 @@ class TrialConfig(Part):
     select: Literal["val", "test_best_epoch"] = Field(
         "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"
     )
+    read_test: bool = Field(True, description="false: a trial that only searches, and never sees the test set")
     init_seed: NonNegativeInt = Field(0, description="of prompt, head and random mapping")
     order_seed: NonNegativeInt = Field(0, description="of the order of the data; shared by the trials of a sweep")
 
@@ -197,6 +198,8 @@ class TrialConfig(Part):
             raise ValueError("method linear_probe trains only a head: label_mapping must be lp or fm")
         if sum(rung.epochs for rung in self.rungs) >= self.epochs:
             raise ValueError(f"rungs: their epochs must be fewer than epochs ({self.epochs}): the last ones are whole")
+        if self.select == "test_best_epoch" and not self.read_test:
+            raise ValueError("select: test_best_epoch chooses by the test set: read_test must be true")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
             raise ValueError("method linear_probe with head_init linear_probe is fitted at once: epochs must be 1")
         return self

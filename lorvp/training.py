@@ -45,6 +45,10 @@ class EpochResult:
     seconds: float
     time: float
     """Unix time at the end of the epoch."""
+    parameters: dict[str, int]
+    """Trained numbers of each parameter group, as they are stored."""
+    optimizer_state_mib: float
+    """What the optimizers keep beside the parameters."""
     order: int
     """Which epoch's order of the data it had: its own, unless it joined others that were further."""
     packed: int = 1
@@ -55,7 +59,7 @@ class EpochResult:
     test_top1: float | None = None
     test_top5: float | None = None
     """Read once, in the last epoch's result, with the best epoch's prompt and head; in every result under
-    `select: test_best_epoch`, there with that epoch's own."""
+    `select: test_best_epoch`, there with that epoch's own; never without `read_test`."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Training:
         best = self.best
         if self.rung is None and (not best["epoch"] or score > best["score"]):
             best = {"epoch": epoch, "score": score, "tuned": self.method.tuned()}
-        if self.config.select == "val" and epoch == self.config.epochs:
+        if self.config.select == "val" and self.config.read_test and epoch == self.config.epochs:
             last = self.method.tuned()
             self.method.load_tuned(best["tuned"])
             test = self._evaluate(self.splits.test)
@@ -270,6 +274,8 @@ class Training:
             peak_memory_mib=peak_memory_mib(self.device),
             seconds=time.perf_counter() - self.start,
             time=time.time(),
+            parameters={name: sum(p.numel() for p in group) for name, group in self.groups.items()},
+            optimizer_state_mib=sum(map(state_bytes, self.optimizers.values())) / 2**20,
             order=self.order,
             packed=packed,
             whole=self.rung is None,
@@ -596,6 +602,11 @@ def make_optimizer(name: str, parameters: list[torch.nn.Parameter], config: Opti
     if kind == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](parameters, **options)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the tensors that an optimizer keeps for its next step."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
 
 
 def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch: int) -> float:

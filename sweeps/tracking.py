@@ -211,6 +211,7 @@ def tracking_uri(spec: Spec) -> str:
 def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
     """An EpochResult's figures by the names they have in MLflow."""
     values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
+    values |= {f"parameters_{group}": count for group, count in result["parameters"].items()}
     return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
 
 
