@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import timm
 import torch
@@ -15,6 +16,7 @@ from lorvp.errors import UserError
 from lorvp.resize import resize
 from lorvp.speed import accelerate
 
+Through = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,10 +76,17 @@ class Backbone(nn.Module):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return images.float()
 
-    def forward(self, images: torch.Tensor, output: str, added: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        images: torch.Tensor,
+        output: str,
+        added: torch.Tensor | None = None,
+        through: Through | None = None,
+    ) -> torch.Tensor:
         """(N, 3, L, L) around [0, 1] to (N, source classes) `logits` or (N, features) `features`, float32.
 
-        `added` (3, L, L), in the same units, is a prompt that all images get.
+        `added` (3, L, L), in the same units, is a prompt that all images get. `through` takes the place of the model's
+        own way from normalised images to what its head reads.
         """
         if added is not None and self._first is not None:
             self._first.prompt = added / self.std  # the mean stays on the images' side
@@ -86,9 +95,8 @@ class Backbone(nn.Module):
         x = (images - self.mean) / self.std
         try:
             with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                if output == "logits":
-                    return self.model(x).float()
-                return self.model.forward_head(self.model.forward_features(x), pre_logits=True).float()
+                seen = through(self.model, x) if through else self.model.forward_features(x)
+                return self.model.forward_head(seen, pre_logits=output == "features").float()
         finally:
             if self._first is not None:
                 self._first.prompt = None

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorvp import plugins
+from lorvp import methods
 from lorvp.backbone import Backbone
 from lorvp.bundle_format import DESCRIPTION, FORMAT_VERSION, PICTURE, TENSORS, describe
 from lorvp.config import TrialConfig
@@ -99,8 +99,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
         config = TrialConfig.model_validate(description["config"])
         source, class_names = description["source"], description["class_names"]
         tuned = load_file(folder / TENSORS)
-        backbone = Backbone(config.backbone, source["precision"], config.speed)
-        method: Method = plugins.load("methods", config.method)(config, backbone, len(class_names))
+        backbone = Backbone(config.backbone, source["precision"], config.backbone_speed)
+        method = methods.make(config, backbone, len(class_names))
         method.load_tuned(tuned)
     except (ValidationError, KeyError, OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -36,10 +36,20 @@ def _one_of(folder: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _methods(method: str) -> str:
+    for name in method.split("+"):
+        if name not in plugins.names("methods"):
+            raise ValueError(f"unknown name {name!r}; one of {', '.join(plugins.names('methods'))}")
+    return method
+
+
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
+VITS = ("vit_", "deit_", "deit3_", "flexivit_", "test_vit")
+"""What the names of timm's plain vision transformers begin with."""
+SWINS = ("swin_", "test_swin")
 
 
 class Part(BaseModel):
@@ -96,33 +106,77 @@ class PromptConfig(Part):
     init_a: Init = Field("normal", description="of A")
     init_std: PositiveFloat = Field(0.01, description="deviation of normal, half-width of uniform")
     pad: PositiveInt = Field(30, description="width of border, in pixels at L = 224, scaled to other sizes")
+    inner: PositiveInt = Field(
+        128, description="side of the image inside ilm_vp's and autovp's, in pixels at L = 224, scaled to other sizes"
+    )
+    scale: Annotated[float, Field(ge=0.1, le=5)] = Field(1.0, description="of autovp: the image's, at the start")
+    learn_scale: bool = Field(True, description="of autovp")
+
+
+class TokensConfig(Part):
+    """Tokens that a method adds within the backbone: vpt's prompts, or vqt's queries."""
+
+    count: Annotated[int, Field(ge=1, le=200)] = Field(
+        10, description="of a layer; of vpt on a convolutional net, the width of the padding in pixels"
+    )
+    deep: bool = Field(True, description="of vpt: new tokens at every layer, not at the first alone")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the tokens")
+    project: PositiveInt | None = Field(None, description="of vpt: width of the tokens before a linear layer")
+    group_lasso: NonNegativeFloat = Field(0.0, description="of vqt: penalty on the norm of each feature's weights")
+    keep: Fraction | None = Field(
+        None, description="of vqt: share of the features, those of the largest weights, that the second half trains on"
+    )
+
+
+class GaLoreConfig(Part):
+    """Adam on gradients projected to a low rank (Zhao et al. 2024), for the backbone's matrices and convolutions."""
+
+    rank: PositiveInt = 128
+    update_gap: PositiveInt = Field(200, description="steps between two projections' making")
+    scale: PositiveFloat = Field(0.25, description="of the step, when it is projected back")
+    bits: Literal[8, 32] = Field(32, description="of the moments")
+    per_layer: bool = Field(False, description="step on each parameter as soon as it has its gradient, and free that")
 
 
 class OptimizerConfig(Part):
-    """One optimizer for the prompt and one for the head; as published both are SGD at one learning rate."""
+    """An optimizer for each group of parameters: prompt (of the input), tokens, head and backbone.
 
-    name: OptimizerName = "sgd"
-    prompt_name: OptimizerName = Field(default_factory=lambda data: data["name"], description="default: name")
+    As published for LoR-VP prompt and head share SGD and its learning rate.
+    """
+
+    name: OptimizerName | Literal["galore"] = "sgd"
+    prompt_name: OptimizerName = Field(
+        default_factory=lambda data: "adamw" if data["name"] == "galore" else data["name"], description="default: name"
+    )
     lr: PositiveFloat = 0.02
     prompt_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
+    tokens_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     head_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
+    backbone_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
+    scale_lr: bool = Field(False, description="learning rates are those of a batch of 256, scaled to batch_size")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: NonNegativeFloat = 1e-4
     prompt_weight_decay: NonNegativeFloat = Field(
         default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
     )
+    tokens_weight_decay: NonNegativeFloat = Field(
+        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+    )
     head_weight_decay: NonNegativeFloat = Field(
         default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
     )
-    clip_grad_norm: PositiveFloat | None = Field(
-        None, description="largest gradient norm, of the prompt and of the head each"
+    backbone_weight_decay: NonNegativeFloat = Field(
+        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
     )
+    clip_grad_norm: PositiveFloat | None = Field(None, description="largest gradient norm, of each group")
+    galore: GaLoreConfig = GaLoreConfig()
 
 
 class ScheduleConfig(Part):
-    """The learning rate over the steps of a trial: a linear warm-up, then cosine or linear to 0, or constant."""
+    """The learning rate over a trial: a linear warm-up, then cosine or linear to 0, constant, or down in steps."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "constant", "steps"] = "cosine"
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.72), description="of steps: a tenth from each share of the epochs")
     warmup_epochs: NonNegativeFloat = 0.0
 
 
@@ -159,10 +213,13 @@ def _how_far(value: Any) -> float | str:
 class TrialConfig(Part):
     """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
 
-    method: Annotated[str, _one_of("methods")] = "lorvp"
+    method: Annotated[str, AfterValidator(_methods)] = Field(
+        "lorvp", description="or lorvp+ and one that works within the backbone: lorvp+vpt"
+    )
     backbone: BackboneConfig
     dataset: DatasetConfig
     prompt: PromptConfig = PromptConfig()
+    tokens: TokensConfig = TokensConfig()
     label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = "lp"
     head_init: Literal["random", "linear_probe"] = Field(
         "random",
@@ -202,7 +259,61 @@ class TrialConfig(Part):
             raise ValueError("select: test_best_epoch chooses by the test set: read_test must be true")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
             raise ValueError("method linear_probe with head_init linear_probe is fitted at once: epochs must be 1")
+        self._method_fits()
         return self
+
+    def _method_fits(self) -> None:
+        """Raises ValueError for a method that has no meaning with the rest."""
+        first, *others = self.methods
+        if others and (first != "lorvp" or len(others) > 1 or others[0] not in ("vpt", "vqt", "fine_tuning")):
+            raise ValueError(f"method {self.method}: only lorvp+vpt, lorvp+vqt and lorvp+fine_tuning go together")
+        name = self.backbone.name
+        if "vqt" in self.methods and not name.startswith(VITS):
+            raise ValueError(f"method vqt asks the layers of a vision transformer (vit_*, deit_*), not of {name}")
+        if "vqt" in self.methods and self.label_mapping != "lp":
+            raise ValueError("method vqt has features of its own: label_mapping must be lp")
+        if "vpt" in self.methods and self.tokens.deep and not name.startswith(VITS):
+            raise ValueError(
+                f"method vpt is deep on vision transformers (vit_*, deit_*) alone: tokens.deep must be false for {name}"
+            )
+        if "vpt" in self.methods and self.tokens.project and not name.startswith((*VITS, *SWINS)):
+            raise ValueError(f"tokens.project: {name} has no tokens, vpt pads its images")
+        if self.method == "lorvp+vpt" and not name.startswith((*VITS, *SWINS)):
+            raise ValueError(f"method lorvp+vpt needs a backbone with tokens; of {name} vpt pads the images")
+        if self.tokens.keep and not self.tokens.group_lasso:
+            raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
+        if self.optimizer.name == "galore" and not self.trains_backbone:
+            raise ValueError(
+                f"optimizer galore is for the backbone's matrices, which method {self.method} leaves frozen"
+            )
+        galore = self.optimizer.galore
+        if self.optimizer.name == "galore" and galore.per_layer:
+            if self.optimizer.clip_grad_norm is not None:
+                raise ValueError("optimizer.galore.per_layer frees each gradient at once: clip_grad_norm must be null")
+            if self.precision in ("auto", "fp16"):
+                raise ValueError("optimizer.galore.per_layer can't skip a step of fp16: precision must be bf16 or fp32")
+        if self.rungs and self.trains_backbone:
+            raise ValueError(f"rungs: method {self.method} trains the backbone, which has one size and starts once")
+        if any(rung.image_size for rung in self.rungs) and {"vpt", "vqt"} & set(self.methods):
+            raise ValueError(f"rungs: method {self.method} does not go from one image_size to another")
+
+    @property
+    def methods(self) -> list[str]:
+        """The files that `method` names."""
+        return self.method.split("+")
+
+    @property
+    def trains_backbone(self) -> bool:
+        return "fine_tuning" in self.methods
+
+    @property
+    def backbone_speed(self) -> SpeedConfig:
+        """`speed`, without the ways that hold for a frozen backbone alone."""
+        if not self.trains_backbone:
+            return self.speed
+        return self.speed.model_copy(
+            update={"fold_batchnorm": False, "split_first_layer": False, "class_token_only": False}
+        )
 
     def rung(self, epoch: int) -> Rung | None:
         """The rung that an epoch, counted from 1, belongs to; None for those at full size on all images."""
@@ -215,29 +326,40 @@ class TrialConfig(Part):
     def canonical(self) -> dict[str, Any]:
         """The config as plain JSON values, without the keys that have no effect on this trial's result."""
         values = self.model_dump(mode="json")
-        unused = []
-        if self.label_mapping not in HEAD_MAPPINGS:
-            unused += ["optimizer.name", "optimizer.lr", "optimizer.head_lr"]
-            unused += ["optimizer.weight_decay", "optimizer.head_weight_decay"]
-        else:  # what they are the defaults of has its own value by now
-            unused += ["optimizer.lr", "optimizer.weight_decay"]
-        if self.label_mapping not in HEAD_MAPPINGS or self.head_init == "random":
-            unused += ["head_fit"]
-        if self.label_mapping not in HEAD_MAPPINGS:
+        unused = [
+            f"optimizer.{key}" for key in ("name", "lr", "weight_decay")
+        ]  # what has them by default has them by now
+        groups = {
+            "prompt": bool({"lorvp", "ilm_vp", "autovp"} & set(self.methods)),
+            "tokens": bool({"vpt", "vqt"} & set(self.methods)),
+            "head": self.label_mapping in HEAD_MAPPINGS,
+            "backbone": self.trains_backbone,
+        }
+        for group in (group for group, there in groups.items() if not there):
+            unused += [f"optimizer.{group}_{key}" for key in ("lr", "weight_decay")]
+        used = {self.optimizer.prompt_name} if groups["prompt"] else set()
+        if groups["tokens"] or groups["head"] or groups["backbone"]:
+            unused.remove("optimizer.name")
+            used.add(self.optimizer.name)
+        unused += [f"optimizer.{key}" for key, kind in (("momentum", "sgd"), ("galore", "galore")) if kind not in used]
+        if not groups["head"]:
             unused += ["head_init"]
+        if not groups["head"] or self.head_init == "random":
+            unused += ["head_fit"]
         if self.label_mapping != "ilm":
             unused += ["ilm"]
         if self.method == "linear_probe" and self.head_init == "linear_probe":
             unused += ["optimizer", "schedule", "batch_size", "init_seed", "order_seed"]
-        if self.method == "linear_probe":
-            unused += ["prompt", "optimizer.prompt_name", "optimizer.prompt_lr", "optimizer.prompt_weight_decay"]
-        elif self.prompt.kind != "low_rank":
-            unused += ["prompt.rank", "prompt.init_a"]
-        if self.prompt.kind != "border":
-            unused += ["prompt.pad"]
+        unused += self._unused_of_prompt(groups["prompt"])
+        if not groups["tokens"]:
+            unused += ["tokens"]
+        if "vpt" not in self.methods:
+            unused += ["tokens.deep", "tokens.project"]
+        if "vqt" not in self.methods:
+            unused += ["tokens.group_lasso", "tokens.keep"]
+        if self.schedule.name != "steps":
+            unused += ["schedule.milestones"]
         unused += ["dataset.val_fraction"] if self.dataset.val_images else ["dataset.val_images"]
-        if "sgd" not in (self.optimizer.name, self.optimizer.prompt_name):
-            unused += ["optimizer.momentum"]
         for key in unused:
             *parents, last = key.split(".")
             part = values
@@ -246,19 +368,34 @@ class TrialConfig(Part):
             part.pop(last, None)
         return values
 
+    def _unused_of_prompt(self, prompted: bool) -> list[str]:
+        if not prompted:
+            return ["prompt", "optimizer.prompt_name"]
+        if self.methods[0] != "lorvp":
+            unused = ["kind", "rank", "init_a", "init_b", "init_std", "pad"]
+            unused += ["scale", "learn_scale"] if self.method == "ilm_vp" else []
+        else:
+            unused = ["inner", "scale", "learn_scale"]
+            unused += ["rank", "init_a"] if self.prompt.kind != "low_rank" else []
+            unused += ["pad"] if self.prompt.kind != "border" else []
+        return [f"prompt.{key}" for key in unused]
+
     def canonical_json(self) -> str:
         """One spelling for all equal configs: sorted keys, defaults filled in, no white space."""
         return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
 
     def shares_with(self, other: TrialConfig) -> bool:
         """Whether a process that has trained one of them has loaded all that the other needs."""
+        if self.trains_backbone or other.trains_backbone:  # and leaves another one behind
+            return False
         return all(getattr(self, key) == getattr(other, key) for key in ("backbone", "dataset", "precision", "speed"))
 
     def packs_with(self, other: TrialConfig) -> bool:
         """Whether they can be trained together, on the same batches."""
         same = ("batch_size", "eval_batch_size", "order_seed")
+        random = any(config.tokens.dropout and config.methods[-1] in ("vpt", "vqt") for config in (self, other))
         return (
-            not (self.rungs or other.rungs)
+            not (self.rungs or other.rungs or random)
             and self.shares_with(other)
             and all(getattr(self, key) == getattr(other, key) for key in same)
         )

@@ -21,13 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lorvp import plugins
+from lorvp import methods
 from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
-from lorvp.methods import Method
+from lorvp.galore import state_bytes
+from lorvp.training import make_optimizer
 
-STATES = {"sgd": 1, "adam": 2, "adamw": 2}
-"""How many tensors of a parameter's size its optimizer keeps."""
 IN_FP32 = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax}
 """What autocast computes in fp32 on a GPU, but in the type that comes on the CPU, where the fake tensors are."""
 
@@ -53,10 +52,9 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
     many as the backbone's where that isn't known. Raises UserError for a backbone that can't be built.
     """
     plain = config.backbone.model_copy(update={"pretrained": False, "checkpoint": None})
-    backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, config.speed)
-    method: Method = plugins.load("methods", config.method)(config, backbone, classes or backbone.source_classes)
-    optimizers = {"prompt": config.optimizer.prompt_name, "head": config.optimizer.name}
-    states = sum(STATES[optimizers[group]] * p.nbytes for group, params in method.groups().items() for p in params)
+    backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, config.backbone_speed)
+    method = methods.make(config, backbone, classes or backbone.source_classes)
+    states = sum(_states(group, parameters, config) for group, parameters in method.groups().items())
     with FakeTensorMode(allow_non_fake_inputs=True), _Living() as living, _AutocastOfGpu():
         tensors = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad)
@@ -77,6 +75,16 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
         with torch.inference_mode():
             evaluation = peak(config.eval_batch_size)
         return Prediction(peak(config.batch_size), evaluation)
+
+
+def _states(group: str, parameters: list[torch.nn.Parameter], config: TrialConfig) -> int:
+    """Bytes that a group's optimizer keeps, seen in a step that computes nothing."""
+    shapes = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
+    optimizer = make_optimizer(group, shapes, config)
+    for parameter in shapes:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    return state_bytes(optimizer)
 
 
 class _Living(TorchDispatchMode):

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lorvp import bundle, datasets, distributed, frozen, pipeline, plugins, probe, shuffle
+from lorvp import bundle, datasets, distributed, frozen, methods, pipeline, probe, shuffle
 from lorvp.backbone import Backbone, resolve_precision
-from lorvp.config import HEAD_MAPPINGS, OptimizerConfig, Rung, ScheduleConfig, TrialConfig
+from lorvp.config import HEAD_MAPPINGS, Rung, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.files import replacing
-from lorvp.methods import Method
+from lorvp.galore import GaLore, state_bytes
 
 CHECKPOINT = "checkpoint.pt"
 BUNDLE = "bundle"
@@ -75,7 +75,7 @@ def load(config: TrialConfig) -> Loaded:
     """Builds the backbone on the device and reads the data. Raises UserError where either can't be had."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
-    backbone = Backbone(config.backbone, precision, config.speed).to(device)
+    backbone = Backbone(config.backbone, precision, config.backbone_speed).to(device)
     splits = datasets.load(config.dataset, backbone.image_size)
     return Loaded(backbone, pipeline.kept_on_device(splits, device), precision)
 
@@ -112,6 +112,9 @@ class Training:
         self.device = loaded.backbone.mean.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
         self.rank, self.processes = distributed.share()
+        self.per_layer = config.optimizer.name == "galore" and config.optimizer.galore.per_layer
+        if self.per_layer and self.processes > 1:
+            raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
         self.steps_per_epoch = math.ceil(len(loaded.splits.train) / config.batch_size)
         """Of those on all images; the learning rate's schedule goes by them."""
         self.at_once = max(config.batch_size, config.eval_batch_size)
@@ -133,16 +136,16 @@ class Training:
         config, backbone, splits = self.config, self.whole.backbone, self.whole.splits
         if rung and rung.image_size:
             smaller = config.backbone.model_copy(update={"image_size": rung.image_size})
-            backbone = Backbone(smaller, self.whole.precision, config.speed).to(self.device)
+            backbone = Backbone(smaller, self.whole.precision, config.backbone_speed).to(self.device)
         if rung and rung.train_share:
             count = max(1, round(rung.train_share * len(splits.train)))
             _, kept = datasets.stratified_sample(splits.train.labels, count, config.dataset.split_seed)
             splits = replace(splits, train=splits.train.subset(kept))
         self.rung, self.loaded, self.splits = rung, Loaded(backbone, splits, self.whole.precision), splits
         classes = len(splits.class_names)
-        self.method: Method = plugins.load("methods", config.method)(config, backbone, classes).to(self.device)
+        self.method = methods.make(config, backbone, classes).to(self.device)
         self.groups = self.method.groups()
-        self.optimizers = {name: make_optimizer(name, group, config.optimizer) for name, group in self.groups.items()}
+        self.optimizers = {name: make_optimizer(name, group, config) for name, group in self.groups.items()}
         self.base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self.cached = self.method.reads_frozen and not config.dataset.crop_flip
         """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
@@ -219,12 +222,13 @@ class Training:
         step = self.steps_taken + self.steps_done * self.steps_per_epoch / self.steps_in_epoch
         total = self.config.epochs * self.steps_per_epoch
         factor = lr_factor(self.config.schedule, step, total, self.steps_per_epoch)
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = self.base_lr[name] * factor
         self.total_loss += self._backward(images, labels, self.processes / whole)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for name, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = self.base_lr[name] * factor
             self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.groups[name]])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.groups[name] if p.grad is not None])
             finite &= norm.isfinite()
             if self.config.optimizer.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.groups[name], self.config.optimizer.clip_grad_norm, norm)
@@ -291,7 +295,8 @@ class Training:
 
     def close(self) -> None:
         """Leaves the best epoch's bundle in the folder."""
-        self.loaded.backbone.check_unmoved()
+        if not self.config.trains_backbone:
+            self.loaded.backbone.check_unmoved()
         if self.folder is None or not self.best["epoch"]:
             return
         self.method.load_tuned(self.best["tuned"])
@@ -311,7 +316,7 @@ class Training:
         splits, reads = self.loaded.splits, self.method.mapping.reads
         train, val = (self._said(images, reads) for images in (splits.train, splits.val))
         weight, bias = probe.head(train, val, self.config.head_fit, self.device)
-        self.method.mapping.head.load_state_dict({"weight": weight, "bias": bias})
+        self.method.start_head(weight, bias)
 
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
         """Of several processes one computes it and the others wait, where they can't agree to stop."""
@@ -352,7 +357,9 @@ class Training:
 
         def of(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
             loss = F.cross_entropy(self.trained(some), their, reduction="sum")
-            self.scaler.scale(loss * scale).backward()  # processes' gradients are averaged, not summed
+            penalty = self.method.penalty()
+            whole = loss if penalty is None else loss + len(some) * penalty
+            self.scaler.scale(whole * scale).backward()  # processes' gradients are averaged, not summed
             return loss.detach()
 
         total = self._in_parts(of, images, labels)
@@ -369,7 +376,8 @@ class Training:
                 parts = zip(images.split(size), labels.split(size), strict=True)
                 return torch.stack([work(some, their) for some, their in parts]).sum(0)
             except torch.OutOfMemoryError:
-                if size == 1 or self.processes > 1:  # the others would wait for gradients that never come
+                # the others would wait for gradients that never come; some weights have made their step
+                if size == 1 or self.processes > 1 or self.per_layer:
                     raise
             self.at_once = math.ceil(size / 2)
             self._zero_grad()
@@ -590,23 +598,20 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def make_optimizer(name: str, parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of one group, `prompt` or `head`."""
-    prompt = name == "prompt"
-    options: dict[str, Any] = {
-        "lr": config.prompt_lr if prompt else config.head_lr,
-        "weight_decay": config.prompt_weight_decay if prompt else config.head_weight_decay,
-        "fused": parameters[0].is_cuda,  # fused steps read GradScaler's verdict on the device
-    }
-    kind = config.prompt_name if prompt else config.name
+def make_optimizer(group: str, parameters: list[torch.nn.Parameter], config: TrialConfig) -> torch.optim.Optimizer:
+    """The optimizer of one group: prompt, tokens, head or backbone."""
+    options = config.optimizer
+    lr, weight_decay = getattr(options, f"{group}_lr"), getattr(options, f"{group}_weight_decay")
+    if options.scale_lr:
+        lr *= config.batch_size / 256
+    kind = options.prompt_name if group == "prompt" else options.name
+    if kind == "galore":
+        return GaLore(parameters, lr, weight_decay, **options.galore.model_dump())
+    fused = parameters[0].is_cuda  # fused steps read GradScaler's verdict on the device
     if kind == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](parameters, **options)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the tensors that an optimizer keeps for its next step."""
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+        return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused)
+    made = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    return made(parameters, lr, weight_decay=weight_decay, fused=fused)
 
 
 def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch: int) -> float:
@@ -617,6 +622,8 @@ def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch
     done = (step - warmup) / (total - warmup)
     if schedule.name == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule.name == "steps":
+        return 0.1 ** sum(done >= share for share in schedule.milestones)
     return 1 - done if schedule.name == "linear" else 1.0
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import lorvp
-from lorvp import bundle, plugins
+from lorvp import bundle, methods
 from lorvp.backbone import Backbone
 from lorvp.errors import UserError
 from lorvp.tiny import WEIGHTS
@@ -107,5 +107,5 @@ def test_the_quickstarts_backbone_is_small_and_says_where_it_is_from(digits):
 def test_parameter_count_of_the_paper(digits):
     """10,506 with ResNet-18's head for CIFAR-10."""
     config = digits(backbone={"name": "resnet18", "pretrained": False}, prompt={"rank": 4})
-    method = plugins.load("methods", "lorvp")(config, Backbone(config.backbone, "fp32"), 10)
+    method = methods.make(config, Backbone(config.backbone, "fp32"), 10)
     assert sum(p.numel() for group in method.groups().values() for p in group) == 10506

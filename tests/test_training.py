@@ -161,8 +161,8 @@ def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name
         optimizer={"name": name, "prompt_name": prompt_name, "lr": 0.01, "prompt_lr": 0.02, "prompt_weight_decay": 0.5},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    prompt = training.make_optimizer("prompt", parameters, config.optimizer)
-    head = training.make_optimizer("head", parameters, config.optimizer)
+    prompt = training.make_optimizer("prompt", parameters, config)
+    head = training.make_optimizer("head", parameters, config)
     assert (type(head).__name__.lower(), type(prompt).__name__.lower()) == (name, prompt_name)
     assert (prompt.param_groups[0]["lr"], prompt.param_groups[0]["weight_decay"]) == (0.02, 0.5)
     assert (head.param_groups[0]["lr"], head.param_groups[0]["weight_decay"]) == (0.01, 1e-4)

@@ -1,4 +1,8 @@
-"""Ways to adapt a frozen backbone. A file each, found by name (`method`); the trial's loop knows none of them."""
+"""Ways to adapt a backbone. A file each, found by name (`method`); the trial's loop knows none of them.
+
+`make` builds the one that a config names: of `lorvp+vpt` it is both at once, as each leaves what it does not change to
+the next.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lorvp import distributed
-from lorvp.backbone import Backbone
+from lorvp import distributed, plugins
+from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
 from lorvp.mapping import MAPPINGS, count, greedy_matching
 from lorvp.pipeline import Batches
 
 
 class Method(nn.Module):
-    """A frozen backbone, read by a label mapping. A subclass adds what it trains before, within or after it.
+    """A backbone, read by a label mapping. A subclass adds what it trains before, within or after it.
 
     Its starting values are drawn with the config's init seed, the mapping's apart from the rest, so that methods with
     the same mapping start from the same head.
@@ -31,18 +35,38 @@ class Method(nn.Module):
         self.classes = classes
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, backbone.features, classes)
+            self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)
         self.counts: torch.Tensor | None = None
         """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
+
+    def features(self) -> int:
+        """How many features a head reads."""
+        return self.backbone.features
+
+    def starts_plain(self) -> bool:
+        """Whether, before its first step, it says of the images what the backbone says of them as they are."""
+        return True
+
+    def placed(self, images: torch.Tensor) -> torch.Tensor:
+        """What the method makes of images (N, 3, L, L) in [0, 1] before a prompt is added to them."""
+        return images
 
     def added(self) -> torch.Tensor | None:
         """The method's input prompt, if it has one: (3, L, L), in units of pixels in [0, 1]."""
         return None
 
+    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+        """What it makes the backbone say of images (N, 3, L, L): (N, source classes) `logits` or (N, d) `features`."""
+        return self.backbone(self.placed(images), output, self.added(), through)
+
+    def penalty(self) -> torch.Tensor | None:
+        """What is added to the mean loss in training, if anything: a scalar."""
+        return None
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images of any size, uint8 or float in [0, 1], (N, 3, H, W), to downstream logits (N, classes) float32."""
-        said = self.backbone(self.backbone.prepare(images), self.mapping.reads, self.added())
+        said = self.said(self.backbone.prepare(images), self.mapping.reads)
         if self.counts is not None and torch.is_grad_enabled():
             self._tops.append(said.detach().argmax(1))
         return self.mapping(said)
@@ -58,9 +82,13 @@ class Method(nn.Module):
         self._tops.clear()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by the learning rate they take: `prompt` and `head`, those that are not empty."""
+        """Trainable parameters by the learning rate they take: prompt, tokens, head, backbone; none of them empty."""
         head = list(self.mapping.parameters())
         return {"head": head} if head else {}
+
+    def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Puts in a head that was fitted to what the backbone says of the images as they are."""
+        self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
 
     def start_epoch(
         self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -76,31 +104,35 @@ class Method(nn.Module):
         device = self.backbone.mean.device
         counts = torch.zeros(self.backbone.source_classes, self.classes, dtype=torch.int32, device=device)
         with torch.inference_mode():
-            added = self.added() if self.mapping.recount == "epoch" else None
-            if added is None or not added.any():
+            if epoch == 1 and self.starts_plain():
                 count(counts, *frozen_tops())
             elif self.counts is not None:
                 counts = distributed.total(self.counts)
             else:
                 for images, labels in batches():
-                    logits = self.backbone(self.backbone.prepare(images), "logits", added)
-                    count(counts, logits.argmax(1), labels)
+                    count(counts, self.said(self.backbone.prepare(images), "logits").argmax(1), labels)
                 counts = distributed.total(counts)
         self.mapping.index.copy_(greedy_matching(counts))
         if self.mapping.recount == "epoch" and self.config.ilm == "streamed":
             self.counts = torch.zeros_like(counts)
 
     def tuned(self) -> dict[str, torch.Tensor]:
-        """All that was chosen or learned, by name, on the CPU: what a bundle stores. The backbone is not in it."""
-        return {
-            name: tensor.detach().cpu().clone()
-            for name, tensor in self.state_dict().items()
-            if not name.startswith("backbone.")
-        }
+        """All that was chosen or learned, by name, on the CPU: what a bundle stores. A frozen backbone is not in it."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items() if self._tunes(name)}
 
     def load_tuned(self, tuned: dict[str, torch.Tensor]) -> None:
         """Puts `tuned()` of the same method back. Raises RuntimeError when names or shapes differ."""
         missing, unexpected = self.load_state_dict(tuned, strict=False)
-        missing = [name for name in missing if not name.startswith("backbone.")]
+        missing = [name for name in missing if self._tunes(name)]
         if missing or unexpected:
             raise RuntimeError(f"not the same method: missing {missing}, unexpected {unexpected}")
+
+    def _tunes(self, name: str) -> bool:
+        return self.config.trains_backbone or not name.startswith("backbone.")
+
+
+def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
+    """The method of `config`. Raises UserError for a backbone that it can't work on."""
+    parts = [plugins.load("methods", name) for name in config.methods]
+    kind = type(config.method, tuple(parts), {}) if len(parts) > 1 else parts[0]
+    return kind(config, backbone, classes)

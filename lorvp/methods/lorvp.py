@@ -7,6 +7,7 @@ from lorvp import plugins
 from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
 from lorvp.methods import Method
+from lorvp.prompts import Prompt
 
 
 class LoRVP(Method):
@@ -16,7 +17,16 @@ class LoRVP(Method):
         super().__init__(config, backbone, classes)
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.prompt = plugins.load("prompts", config.prompt.kind)(config.prompt, backbone.image_size)
+            self.prompt = self.make_prompt()
+
+    def make_prompt(self) -> Prompt:
+        return plugins.load("prompts", self.config.prompt.kind)(self.config.prompt, self.backbone.image_size)
+
+    def starts_plain(self) -> bool:
+        return super().starts_plain() and not self.prompt.pattern().any()
+
+    def placed(self, images: torch.Tensor) -> torch.Tensor:
+        return self.prompt.place(super().placed(images))
 
     def added(self) -> torch.Tensor:
         return self.prompt.pattern()

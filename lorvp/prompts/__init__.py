@@ -23,9 +23,9 @@ class Prompt(nn.Module):
         """What is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
         raise NotImplementedError
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, L, L) float in [0, 1] to the same shape; the result may leave [0, 1]."""
-        return images + self.pattern()
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Where the pattern leaves the images (N, 3, L, L) in [0, 1], before it is added: here as they are."""
+        return images
 
 
 def initialise(tensor: torch.Tensor, init: str, std: float) -> torch.Tensor:

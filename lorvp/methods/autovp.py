@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lorvp.config import PromptConfig
+from lorvp.methods.ilm_vp import ILMVP, _Frame
+from lorvp.prompts import Prompt
+
+SMALLEST, LARGEST = 0.1, 5.0
+
+
+class _ScaledFrame(_Frame):
+    """ILM-VP's frame around an image whose scale is learned, too; what leaves the frame's sides is cut off.
+
+    The frame follows the image's size in whole pixels, and has no gradient to the scale. Without `learn_scale` the
+    image is resized to its scale once, and keeps it.
+    """
+
+    def __init__(self, config: PromptConfig, image_size: int) -> None:
+        fixed = 1.0 if config.learn_scale else config.scale
+        inner = min(224, round(config.inner * fixed))
+        super().__init__(config.model_copy(update={"inner": inner}), image_size)
+        self.scale = nn.Parameter(torch.tensor(config.scale)) if config.learn_scale else None
+
+    def pattern(self) -> torch.Tensor:
+        if self.scale is None:
+            return super().pattern()
+        side = (self.inner * self._scale().detach()).long().clamp(max=self.image_size)
+        return self.delta.sigmoid() * self.mask(side)
+
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        placed = super().place(images)
+        if self.scale is None:
+            return placed
+        one, none = torch.ones_like(self.scale), torch.zeros_like(self.scale)
+        shrink = one / self._scale()  # the grid says where each pixel is taken from
+        theta = torch.stack([shrink, none, none, none, shrink, none]).view(1, 2, 3)
+        grid = F.affine_grid(theta.expand(len(placed), 2, 3), list(placed.shape), align_corners=True)
+        return F.grid_sample(placed, grid, align_corners=True)
+
+    def _scale(self) -> torch.Tensor:
+        return self.scale.clamp(SMALLEST, LARGEST)
+
+
+class AutoVP(ILMVP):
+    """A frame around an image of learned scale (Tsao et al. 2024, IBM/AutoVP, section 3)."""
+
+    def make_prompt(self) -> Prompt:
+        return _ScaledFrame(self.config.prompt, self.backbone.image_size)
+
+    def starts_plain(self) -> bool:
+        return super().starts_plain() and self.prompt.scale is None

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from torch import nn
+
+from lorvp.backbone import Backbone
+from lorvp.config import TrialConfig
+from lorvp.methods import Method
+
+
+class FineTuning(Method):
+    """Everything is trained, the loaded backbone itself; BatchNorm's statistics stay.
+
+    With `head_init: linear_probe` it is LP-FT (Kumar et al. 2022, AnanyaKumar/transfer_learning).
+    """
+
+    def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
+        super().__init__(config, backbone, classes)
+        backbone.model.requires_grad_(True)
+        if self.mapping.reads == "features":
+            backbone.model.get_classifier().requires_grad_(False)  # nothing reads it
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        trained = [parameter for parameter in self.backbone.model.parameters() if parameter.requires_grad]
+        return super().groups() | {"backbone": trained}

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lorvp.config import PromptConfig
+from lorvp.errors import UserError
+from lorvp.methods.lorvp import LoRVP
+from lorvp.prompts import Prompt
+
+
+class _Frame(Prompt):
+    """sigmoid(delta) around a smaller image: delta (3, L, L) is zero at the start, which is grey.
+
+    All of delta is stored, as published; 3 (L² - inner²) of it show, 147,456 around CIFAR's 32 pixels at L = 224.
+    """
+
+    def __init__(self, config: PromptConfig, image_size: int) -> None:
+        super().__init__(config, image_size)
+        self.inner = max(1, round(config.inner * image_size / 224))
+        if self.inner > image_size:
+            raise UserError(f"prompt.inner {config.inner}: the image inside must not be larger than 224")
+        self.delta = nn.Parameter(torch.zeros(3, image_size, image_size))
+
+    def pattern(self) -> torch.Tensor:
+        return self.delta.sigmoid() * self.mask(self.inner)
+
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        inner = images
+        if self.inner < self.image_size:
+            inner = F.interpolate(images, (self.inner, self.inner), mode="bilinear", antialias=True)
+        return F.pad(inner, self._margins(self.inner))
+
+    def mask(self, inner: int | torch.Tensor) -> torch.Tensor:
+        """1 around an image of that side, 0 where it lies: (L, L)."""
+        pixels = torch.arange(self.image_size, device=self.delta.device)
+        start = (self.image_size - inner + 1) // 2
+        inside = (pixels >= start) & (pixels < start + inner)
+        return (~(inside[:, None] & inside)).to(self.delta.dtype)
+
+    def _margins(self, inner: int) -> tuple[int, int, int, int]:
+        rest = self.image_size - inner
+        return ((rest + 1) // 2, rest // 2, (rest + 1) // 2, rest // 2)
+
+
+class ILMVP(LoRVP):
+    """Padding around the shrunken image (Chen et al. 2023, OPTML-Group/ILM-VP), with any label mapping."""
+
+    def make_prompt(self) -> Prompt:
+        return _Frame(self.config.prompt, self.backbone.image_size)
+
+    def starts_plain(self) -> bool:
+        return self.prompt.inner == self.backbone.image_size

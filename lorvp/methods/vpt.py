@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from lorvp.backbone import Backbone, Through
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.methods import Method
+
+
+class VPT(Method):
+    """Visual prompt tuning (Jia et al. 2022, KMnP/vpt): p tokens beside the image's, at the first layer or at each.
+
+    In a vision transformer they stand after the class token, and with `tokens.deep` those of a layer take the place of
+    the layer before's: p x d numbers a layer. In Swin they go with every window, and what the windows make of them is
+    averaged. A convolutional net has no tokens: its images are padded by p pixels on each side.
+    """
+
+    def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
+        super().__init__(config, backbone, classes)
+        model, tokens = backbone.model, config.tokens
+        self.project: nn.Linear | None = None
+        self.pads = not isinstance(model, VisionTransformer | SwinTransformer)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.init_seed)
+            if self.pads:
+                side, p = backbone.image_size, tokens.count
+                self.top_bottom = nn.Parameter(torch.rand(2, 3, p, side + 2 * p))
+                self.left_right = nn.Parameter(torch.rand(2, 3, side, p))
+                return
+            if tokens.deep and not isinstance(model, VisionTransformer):
+                raise UserError(
+                    f"method vpt: {config.backbone.name} is no plain vision transformer; tokens.deep must be false"
+                )
+            width = model.embed_dim
+            if tokens.project:
+                self.project = nn.Linear(tokens.project, width)
+                nn.init.kaiming_normal_(self.project.weight, mode="fan_out")
+            start = token_start(model, tokens.project or width)
+            layers = len(model.blocks) if tokens.deep else 1
+            self.tokens = nn.Parameter(
+                torch.empty(layers, tokens.count, tokens.project or width).uniform_(-start, start)
+            )
+
+    def starts_plain(self) -> bool:
+        return False
+
+    def placed(self, images: torch.Tensor) -> torch.Tensor:
+        images = super().placed(images)
+        if not self.pads:
+            return images
+        (top, bottom), (left, right) = (
+            (part.expand(len(images), *part.shape) for part in pair) for pair in (self.top_bottom, self.left_right)
+        )
+        return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
+
+    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+        if not self.pads:
+            through = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
+        return super().said(images, output, through)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        own = [self.top_bottom, self.left_right] if self.pads else [self.tokens]
+        return {"tokens": own + (list(self.project.parameters()) if self.project else [])} | super().groups()
+
+    def _layer(self, layer: int, images: int) -> torch.Tensor:
+        """The tokens of a layer, for so many images: (N, p, d)."""
+        tokens = self.tokens[layer]
+        if self.project:
+            tokens = self.project(tokens)
+        return drop(tokens.expand(images, *tokens.shape), self.config.tokens.dropout)
+
+    def _in_vit(self, model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+        x = embedded(model, x)
+        own, count = model.num_prefix_tokens, self.tokens.shape[1]
+        for layer, block in enumerate(model.blocks):
+            if layer < len(self.tokens):
+                rest = x[:, own + count if layer else own :]
+                x = torch.cat([x[:, :own], self._layer(layer, len(x)).to(x.dtype), rest], dim=1)
+            x = block(x)
+        return model.norm(torch.cat([x[:, :own], x[:, own + count :]], dim=1))  # no pooling sees them
+
+    def _in_swin(self, model: SwinTransformer, x: torch.Tensor) -> torch.Tensor:
+        x = model.patch_embed(x)
+        tokens = self._layer(0, len(x)).to(x.dtype)
+        for stage in model.layers:
+            if not isinstance(stage.downsample, nn.Identity):
+                x = stage.downsample(x)
+                # as published: a token is merged with itself
+                tokens = stage.downsample.reduction(stage.downsample.norm(tokens.repeat(1, 1, 4)))
+            for block in stage.blocks:
+                x, tokens = _swin_block(block, x, tokens)
+        return model.norm(x)
+
+
+def token_start(model: nn.Module, width: int) -> float:
+    """Tokens start uniform in +- this, as published: Xavier's bound for a patch of pixels and that width."""
+    rows, columns = model.patch_embed.patch_size
+    return math.sqrt(6 / (3 * rows * columns + width))
+
+
+def embedded(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+    """Normalised images as the tokens that the first block takes."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+
+def drop(tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """Dropout where something is learned; methods are not switched between training and evaluation otherwise."""
+    return F.dropout(tokens, share, training=torch.is_grad_enabled())
+
+
+def _swin_block(
+    block: SwinTransformerBlock, x: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block of Swin on (N, H, W, C), with tokens (N, p, C) that take part in the attention of every window."""
+    n, height, width, channels = x.shape
+    count = tokens.shape[1]
+    shifts, (rows, columns) = block.shift_size, block.window_size
+    y = block.norm1(x)
+    if any(shifts):
+        y = y.roll((-shifts[0], -shifts[1]), (1, 2))
+    y = F.pad(y, (0, 0, 0, -width % columns, 0, -height % rows))
+    padded = y.shape[1:3]
+    windows = window_partition(y, block.window_size).view(-1, block.window_area, channels)
+    each = len(windows) // n
+    beside = block.norm1(tokens).repeat_interleave(each, 0)
+    seen = _window_attention(block, torch.cat([beside, windows], dim=1), count)
+    tokens = tokens + seen[:, :count].unflatten(0, (n, each)).mean(1)
+    y = window_reverse(seen[:, count:].reshape(-1, rows, columns, channels), block.window_size, *padded)
+    y = y[:, :height, :width]
+    if any(shifts):
+        y = y.roll(shifts, (1, 2))
+    x = x + y
+    return x + block.mlp(block.norm2(x)), tokens + block.mlp(block.norm2(tokens))
+
+
+def _window_attention(block: SwinTransformerBlock, x: torch.Tensor, count: int) -> torch.Tensor:
+    """Attention within windows (windows of all images, p + area, C); tokens have no place, so no bias and no mask."""
+    attention = block.attn
+    query, key, value = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
+    if block.attn_mask is not None:
+        mask = F.pad(block.attn_mask, (count, 0, count, 0))[:, None]
+        bias = (bias + mask).repeat(len(x) // len(mask), 1, 1, 1)
+    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+    return attention.proj(seen.transpose(1, 2).flatten(2))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from lorvp.backbone import Backbone, Through
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.methods import Method
+from lorvp.methods.vpt import drop, embedded, token_start
+from lorvp.speed import ClassTokenBlock
+
+
+class VQT(Method):
+    """Visual query tuning (Tu et al. 2023, andytu28/VQT): every layer is asked by queries of its own.
+
+    Queries attend to the keys and values that the layer has anyway and go on through its MLP; nothing of the image
+    attends to them, so what the backbone says stays as it was. That stream has no gradient, and keeps nothing for one.
+    The head reads the class token and each layer's answers, of length 1: d + layers x q x d features.
+    """
+
+    def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
+        model = backbone.model
+        if type(model) is not VisionTransformer or not all(
+            isinstance(block, ClassTokenBlock) or (type(block) is Block and type(block.attn) is Attention)
+            for block in model.blocks
+        ):
+            raise UserError(f"method vqt: {config.backbone.name} is no plain vision transformer")
+        super().__init__(config, backbone, classes)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.init_seed)
+            start = token_start(model, model.embed_dim)
+            shape = (len(model.blocks), config.tokens.count, model.embed_dim)
+            self.tokens = nn.Parameter(torch.empty(shape).uniform_(-start, start))
+        self.kept: torch.Tensor
+        self.register_buffer("kept", torch.ones(self.features()))
+
+    def features(self) -> int:
+        model = self.backbone.model
+        return super().features() + len(model.blocks) * self.config.tokens.count * model.embed_dim
+
+    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+        answers: list[torch.Tensor] = []
+        stream = torch.no_grad if self.added() is None else nullcontext
+
+        def asked(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+            with stream():
+                x = embedded(model, x)
+            for layer, block in enumerate(model.blocks):
+                answers.append(self._answer(layer, block, x))
+                with stream():
+                    x = block(x)
+            return model.norm(x)
+
+        own = super().said(images, output, asked)
+        long = [F.normalize(answer.float(), dim=2).flatten(1) for answer in answers]
+        return torch.cat([own, *long], dim=1) * self.kept
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"tokens": [self.tokens]} | super().groups()
+
+    def penalty(self) -> torch.Tensor | None:
+        lasso = self.config.tokens.group_lasso
+        return lasso * self.mapping.head.weight.norm(dim=0).sum() if lasso else None
+
+    def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
+
+    def start_epoch(self, epoch: int, *sources: object) -> None:
+        super().start_epoch(epoch, *sources)
+        if self.config.tokens.keep and epoch == self.config.epochs // 2 + 1:
+            norms = self.mapping.head.weight.detach().norm(dim=0)
+            count = max(1, round(self.config.tokens.keep * len(norms)))
+            self.kept.zero_()[norms.topk(count).indices] = 1
+
+    def _answer(self, layer: int, block: Block | ClassTokenBlock, x: torch.Tensor) -> torch.Tensor:
+        """What a layer whose input is x (N, tokens, d) makes of its queries: (N, q, d)."""
+        block = block.block if isinstance(block, ClassTokenBlock) else block
+        attention = block.attn
+        width, heads = attention.attn_dim, (attention.num_heads, attention.head_dim)
+        weights = attention.qkv.weight.split([width, 2 * width])
+        biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.split([width, 2 * width])
+        key, value = F.linear(block.norm1(x), weights[1], biases[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+        tokens = drop(self.tokens[layer].expand(len(x), -1, -1), self.config.tokens.dropout)
+        query = F.linear(block.norm1(tokens), weights[0], biases[0]).unflatten(2, heads).transpose(1, 2)
+        seen = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
+        tokens = tokens + block.ls1(attention.proj(attention.norm(seen.transpose(1, 2).flatten(2))))
+        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
