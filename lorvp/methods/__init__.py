@@ -118,7 +118,11 @@ class Method(nn.Module):
 
     def tuned(self) -> dict[str, torch.Tensor]:
         """All that was chosen or learned, by name, on the CPU: what a bundle stores. A frozen backbone is not in it."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items() if self._tunes(name)}
+        return {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+            if self._tunes(name)
+        }
 
     def load_tuned(self, tuned: dict[str, torch.Tensor]) -> None:
         """Puts `tuned()` of the same method back. Raises RuntimeError when names or shapes differ."""
