@@ -204,6 +204,9 @@ def _one_of_them(config: TrialConfig, native_size: int, steps: int) -> float:
 @app.command()
 def memory(
     backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="timm model names")],
+    method: Annotated[list[str], typer.Option(help="of TrialConfig, one or several")] = ["lorvp"],  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=1, help="of vpt and vqt")] = 10,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw, galore")] = "sgd",
     batch_size: Annotated[int, typer.Option(min=1, help="of training and of evaluation")] = 32,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
 ) -> None:
@@ -213,10 +216,13 @@ def memory(
     table = Table(box=None, title=f"MiB, batch {batch_size}, {known}, on the {device.type}", title_justify="left")
     for column in ("", "predicted", "measured", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    for name in backbones:
+    for name, kind in itertools.product(backbones, method):
         config = TrialConfig.model_validate(
             {
+                "method": kind,
                 "backbone": {"name": name, "pretrained": False},
+                "tokens": {"count": tokens},
+                "optimizer": {"name": optimizer},
                 "dataset": {"name": "digits"},
                 "epochs": 1,
                 "batch_size": batch_size,
@@ -225,13 +231,13 @@ def memory(
             }
         )
         predicted, measured = predict(config, CLASSES).peak, measured_peak(config, device)
-        table.add_row(name, f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}")
+        table.add_row(f"{name}, {kind}", f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}")
     console.print(table)
 
 
 def measured_peak(config: TrialConfig, device: torch.device) -> float:
     """MiB that torch's allocator has given at most, in an epoch of two steps and an evaluation on random images."""
-    backbone = Backbone(config.backbone, resolve_precision(config.precision, device), config.speed).to(device)
+    backbone = Backbone(config.backbone, resolve_precision(config.precision, device), config.backbone_speed).to(device)
     side = backbone.image_size
     count = max(2 * config.batch_size, config.eval_batch_size)
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)

@@ -16,8 +16,8 @@ from lorvp.datasets import ArrayImages
 from lorvp.files import replacing
 from lorvp.frozen import cache_folder, key, once
 
-CS = np.logspace(-7, 2, 19)
-"""From a head that says hardly more than the classes' shares to one without regularisation, two a decade."""
+CS = np.logspace(-7, 2, 50)
+"""From a head that says hardly more than the classes' shares to one without regularisation, as published."""
 ITERATIONS = 100
 """Of L-BFGS, at most."""
 ROWS_AT_ONCE = 1 << 16
@@ -53,16 +53,19 @@ def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
 
 
-def head(train: ArrayImages, val: ArrayImages, how_far: float | str, device: torch.device) -> Head:
+def head(
+    train: ArrayImages, val: ArrayImages, how_far: float | str, device: torch.device, cs: np.ndarray = CS
+) -> Head:
     """The head for `train`, fitted as far as `TrialConfig.head_fit` says; from the cache, where it is put if missing.
 
-    `train` and `val` are what a backbone says of the images (`frozen.outputs`).
+    `train` and `val` are what a backbone says of the images (`frozen.outputs`); `cs`, rising, are those to choose from.
     """
     classes = len(train.class_names)
     x, labels = train.pixels.to(device), torch.from_numpy(train.labels).to(device)
 
     def of(c: float, start: Head | None) -> Head:
-        name = key("probe", train.digest, train.labels.tobytes(), classes, float(c), start is None, ITERATIONS)
+        chain = None if start is None else len(cs)  # a head depends a little on the one that it started from
+        name = key("probe", train.digest, train.labels.tobytes(), classes, float(c), chain, ITERATIONS)
         path = cache_folder() / f"probe-{name}.safetensors"
         with once(path) as missing:
             if missing:
@@ -75,7 +78,7 @@ def head(train: ArrayImages, val: ArrayImages, how_far: float | str, device: tor
     if not isinstance(how_far, str):
         return of(how_far, None)
     heads: list[Head] = []
-    for c in CS:
+    for c in cs:
         heads.append(of(c, heads[-1] if heads else None))
     x, labels = val.pixels.to(device), torch.from_numpy(val.labels).to(device)
     reached = [accuracy(each, x, labels) for each in heads]
