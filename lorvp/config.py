@@ -47,8 +47,8 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
-VITS = ("vit_", "deit_", "deit3_", "flexivit_", "test_vit")
-"""What the names of timm's plain vision transformers begin with."""
+VITS = ("vit_", "deit_", "deit3_", "flexivit_", "test_vit", "lorvp_tiny_vit")
+"""What the names of plain vision transformers begin with, timm's and ours."""
 SWINS = ("swin_", "test_swin")
 
 

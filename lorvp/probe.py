@@ -53,9 +53,7 @@ def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
 
 
-def head(
-    train: ArrayImages, val: ArrayImages, how_far: float | str, device: torch.device, cs: np.ndarray = CS
-) -> Head:
+def head(train: ArrayImages, val: ArrayImages, how_far: float | str, device: torch.device, cs: np.ndarray = CS) -> Head:
     """The head for `train`, fitted as far as `TrialConfig.head_fit` says; from the cache, where it is put if missing.
 
     `train` and `val` are what a backbone says of the images (`frozen.outputs`); `cs`, rising, are those to choose from.
