@@ -129,7 +129,7 @@ class TokensConfig(Part):
 
 
 class GaLoreConfig(Part):
-    """Adam on gradients projected to a low rank (Zhao et al. 2024), for the backbone's matrices and convolutions."""
+    """Adam on gradients projected to a low rank (Zhao et al. 2024): the backbone's optimizer under method galore."""
 
     rank: PositiveInt = 128
     update_gap: PositiveInt = Field(200, description="steps between two projections' making")
@@ -144,10 +144,8 @@ class OptimizerConfig(Part):
     As published for LoR-VP prompt and head share SGD and its learning rate.
     """
 
-    name: OptimizerName | Literal["galore"] = "sgd"
-    prompt_name: OptimizerName = Field(
-        default_factory=lambda data: "adamw" if data["name"] == "galore" else data["name"], description="default: name"
-    )
+    name: OptimizerName = "sgd"
+    prompt_name: OptimizerName = Field(default_factory=lambda data: data["name"], description="default: name")
     lr: PositiveFloat = 0.02
     prompt_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     tokens_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
@@ -222,7 +220,7 @@ class TrialConfig(Part):
     tokens: TokensConfig = TokensConfig()
     label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = "lp"
     head_init: Literal["random", "linear_probe"] = Field(
-        "random",
+        default_factory=lambda data: "linear_probe" if "lp_ft" in data.get("method", "") else "random",
         description="of lp and fm. linear_probe: fitted to the images without a prompt, as far as head_fit says",
     )
     # not a union: pydantic would name each of its members in an error
@@ -265,8 +263,9 @@ class TrialConfig(Part):
     def _method_fits(self) -> None:
         """Raises ValueError for a method that has no meaning with the rest."""
         first, *others = self.methods
-        if others and (first != "lorvp" or len(others) > 1 or others[0] not in ("vpt", "vqt", "fine_tuning")):
-            raise ValueError(f"method {self.method}: only lorvp+vpt, lorvp+vqt and lorvp+fine_tuning go together")
+        if others and (first != "lorvp" or len(others) > 1 or others[0] not in WITHIN):
+            known = ", ".join(f"lorvp+{name}" for name in WITHIN)
+            raise ValueError(f"method {self.method}: what goes together is {known}")
         name = self.backbone.name
         if "vqt" in self.methods and not name.startswith(VITS):
             raise ValueError(f"method vqt asks the layers of a vision transformer (vit_*, deit_*), not of {name}")
@@ -282,12 +281,9 @@ class TrialConfig(Part):
             raise ValueError(f"method lorvp+vpt needs a backbone with tokens; of {name} vpt pads the images")
         if self.tokens.keep and not self.tokens.group_lasso:
             raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
-        if self.optimizer.name == "galore" and not self.trains_backbone:
-            raise ValueError(
-                f"optimizer galore is for the backbone's matrices, which method {self.method} leaves frozen"
-            )
-        galore = self.optimizer.galore
-        if self.optimizer.name == "galore" and galore.per_layer:
+        if "lp_ft" in self.methods and (self.head_init == "random" or self.label_mapping not in HEAD_MAPPINGS):
+            raise ValueError("method lp_ft starts from a fitted head: head_init linear_probe, label_mapping lp or fm")
+        if self.steps_per_layer:
             if self.optimizer.clip_grad_norm is not None:
                 raise ValueError("optimizer.galore.per_layer frees each gradient at once: clip_grad_norm must be null")
             if self.precision in ("auto", "fp16"):
@@ -304,7 +300,12 @@ class TrialConfig(Part):
 
     @property
     def trains_backbone(self) -> bool:
-        return "fine_tuning" in self.methods
+        return bool({"fine_tuning", "lp_ft", "galore"} & set(self.methods))
+
+    @property
+    def steps_per_layer(self) -> bool:
+        """Whether gradients are gone before the whole of a step could be looked at."""
+        return "galore" in self.methods and self.optimizer.galore.per_layer
 
     @property
     def backbone_speed(self) -> SpeedConfig:
@@ -341,7 +342,8 @@ class TrialConfig(Part):
         if groups["tokens"] or groups["head"] or groups["backbone"]:
             unused.remove("optimizer.name")
             used.add(self.optimizer.name)
-        unused += [f"optimizer.{key}" for key, kind in (("momentum", "sgd"), ("galore", "galore")) if kind not in used]
+        unused += ["optimizer.momentum"] if "sgd" not in used else []
+        unused += ["optimizer.galore"] if "galore" not in self.methods else []
         if not groups["head"]:
             unused += ["head_init"]
         if not groups["head"] or self.head_init == "random":
@@ -405,5 +407,7 @@ class TrialConfig(Part):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
 
 
+WITHIN = ("vpt", "vqt", "fine_tuning", "lp_ft", "galore")
+"""Methods that work within the backbone, and leave its input to a prompt."""
 HEAD_MAPPINGS = ("fm", "lp")
 """The label mappings that train a head; the others choose source classes and have nothing to learn."""

@@ -1,11 +1,11 @@
 """Two backbones for 32 px, pretrained on CIFAR-10 by this file: the quickstart's ResNet, and a vision transformer.
 
     python -m lorvp.tiny --data CIFAR10_FOLDER                            (train/CLASS/*, test/CLASS/*)
-    python -m lorvp.tiny --data CIFAR10_FOLDER --model lorvp_tiny_vit_32 --epochs 12
+    python -m lorvp.tiny --data CIFAR10_FOLDER --model lorvp_tiny_vit_32 --epochs 10
 
 write `lorvp/weights/*.safetensors`, with the command and the accuracy reached in their metadata. They are registered
 with timm as `lorvp_tiny_32.cifar10` and `lorvp_tiny_vit_32.cifar10`, so that nothing else in the package knows that
-they are special. Both have 0.3 M parameters.
+they are special. They have 0.29 and 0.47 M parameters.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def lorvp_tiny_32(pretrained: bool = False, **kwargs) -> ByobNet:
 
 @register_model
 def lorvp_tiny_vit_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Six blocks of width 64 and 4 heads on patches of 4 px; 10 classes, 64 features, input (N, 3, 32, 32)."""
-    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4}
+    """Four blocks of width 96 and 3 heads on patches of 8 px; 10 classes, 96 features, input (N, 3, 32, 32)."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     return build_model_with_cfg(VisionTransformer, "lorvp_tiny_vit_32", pretrained, **shape | kwargs)
 
 

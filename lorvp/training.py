@@ -112,8 +112,7 @@ class Training:
         self.device = loaded.backbone.mean.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
         self.rank, self.processes = distributed.share()
-        self.per_layer = config.optimizer.name == "galore" and config.optimizer.galore.per_layer
-        if self.per_layer and self.processes > 1:
+        if config.steps_per_layer and self.processes > 1:
             raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
         self.steps_per_epoch = math.ceil(len(loaded.splits.train) / config.batch_size)
         """Of those on all images; the learning rate's schedule goes by them."""
@@ -378,7 +377,7 @@ class Training:
                 return torch.stack([work(some, their) for some, their in parts]).sum(0)
             except torch.OutOfMemoryError:
                 # the others would wait for gradients that never come; some weights have made their step
-                if size == 1 or self.processes > 1 or self.per_layer:
+                if size == 1 or self.processes > 1 or self.config.steps_per_layer:
                     raise
             self.at_once = math.ceil(size / 2)
             self._zero_grad()
@@ -605,9 +604,9 @@ def make_optimizer(group: str, parameters: list[torch.nn.Parameter], config: Tri
     lr, weight_decay = getattr(options, f"{group}_lr"), getattr(options, f"{group}_weight_decay")
     if options.scale_lr:
         lr *= config.batch_size / 256
-    kind = options.prompt_name if group == "prompt" else options.name
-    if kind == "galore":
+    if group == "backbone" and "galore" in config.methods:
         return GaLore(parameters, lr, weight_decay, **options.galore.model_dump())
+    kind = options.prompt_name if group == "prompt" else options.name
     fused = parameters[0].is_cuda  # fused steps read GradScaler's verdict on the device
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy.special import erf
 from test_training import figures
 
-from lorvp import methods, training
+from lorvp import methods, plugins, training
 from lorvp.backbone import Backbone
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.errors import UserError
@@ -33,18 +33,15 @@ SWIN = {
     "kwargs": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 20},
 }
 CNN = {"name": "lorvp_tiny_32", "pretrained": False}
-GALORE = {"name": "galore", "lr": 0.01, "galore": {"rank": 8, "update_gap": 4}}
+GALORE = {"lr": 0.01, "galore": {"rank": 8, "update_gap": 4}}
 METHODS: dict[str, dict[str, Any]] = {
     "lorvp": {"backbone": CNN},
     "linear_probe": {"backbone": CNN},
     "fine_tuning": {"backbone": VIT},
     "fine_tuning, cnn": {"backbone": CNN, "label_mapping": "ilm"},
     "fine_tuning, lp-ft": {"backbone": VIT, "head_init": "linear_probe"},
-    "fine_tuning, galore": {
-        "backbone": VIT,
-        "optimizer": {"name": "galore", "lr": 0.01, "galore": {"rank": 8, "update_gap": 4}},
-    },
-    "fine_tuning, galore per layer": {
+    "galore": {"backbone": VIT, "optimizer": GALORE},
+    "galore, per layer": {
         "backbone": VIT,
         "precision": "fp32",
         "optimizer": GALORE | {"galore": {"rank": 8, "update_gap": 4, "per_layer": True}},
@@ -63,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "autovp, fixed": {"backbone": CNN, "prompt": {"scale": 0.75, "learn_scale": False}},
     "lorvp+vpt": {"backbone": VIT, "tokens": {"count": 3}},
     "lorvp+vqt": {"backbone": VIT, "tokens": {"count": 2}},
-    "lorvp+fine_tuning": {"backbone": VIT},
+    "lorvp+lp_ft": {"backbone": VIT},
 }
 
 
@@ -408,15 +405,16 @@ def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
         ({"method": "vpt", "backbone": CNN, "tokens": {"deep": False, "project": 3}}, "vpt pads its images"),
         ({"method": "vpt", "backbone": VIT, "tokens": {"count": 201}}, "less than or equal to 200"),
         ({"method": "lorvp+vpt", "backbone": CNN, "tokens": {"deep": False}}, "needs a backbone with tokens"),
-        ({"method": "vpt+lorvp", "backbone": VIT}, "only lorvp+vpt"),
-        ({"method": "lorvp+linear_probe", "backbone": VIT}, "only lorvp+vpt"),
+        ({"method": "vpt+lorvp", "backbone": VIT}, "what goes together is lorvp+vpt"),
+        ({"method": "lorvp+linear_probe", "backbone": VIT}, "what goes together is lorvp+vpt"),
         ({"method": "vtp", "backbone": VIT}, "unknown name 'vtp'; one of autovp"),
         ({"method": "vqt", "backbone": VIT, "tokens": {"keep": 0.5}}, "tokens.group_lasso, which must be above 0"),
-        ({"method": "lorvp", "backbone": VIT, "optimizer": {"name": "galore"}}, "which method lorvp leaves frozen"),
+        ({"method": "lp_ft", "backbone": VIT, "head_init": "random"}, "starts from a fitted head"),
+        ({"method": "lp_ft", "backbone": VIT, "label_mapping": "flm"}, "starts from a fitted head"),
         ({"method": "fine_tuning", "backbone": VIT, "rungs": [{"epochs": 1}]}, "trains the backbone"),
         ({"method": "vpt", "backbone": VIT, "rungs": [{"epochs": 1, "image_size": 16}]}, "one image_size to another"),
         (
-            {"method": "fine_tuning", "backbone": VIT, "optimizer": {"name": "galore", "galore": {"per_layer": True}}},
+            {"method": "galore", "backbone": VIT, "optimizer": {"galore": {"per_layer": True}}},
             "precision must be bf16 or fp32",
         ),
     ],
@@ -445,7 +443,9 @@ PAPER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
-@pytest.mark.parametrize("method", ["lorvp", "linear_probe", "fine_tuning", "vpt", "vqt", "ilm_vp", "autovp"])
+@pytest.mark.parametrize(
+    "method", ["lorvp", "linear_probe", "fine_tuning", "lp_ft", "galore", "vpt", "vqt", "ilm_vp", "autovp"]
+)
 def test_the_papers_backbones(method, name):
     values = {
         "method": method,

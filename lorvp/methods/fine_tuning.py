@@ -8,10 +8,7 @@ from lorvp.methods import Method
 
 
 class FineTuning(Method):
-    """Everything is trained, the loaded backbone itself; BatchNorm's statistics stay.
-
-    With `head_init: linear_probe` it is LP-FT (Kumar et al. 2022, AnanyaKumar/transfer_learning).
-    """
+    """Everything is trained, the loaded backbone itself; BatchNorm's statistics stay."""
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__(config, backbone, classes)
