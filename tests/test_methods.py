@@ -443,9 +443,7 @@ PAPER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
-@pytest.mark.parametrize(
-    "method", ["lorvp", "linear_probe", "fine_tuning", "lp_ft", "galore", "vpt", "vqt", "ilm_vp", "autovp"]
-)
+@pytest.mark.parametrize("method", plugins.names("methods"))
 def test_the_papers_backbones(method, name):
     values = {
         "method": method,
