@@ -71,7 +71,7 @@ class Row:
 
     choice: Choice
     value: Scalar
-    """On the axis of `search.equal`."""
+    """On the axis of `search.equal`; None for a control that it has no effect on."""
     by_seed: dict[int, Entry]
     search_seconds: float
     """What the search took for this value of that axis, or for the control."""
@@ -129,7 +129,8 @@ class Comparison:
         spec, entries = board.spec, {entry.trial.name: entry for entry in board.entries}
         rows = []
         for choice in choices:
-            value = spec.share(entries[choice.trial].trial.config)
+            found = entries[choice.trial]
+            value = found.params.get(spec.search.equal) if choice.control else spec.share(found.trial.config)
             by_seed = {seed: entries[name] for seed, name in choice.seeds.items() if entries[name].finished}
             searched = board.searched(choice.control)
             if not choice.control:
@@ -184,11 +185,14 @@ class Comparison:
         pairs = found["val"].pairs
         how = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
         line = f"{self._called(row)} less the control: val {found['val']}, test {found['test']} points ({how})"
-        return [line, *(f"    {name}: {MAY_BE_NONE}" for name, each in found.items() if each.may_be_none)]
+        return [
+            line,
+            *(f"{row.choice.trial}, {name}: {MAY_BE_NONE}" for name, each in found.items() if each.may_be_none),
+        ]
 
     def _called(self, row: Row) -> str:
         equal = self.spec.search.equal
-        return f"{row.choice.trial} ({equal} {row.value})" if equal else row.choice.trial
+        return f"{row.choice.trial} ({equal} {row.value})" if row.value is not None else row.choice.trial
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each config that was confirmed: figures in percent, differences in points."""
@@ -218,7 +222,9 @@ class Comparison:
         """The rows as they are shown, by column."""
         shown = []
         for row, record in zip(self.rows, self.records(), strict=True):
-            equal = {self.spec.short_names()[self.spec.search.equal]: str(row.value)} if self.spec.search.equal else {}
+            equal = (
+                {self.spec.short_names()[self.spec.search.equal]: number(row.value)} if self.spec.search.equal else {}
+            )
             figures = {f"{name} top-1": str(row.spread(figure) or "-") for name, figure in FIGURES.items()}
             shown.append(
                 equal
@@ -250,8 +256,9 @@ class Comparison:
         table = pa.Table.from_pylist(self.records(), schema=SCHEMA)
         if equal := self.spec.search.equal:
             values = [row.value for row in self.rows]
-            mixed = len({type(value) for value in values}) > 1
-            table = table.add_column(0, equal, [[str(value) for value in values] if mixed else values])
+            if len({type(value) for value in values} - {type(None)}) > 1:  # a column has one type
+                values = [None if value is None else str(value) for value in values]
+            table = table.add_column(0, equal, [values])
         with replacing(parquet) as temporary:
             pq.write_table(table, temporary)
         cells = self.cells()
@@ -260,7 +267,7 @@ class Comparison:
             rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
             lines += [f"| {' | '.join(row)} |" for row in rows]
         with replacing(markdown) as temporary:
-            temporary.write_text("\n".join([*lines, "", *(f"- {line.strip()}" for line in self.verdict())]) + "\n")
+            temporary.write_text("\n".join([*lines, "", *(f"- {line}" for line in self.verdict())]) + "\n")
         return [parquet, markdown]
 
 

@@ -50,9 +50,9 @@ class SpecSearch(Searcher):
     """OptunaSearch over the spec's space, by its algorithm; the points `again` are suggested first.
 
     With `search.equal` each value of that axis has one of its own, which learns from its own trials alone: what is
-    good for one value says little of another, and those of a weak one would all count as bad. They take turns. One
-    that has had `search.seconds`, by what `spent` gives for its value, is passed over; the search is through when all
-    have.
+    good for one value says little of another, and those of a weak one would all count as bad. All begin with the same
+    seed. They take turns; one that has had `search.seconds`, by what `spent` gives for its value, is passed over, and
+    the search is through when all have.
     """
 
     def __init__(
