@@ -228,5 +228,11 @@ def make_scheduler(spec: Spec) -> TrialScheduler:
             reduction_factor=rule.reduction_factor,
         )
     if rule.rule == "median":
-        return MedianStoppingRule(time_attr="epoch", metric=SCORE, mode=spec.mode, grace_period=rule.grace_epochs)
+        return MedianStoppingRule(
+            time_attr="epoch",
+            metric=SCORE,
+            mode=spec.mode,
+            grace_period=rule.grace_epochs,
+            min_time_slice=math.inf,  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
+        )
     return FIFOScheduler()

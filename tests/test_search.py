@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -144,6 +145,15 @@ def test_early_stopping_compares_within_a_share(make):
     strong = [decision(f"s{n}", "linear_probe", score) for n, score in enumerate([90, 89, 95])]
     weak = [decision(f"w{n}", "lorvp", score) for n, score in enumerate([50, 49, 55])]
     assert strong == weak == ["CONTINUE", "STOP", "CONTINUE"]
+
+
+def test_a_trial_is_never_paused(make):
+    """Nothing of it could be restored from Tune's own state."""
+    spec = make(search={"equal": None}, early_stopping={"rule": "median"})
+    scheduler, trial = make_scheduler(spec), _Trial("a", "lorvp")
+    controller = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
+    scheduler.on_trial_add(controller, trial)
+    assert scheduler.on_trial_result(controller, trial, {"epoch": 1, SCORE: 1.0}) == "CONTINUE"
 
 
 class _Flat:
