@@ -21,7 +21,7 @@ from rich.table import Table
 from cluster.folder import End, Requests, State, TrialFolder
 from cluster.relay import Relay
 from sweeps.leaderboard import number
-from sweeps.spec import Spec
+from sweeps.spec import Spec, Stage
 from sweeps.tracking import Tracker
 
 POLL_SECONDS = 0.5
@@ -33,6 +33,7 @@ class Progress:
 
     trial: TrialFolder
     control: bool
+    stage: Stage
     label: str
     epochs: int = 0
     last: float | None = None
@@ -89,12 +90,14 @@ class Follower:
         self.tracker = tracker
         self.console = console
         self.total = spec.number_of_trials() + len(spec.control_configs())
+        """Trials of the search, later of its confirmation."""
+        self._confirming: set[str] = set()  # what the trials of the confirmation are called, once it goes on
         self.given_up = ""
         """Why the sweep was ended early, if it was."""
-        self._controls = {config.content_hash() for config in spec.control_configs()}
+        self._controls = spec.control_names()
         self._requests = Requests(spec.trials)
         self._progress: dict[str, Progress] = {}
-        self._outcomes: list[State] = []  # of the trials that ended since the driver started, in that order
+        self._outcomes: list[State] = []  # of the search's trials that ended since the driver started, in that order
         self._waits: set[str] = set()
         self._start = time.monotonic()
         self._look = Repeated(self.look, self._warn)
@@ -119,7 +122,7 @@ class Follower:
         self._show_waits()
         limit = self.spec.failure_limit
         failed = self._outcomes[: limit.trials].count(State.FAILED)
-        more_to_come = len(self._outcomes) < self.total
+        more_to_come = not self._confirming and len(self._outcomes) < self.total
         if failed > limit.share * limit.trials and more_to_come and not self.given_up:
             self.given_up = f"{failed} of the first {len(self._outcomes)} trials failed (failure_limit)"
             os.kill(os.getpid(), signal.SIGINT)  # the main thread ends the sweep, as it does on Ctrl-C
@@ -131,10 +134,18 @@ class Follower:
         if self._live:
             self._live.stop()
 
-    def finish(self, patience: float = 60.0) -> bool:
-        """Waits for all trials to end, then stops looking. False if something could not be sent to MLflow in time."""
+    def wait(self) -> None:
+        """Until all trials have ended."""
         while self.relay.open_trials():
             time.sleep(POLL_SECONDS)
+
+    def confirm(self, names: set[str]) -> None:
+        """From here on it is the confirmation that goes on, by the trials of these names."""
+        self._confirming, self.total, self._start = names, len(names), time.monotonic()
+
+    def finish(self, patience: float = 60.0) -> bool:
+        """Waits for all trials to end, then stops looking. False if something could not be sent to MLflow in time."""
+        self.wait()
         self.halt()
         self.relay.dismiss()
         return self.catch_up(patience)
@@ -164,7 +175,10 @@ class Follower:
             values = self.spec.params(trial.config)
             names = self.spec.short_names()
             label = " ".join(f"{name}={number(values[axis])}" for axis, name in names.items() if axis in values)
-            self._progress[trial.name] = Progress(trial, trial.name in self._controls, label)
+            stage = self.spec.stage(trial.config)
+            if stage == Stage.CONFIRM:
+                label = f"confirm  {label} seed={trial.config.order_seed}"
+            self._progress[trial.name] = Progress(trial, trial.name in self._controls, stage, label)
         return self._progress[trial.name]
 
     def _follow(self, progress: Progress) -> None:
@@ -181,7 +195,7 @@ class Follower:
             self.tracker.end(trial, end, progress.control)
             progress.end = end
             progress.closed = True
-            if not progress.ended_before:
+            if progress.stage == Stage.SEARCH and not progress.ended_before:
                 self._outcomes.append(end.state)
             if not self._live and end.state != State.FINISHED:
                 self.console.print(f"{self._called(progress)}  {end}", markup=False, highlight=False)
@@ -201,7 +215,8 @@ class Follower:
 
     def view(self) -> Group:
         """The live view: running trials, and a line that sums up."""
-        seen = list(self._progress.values())
+        every, confirming = list(self._progress.values()), self._confirming
+        seen = [p for p in every if (p.trial.name in confirming if confirming else p.stage == Stage.SEARCH)]
         table = Table(title=f"sweep {self.spec.name}", title_justify="left", box=None)
         for column in ("trial", "job", "epoch", self.spec.objective, "best", "config"):
             table.add_column(column, overflow="fold")
@@ -216,8 +231,9 @@ class Follower:
         counts = {state: sum(p.end.state == state for p in ended) for state in State}
         finished = [p.best for p in ended if p.end.state == State.FINISHED and not p.control and p.best is not None]
         best = (max if self.spec.mode == "max" else min)(finished, default=None)
+        trials = "trials of the confirmation" if confirming else "trials"
         summary = (
-            f"{len(seen)} of {self.total} trials begun: {counts[State.FINISHED]} finished, "
+            f"{len(seen)} of {self.total} {trials} begun: {counts[State.FINISHED]} finished, "
             f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; best so far {number(best)}; "
             f"{self._time_left(ended)} left"
         )

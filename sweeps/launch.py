@@ -15,6 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ from sweeps.memory import memory_line
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT, EXIT_NO_RESULT, EXIT_INTERRUPTED = 2, 1, 130
-EXTENDABLE = {"search": {"trials", "concurrent"}, "failure_limit": {"share", "trials"}}
+EXTENDABLE = {"search": {"trials", "concurrent", "seconds"}, "failure_limit": {"share", "trials"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
 
 RECORD = "sweep.json"
@@ -129,6 +130,9 @@ def show_plan(spec: Spec) -> None:
         console.print(f"  {name}: {kind} {json.dumps(value)}{f'  when {when}' if when else ''}", markup=False)
     controls = spec.control_configs()
     console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
+    if spec.confirm:
+        seeds = ", ".join(map(str, spec.confirm.seeds))
+        console.print(f"confirmation: up to {spec.number_of_confirmations()} trials more, under seeds {seeds}")
     console.print("one config:")
     console.print_json(spec.trial_config(spec.example()).model_dump_json())
     console.print(memory_line(spec), markup=False, highlight=False)
@@ -231,6 +235,8 @@ def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
 def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) -> int:
     """Runs the sweep to its end and returns the exit code."""
     # Imported here: a spec that is refused shall not wait for MLflow and Ray.
+    from sweeps import confirm
+    from sweeps.comparison import Comparison
     from sweeps.follow import Follower
     from sweeps.leaderboard import Leaderboard
     from sweeps.tracking import Tracker
@@ -244,7 +250,10 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     try:
         for config in spec.control_configs():
             TrialFolder.request(spec.trials, config)
-        run_search(spec, ending)
+        if spec.confirm is None:
+            run_search(spec, ending)
+        else:
+            choices = confirm.search_and_confirm(spec, partial(run_search, spec, ending), follower)
         all_sent = follower.finish()
     except BaseException as error:
         follower.halt()
@@ -269,15 +278,20 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, leave_running: bool) ->
     board = Leaderboard.read(spec)
     parquet = spec.folder / "results.parquet"
     board.write_parquet(parquet)
+    files, found = [parquet], board
     console.print(board.table())
-    for line in [*board.failures(), *board.trust(), *board.verdict()]:
+    if spec.confirm:
+        found = Comparison.of(board, choices)
+        files += found.write()
+        console.print(found.table())
+    for line in [*board.failures(), *board.trust(), *found.verdict()]:
         console.print(line, highlight=False, markup=False)
     console.print(f"every epoch: {parquet}", highlight=False)
-    best = board.best()
+    best = found.best()
     if best is not None:
         console.print(f"best prompt: {best.trial.newest().bundle}", highlight=False)
         all_sent &= tracker.try_to(lambda: tracker.log_best(best.trial))
-    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED" if best else "FAILED", [parquet]))
+    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED" if best else "FAILED", files))
     if not all_sent:
         console.print("MLflow did not take everything; --resume sends what is missing", style="red")
         return EXIT_NO_RESULT

@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.folder import End, State, TrialFolder
 from lorvp.files import replacing
 from sweeps import triage
-from sweeps.spec import Spec
+from sweeps.spec import Spec, Stage
 from sweeps.tracking import epoch_metrics
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
@@ -28,6 +28,7 @@ class Entry:
     params: dict[str, Any]
     """Its values on the axes of the space, those that it has."""
     control: bool
+    stage: Stage
     results: list[dict[str, Any]]
     end: End | None
 
@@ -68,31 +69,37 @@ class Leaderboard:
 
     @classmethod
     def read(cls, spec: Spec) -> Leaderboard:
-        controls = {config.content_hash() for config in spec.control_configs()}
+        controls = spec.control_names()
         entries = []
         for trial in TrialFolder.requested(spec.trials):
             params = spec.params(trial.config)
             end = trial.ended()
-            entries.append(Entry(trial, params, trial.name in controls, trial.results(), end))
+            stage = spec.stage(trial.config)
+            entries.append(Entry(trial, params, trial.name in controls, stage, trial.results(), end))
 
         def order(entry: Entry) -> tuple[int, float]:
             return (0 if entry.finished else 1, -entry.score(spec)) if entry.results else (2, 0.0)
 
         return cls(spec, sorted(entries, key=order))
 
+    def searched(self, control: bool = False) -> list[Entry]:
+        """The trials of the search itself, or of its control; not those that confirm them."""
+        return [entry for entry in self.entries if entry.stage == Stage.SEARCH and entry.control == control]
+
     def best(self, control: bool = False) -> Entry | None:
         """The best finished trial of the search, or of the control."""
-        return next((entry for entry in self.entries if entry.finished and entry.control == control), None)
+        return next((entry for entry in self.searched(control) if entry.finished), None)
 
     def table(self, rows: int = 10) -> Table:
         """The first `rows` trials, and the control."""
-        published = any(entry.trial.config.select != "val" for entry in self.entries)
+        search = self.searched()
+        shown = [*search, *self.searched(control=True)]
+        published = any(entry.trial.config.select != "val" for entry in shown)
         test = "test top-1 (best test epoch)" if published else "test top-1"
-        table = Table(title=f"{self.spec.name}: {len(self.entries)} trials", title_justify="left", box=None)
+        table = Table(title=f"{self.spec.name}: {len(shown)} trials", title_justify="left", box=None)
         for column in ("", "trial", "val top-1", test, "epochs", *self.spec.short_names().values(), ""):
             text = column in ("trial", "")
             table.add_column(column, justify="left" if text else "right", no_wrap=text)
-        search = [entry for entry in self.entries if not entry.control]
         for place, entry in enumerate(search[:rows], start=1):
             table.add_row(str(place), *self._cells(entry))
         control = self.best(control=True)
@@ -119,13 +126,14 @@ class Leaderboard:
             return lines + (["the control did not finish"] if self.spec.control else [])
         lines.append(f"control {control.trial.name}: {self._figures(control)}")
         val = best.best()["val_top1"] - control.best()["val_top1"]
-        test = best.test_top1() - control.test_top1()
-        lines.append(f"difference: val {val:+.2f}, test {test:+.2f} points (one seed)")
+        tests = best.test_top1(), control.test_top1()
+        test = "" if None in tests else f", test {tests[0] - tests[1]:+.2f}"
+        lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
         return lines + triage.checked(self.spec, val)
 
     def trust(self) -> list[str]:
         """How far the trials' order at each milestone was that at their end, in words."""
-        finished = [entry for entry in self.entries if entry.finished and not entry.control]
+        finished = [entry for entry in self.searched() if entry.finished]
         last = [entry.score(self.spec) for entry in finished]
         found = []
         for epoch in self.spec.milestones():
@@ -147,7 +155,7 @@ class Leaderboard:
     def _figures(self, entry: Entry) -> str:
         label = "test top-1" if entry.trial.config.select == "val" else "test top-1 at the best test epoch (published)"
         val, test = entry.best()["val_top1"], entry.test_top1()
-        return f"val top-1 {val:.2f} %, {label} {test:.2f} %"
+        return f"val top-1 {val:.2f} %, {label} {test:.2f} %" if test is not None else f"val top-1 {val:.2f} %"
 
     def write_parquet(self, path: Path) -> None:
         """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures."""
@@ -155,6 +163,7 @@ class Leaderboard:
             {
                 "trial": entry.trial.name,
                 "control": entry.control,
+                "stage": entry.stage,
                 "state": entry.end.state if entry.end else "unfinished",
             }
             | {f"param.{axis}": entry.params.get(axis) for axis in self.spec.space}

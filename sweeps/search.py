@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from sweeps.spec import Scalar, Spec, active
+from cluster.folder import TrialFolder
+from sweeps.spec import Scalar, Spec, Stage, active
 from sweeps.tune_trial import SCORE
 
 
@@ -41,15 +46,61 @@ class Suggestions:
             file.write(json.dumps(params) + "\n")
 
 
-class SpecSearch(OptunaSearch):
-    """OptunaSearch over the spec's space, by its algorithm; the points `again` are suggested first."""
+class SpecSearch(Searcher):
+    """OptunaSearch over the spec's space, by its algorithm; the points `again` are suggested first.
 
-    def __init__(self, spec: Spec, again: Sequence[dict[str, Scalar]] = ()) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # a sampler that starts over would suggest its first points a second time
-            sampler = make_sampler(spec, spec.search.seed + len(again))
-        super().__init__(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=list(again), sampler=sampler)
+    With `search.equal` each value of that axis has one of its own, which learns from its own trials alone: what is
+    good for one value says little of another, and those of a weak one would all count as bad. All begin with the same
+    seed. They take turns; one that has had `search.seconds`, by what `spent` gives for its value, is passed over, and
+    the search is through when all have.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        again: Sequence[dict[str, Scalar]] = (),
+        spent: Callable[[], Mapping[Scalar, float]] = dict,
+    ) -> None:
+        super().__init__(SCORE, spec.mode)
+        equal = spec.search.equal
+        self._seconds, self._spent = spec.search.seconds, spent
+        self._again = deque(point[equal] if equal else None for point in again)
+        self._taken: Counter[Scalar] = Counter()
+        self._share_of: dict[str, OptunaSearch] = {}
+        self._shares = {
+            value: _optuna_search(share, [point for point in again if not equal or point[equal] == value])
+            for value, share in spec.shares().items()
+        }
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._again:
+            value = self._again.popleft()
+        else:
+            spent = self._spent() if self._seconds else {}
+            open_values = [value for value in self._shares if spent.get(value, 0.0) < (self._seconds or math.inf)]
+            if not open_values:
+                return Searcher.FINISHED
+            value = min(open_values, key=self._taken.__getitem__)
+        self._taken[value] += 1
+        self._share_of[trial_id] = self._shares[value]
+        return self._shares[value].suggest(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._share_of[trial_id].on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._share_of[trial_id].on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep is resumed from its own files."""
+
+
+def _optuna_search(spec: Spec, again: list[dict[str, Scalar]]) -> OptunaSearch:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # a sampler that starts over would suggest its first points a second time
+        sampler = make_sampler(spec, spec.search.seed + len(again))
+    return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=again, sampler=sampler)
 
 
 class RecordingSearch(SpecSearch):
@@ -59,15 +110,24 @@ class RecordingSearch(SpecSearch):
         again = suggestions.read()
         self._suggestions = suggestions
         self._to_repeat = len(again)
-        super().__init__(spec, again)
+        super().__init__(spec, again, partial(seconds_spent, spec))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         params = super().suggest(trial_id)
         if self._to_repeat:
             self._to_repeat -= 1
-        elif params is not None:
+        elif isinstance(params, dict):
             self._suggestions.append(params)
         return params
+
+
+def seconds_spent(spec: Spec) -> Counter[Scalar]:
+    """What the epochs of the search have taken until now, the control's left out, by the shares of the spec."""
+    controls, spent = spec.control_names(), Counter()
+    for trial in TrialFolder.requested(spec.trials):
+        if trial.name not in controls and spec.stage(trial.config) == Stage.SEARCH:
+            spent[spec.share(trial.config)] += sum(result["seconds"] for result in trial.results())
+    return spent
 
 
 class CellSampler(BaseSampler):
@@ -125,8 +185,38 @@ def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
     return params
 
 
+class ShareScheduler(FIFOScheduler):
+    """Early stopping that compares a trial with those of its own share only, so that none stops all of another."""
+
+    def __init__(self, axis: str, shares: dict[Scalar, TrialScheduler]) -> None:
+        super().__init__()
+        self._axis, self._shares = axis, shares
+
+    def _share(self, trial: RayTrial) -> TrialScheduler:
+        return self._shares[trial.config[self._axis]]
+
+    def on_trial_add(self, controller: Any, trial: RayTrial) -> None:
+        self._share(trial).on_trial_add(controller, trial)
+
+    def on_trial_error(self, controller: Any, trial: RayTrial) -> None:
+        self._share(trial).on_trial_error(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        return self._share(trial).on_trial_result(controller, trial, result)
+
+    def on_trial_complete(self, controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        self._share(trial).on_trial_complete(controller, trial, result)
+
+    def on_trial_remove(self, controller: Any, trial: RayTrial) -> None:
+        self._share(trial).on_trial_remove(controller, trial)
+
+
 def make_scheduler(spec: Spec) -> TrialScheduler:
     """Tune's early stopping by epochs, on the score."""
+    if spec.search.equal:
+        return ShareScheduler(
+            spec.search.equal, {value: make_scheduler(share) for value, share in spec.shares().items()}
+        )
     rule = spec.early_stopping
     if rule.rule == "asha":
         return ASHAScheduler(
@@ -138,5 +228,11 @@ def make_scheduler(spec: Spec) -> TrialScheduler:
             reduction_factor=rule.reduction_factor,
         )
     if rule.rule == "median":
-        return MedianStoppingRule(time_attr="epoch", metric=SCORE, mode=spec.mode, grace_period=rule.grace_epochs)
+        return MedianStoppingRule(
+            time_attr="epoch",
+            metric=SCORE,
+            mode=spec.mode,
+            grace_period=rule.grace_epochs,
+            min_time_slice=math.inf,  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
+        )
     return FIFOScheduler()

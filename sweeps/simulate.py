@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -29,6 +29,7 @@ import typer
 from pydantic import ValidationError
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,7 @@ from lorvp.errors import UserError
 from sweeps import spec_file
 from sweeps.curves import Curve, Curves, Family, Recorded
 from sweeps.search import SpecSearch, make_scheduler
-from sweeps.spec import Spec
+from sweeps.spec import Scalar, Spec, Stage
 from sweeps.tune_trial import SCORE
 
 ROWS = 10
@@ -116,7 +117,7 @@ class Outcome:
 
     gpus: int
     states: list[State] = field(default_factory=list)
-    """How the trials ended, the control's among them, in that order."""
+    """How the trials ended, those of the control and of the confirmation among them, in that order."""
     invalid: int = 0
     """Points of the space that are no valid trial."""
     repeated: int = 0
@@ -129,7 +130,7 @@ class Outcome:
     training_seconds: float = 0.0
     """GPU-seconds of the epochs that were recorded: without start-up, and what failures cost."""
     best: list[tuple[float, float]] = field(default_factory=list)
-    """Each new best value of the objective, the control's left out, after the GPU-seconds until then."""
+    """Each new best value of the search's objective, the control's left out, after the GPU-seconds until then."""
     given_up: str = ""
 
     @property
@@ -163,6 +164,8 @@ class Suggestion:
 
     trial_id: str
     trial: Trial
+    config: dict[str, Scalar]
+    """The point of the space."""
     handed_on: int = 0
     score: float | None = None
     live: bool = True
@@ -195,8 +198,9 @@ def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> Outcome:
     As in the sweep itself: the control is asked for first; Tune asks for `search.concurrent` trials at a time and
     hears of each epoch; a trial that it gives up ends at once, and so does the job of one, unless it takes the next;
     jobs wait and run up to `jobs_in_flight`, each with the GPUs of its profile, first submitted, first started; too
-    many failures at the start end the sweep (`failure_limit`). Otherwise than there, nothing takes time but
-    submission, start-up and epochs: suggestions, polls, the test set's reading and a job's wait for its next trial.
+    many failures at the start end the sweep (`failure_limit`); the best are confirmed. Otherwise than there, nothing
+    takes time but submission, start-up and epochs: suggestions, polls, the test set's reading and a job's wait for its
+    next trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -211,7 +215,7 @@ class _Replay:
         self.spec = spec
         self.curves = curves
         self.place = place
-        self.search = SpecSearch(spec)
+        self.search = SpecSearch(spec, spent=self.spent)
         self.scheduler = make_scheduler(spec)
         self.random = random.Random(seed)
         self.outcome = Outcome(place.gpus)
@@ -234,6 +238,15 @@ class _Replay:
     def run(self) -> Outcome:
         for config in self.spec.control_configs():
             self.request(config, control=True)
+        self.go_on()
+        if self.spec.confirm and not self.outcome.given_up:
+            self.confirm()
+            self.go_on()
+        self.outcome.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
+        return self.outcome
+
+    def go_on(self) -> None:
+        """Until nothing more happens."""
         self.fill()
         while self.events and not self.outcome.given_up:
             then, _, event = heapq.heappop(self.events)
@@ -241,8 +254,26 @@ class _Replay:
             self.now = then
             event()
             self.fill()
-        self.outcome.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
-        return self.outcome
+
+    def confirm(self) -> None:
+        """Asks for the best trials of each share, and of the control, under each seed."""
+        finished = [trial for trial in self.trials.values() if trial.state == State.FINISHED]
+        finished.sort(key=lambda trial: self.better(trial.curve.values), reverse=self.spec.mode == "max")
+        best = [trial for trial in finished if trial.control][:1]
+        for value in self.spec.shares():
+            of_value = [t for t in finished if not t.control and self.spec.share(t.config) == value]
+            best += of_value[: self.spec.confirm.top]
+        for trial in best:
+            for seed in self.spec.confirm.seeds:
+                self.request(self.spec.confirmed(trial.config, seed), trial.control)
+
+    def spent(self) -> Counter[Scalar]:
+        """Seconds of the search's epochs until now, by share."""
+        spent: Counter[Scalar] = Counter()
+        for trial in self.trials.values():
+            if not trial.control:
+                spent[self.spec.share(trial.config)] += sum(trial.curve.seconds[: trial.epochs])
+        return spent
 
     def at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.events, (time, next(self.order), event))
@@ -276,6 +307,9 @@ class _Replay:
         trial_id = str(self.suggested)
         self.suggested += 1
         params = self.search.suggest(trial_id)
+        if params == Searcher.FINISHED:
+            self.suggested = self.total
+            return
         try:
             config = self.spec.trial_config(params)
         except ValidationError:  # each axis is valid by itself, but not every two of them together
@@ -283,7 +317,7 @@ class _Replay:
             self.search.on_trial_complete(trial_id, error=True)
             return
         before = len(self.trials)
-        suggestion = Suggestion(trial_id, self.request(config))
+        suggestion = Suggestion(trial_id, self.request(config), params)
         self.outcome.repeated += len(self.trials) == before
         suggestion.trial.followed_by.append(suggestion)
         self.live += 1
@@ -361,7 +395,8 @@ class _Replay:
             return
         value, best = trial.curve.values[trial.epochs], self.outcome.best
         self.outcome.training_seconds += self.place.profile.gpus * trial.curve.seconds[trial.epochs]
-        if not trial.control and (not best or self.better(value, best[-1][1]) != best[-1][1]):
+        searched = not trial.control and self.spec.stage(trial.config) == Stage.SEARCH
+        if searched and (not best or self.better(value, best[-1][1]) != best[-1][1]):
             best.append((self.outcome.gpu_seconds, value))
         trial.epochs += 1
         trial.part = 0.0
@@ -461,7 +496,7 @@ def show(outcome: Outcome, spec: Spec, curves: Curves, place: Place) -> None:
         highlight=False,
     )
     console.print(curves.describe(), highlight=False, markup=False)
-    for name, value in figures(outcome).items():
+    for name, value in figures(outcome, spec.confirm is not None).items():
         console.print(f"{name + ':':17}{value}", highlight=False)
     if outcome.given_up:
         console.print(f"given up: {outcome.given_up}", style="red", highlight=False)
@@ -469,11 +504,11 @@ def show(outcome: Outcome, spec: Spec, curves: Curves, place: Place) -> None:
         console.print(best_table(outcome, spec.objective))
 
 
-def figures(outcome: Outcome) -> dict[str, str]:
+def figures(outcome: Outcome, confirmed: bool = False) -> dict[str, str]:
     """The outcome in words, by name."""
     ended = {state: outcome.states.count(state) for state in State}
     trials = f"{ended[State.FINISHED]} finished, {ended[State.STOPPED]} stopped early, {ended[State.FAILED]} failed"
-    shown = {"trials": f"{len(outcome.states)} with the control: {trials}"}
+    shown = {"trials": f"{len(outcome.states)} with the control{' and the confirmation' * confirmed}: {trials}"}
     if outcome.repeated:
         shown["asked for again"] = f"{outcome.repeated} points of the space, each the config of an earlier trial"
     if outcome.invalid:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lorvp.config import BEST, HEAD_MAPPINGS, AbsolutePath, Part, TrialConfig
 
@@ -85,6 +86,32 @@ class SearchConfig(Part):
     trials: PositiveInt | None = Field(None, description="how many; a grid has as many as it has cells")
     seed: NonNegativeInt = 0
     concurrent: PositiveInt = Field(2, description="trials that run at the same time")
+    equal: str | None = Field(
+        None, description="a choice axis whose values get equal shares of the trials, each searched for its own"
+    )
+    seconds: PositiveFloat | None = Field(
+        None, description="with equal: no further trials of a value once the epochs of its trials have taken so long"
+    )
+
+
+class Confirm(Part):
+    """The best of the search again, under several seeds; only these trials read the test set."""
+
+    top: PositiveInt = Field(1, description="how many configs; with search.equal, of each value")
+    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=2, description="of the trial and of its data's order")
+
+    @model_validator(mode="after")
+    def _has_different_seeds(self) -> Confirm:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names a seed twice: that would be one trial")
+        return self
+
+
+class Stage(StrEnum):
+    """What a trial is for."""
+
+    SEARCH = "search"
+    CONFIRM = "confirm"
 
 
 class EarlyStopping(Part):
@@ -122,6 +149,7 @@ class Spec(Part):
     trial: dict[str, Any] = Field(description="values of TrialConfig that all trials share")
     space: dict[str, Axis] = Field(description="keys of TrialConfig that the search chooses, by dotted path")
     search: SearchConfig = SearchConfig()
+    confirm: Confirm | None = None
     early_stopping: EarlyStopping = EarlyStopping()
     failure_limit: FailureLimit = FailureLimit()
     objective: Literal["val_top1", "val_top5", "val_loss"] = "val_top1"
@@ -153,7 +181,20 @@ class Spec(Part):
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
+        if self.confirm:  # the test set is left to the confirmation
+            values["read_test"] = False
+            if values.get("select") == "test_best_epoch":
+                values["select"] = "val"
         return TrialConfig.model_validate(values)
+
+    def confirmed(self, config: TrialConfig, seed: int) -> TrialConfig:
+        """A config of the search as it is trained to confirm it."""
+        select = self.trial.get("select", config.select)
+        changes = {"init_seed": seed, "order_seed": seed, "read_test": True, "select": select}
+        return TrialConfig.model_validate(config.model_dump(mode="json") | changes)
+
+    def stage(self, config: TrialConfig) -> Stage:
+        return Stage.CONFIRM if self.confirm and config.read_test else Stage.SEARCH
 
     def params(self, config: TrialConfig) -> dict[str, Scalar]:
         """Where a trial lies in the space: its values on the axes that matter to it."""
@@ -179,6 +220,33 @@ class Spec(Part):
             lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
             cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
         return [self.trial_config(cell) for cell in cells]
+
+    def control_names(self) -> set[str]:
+        """What the control's trials are called, those that confirm it among them."""
+        configs, seeds = self.control_configs(), self.confirm.seeds if self.confirm else []
+        again = [self.confirmed(config, seed) for config in configs for seed in seeds]
+        return {config.content_hash() for config in [*configs, *again]}
+
+    def shares(self) -> dict[Scalar, Spec]:
+        """What is searched by itself: the space at each value of `search.equal`, with so many of the trials; without
+        it the whole, as that of None.
+        """
+        name = self.search.equal
+        if name is None:
+            return {None: self}
+        values = self.space[name].choice
+        shares = {}
+        for i, value in enumerate(values):
+            trials = len(range(i, self.search.trials, len(values)))
+            search = self.search.model_copy(update={"equal": None, "seconds": None, "trials": trials})
+            shares[value] = self.model_copy(
+                update={"space": self.space | {name: Axis(choice=[value])}, "search": search}
+            )
+        return shares
+
+    def share(self, config: TrialConfig) -> Scalar:
+        """Which of the shares a config belongs to."""
+        return flatten(config.model_dump(mode="json"))[self.search.equal] if self.search.equal else None
 
     def ordered_axes(self) -> dict[str, Axis]:
         """The axes, each after those that its condition names. Raises ValueError naming a cycle."""
@@ -236,6 +304,17 @@ class Spec(Part):
 
     def number_of_trials(self) -> int:
         return len(self.cells()) if self.search.algorithm == "grid" else self.search.trials
+
+    def number_of_confirmations(self) -> int:
+        """At most: trials that failed, or that have no seed, make it less."""
+        if self.confirm is None:
+            return 0
+        seeds = self.confirm.seeds
+        configs = sum(min(self.confirm.top, share.number_of_trials()) for share in self.shares().values())
+        controls = [
+            len({self.confirmed(config, seed).content_hash() for seed in seeds}) for config in self.control_configs()
+        ]
+        return configs * len(seeds) + max(controls, default=0)
 
 
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:

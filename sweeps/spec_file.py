@@ -13,7 +13,7 @@ from lorvp.config import Part, TrialConfig
 from lorvp.errors import UserError
 from lorvp.explain import Location, closest, explain
 from lorvp.yaml_file import YamlFile, parse_value
-from sweeps.spec import Scalar, Spec
+from sweeps.spec import Scalar, Spec, flatten
 
 Fail = Callable[[Location, str], NoReturn]
 
@@ -46,6 +46,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     if spec.pack != 1 and profile.gpus > 1:
         file.fail(("pack",), f"must be 1 where a job has {profile.gpus} GPUs, as profile {spec.cluster} gives it")
     _check_search(spec, file.fail)
+    _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
     for part, key in (("dataset", "root"), ("backbone", "checkpoint")):
         if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
@@ -74,6 +75,37 @@ def _check_search(spec: Spec, fail: Fail) -> None:
         fail(("search", "trials"), f"this grid has {len(spec.cells())} cells; leave trials out")
     if search.algorithm != "grid" and search.trials is None:
         fail(("search",), f"{search.algorithm} needs trials: how many")
+    if search.equal is not None:
+        _check_equal(spec, search.equal, fail)
+    elif search.seconds is not None:
+        fail(("search", "seconds"), "a limit for each value of an axis: needs search.equal to name it")
+
+
+def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
+    """That each value of the axis `name` can have an equal share of the trials."""
+    location, axis = ("search", "equal"), spec.space.get(name)
+    if axis is None:
+        fail(location, f"no such axis in space: {name}{closest(name, list(spec.space))}")
+    if axis.choice is None:
+        fail(location, f"{name} must be a choice axis: only listed values can have equal shares")
+    if axis.when:
+        fail(location, f"{name} exists under a condition only; every trial must have it")
+    if spec.search.algorithm == "grid":
+        fail(location, "a grid has every cell anyway; leave equal out")
+    if spec.search.trials < len(axis.choice):
+        fail(("search", "trials"), f"must be at least {len(axis.choice)}, one for each value of {name}")
+
+
+def _check_confirm(spec: Spec, fail: Fail) -> None:
+    """That what the confirmation decides is decided by nothing else."""
+    if spec.confirm is None:
+        return
+    for kind in ("trial", "space", "control"):
+        if "read_test" in (getattr(spec, kind) or {}):
+            fail((kind, "read_test"), "leave it out beside confirm: only the confirmation reads the test set")
+    for kind in ("space", "control"):
+        if "select" in (getattr(spec, kind) or {}):
+            fail((kind, "select"), "leave it out beside confirm: the search selects by val; trial.select may be given")
 
 
 def _check_configs(spec: Spec, fail: Fail) -> None:
@@ -97,6 +129,8 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     for name, axis in spec.space.items():
         for i, value in enumerate(axis.examples()):
             check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+            if name == spec.search.equal:
+                _check_spelling(spec, name, i, fail)
     if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
     if spec.search.algorithm == "grid":
@@ -114,6 +148,17 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             if dotted in spec.control:
                 fail(("control", dotted), message)
             fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
+    """That a trial has the value as it is spelt: it tells by it which share the trial belongs to."""
+    value = spec.space[name].choice[place]
+    try:
+        taken = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
+    except ValidationError:  # with others it may be valid
+        return
+    if taken != value:
+        fail(("space", name, "choice", place), f"search.equal needs it as a trial has it: {taken!r}, not {value!r}")
 
 
 def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:

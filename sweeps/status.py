@@ -32,7 +32,8 @@ def table(spec: Spec, relay: Relay) -> Table:
     states = relay.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
     shown = Table(title=f"sweep {spec.name}", title_justify="left", box=None, caption_justify="left")
     shown.caption = _driver(running_driver(spec.folder), driver_job, states)
-    for column in ("trial", "job", "state", "node", "epoch", spec.objective, "queued", "running", "why"):
+    stage = ["stage"] if spec.confirm else []
+    for column in ("trial", *stage, "job", "state", "node", "epoch", spec.objective, "queued", "running", "why"):
         shown.add_column(column, overflow="fold")
     for trial in trials:
         results = trial.results()
@@ -42,7 +43,8 @@ def table(spec: Spec, relay: Relay) -> Table:
         end = trial.ended()
         node = state.node if state and state.alive and end is None else ""
         epochs = f"{len(results)}/{trial.config.epochs}"
-        shown.add_row(trial.name, job, _state(end, state), node, epochs, value, *_times(trial), _why(trial, end, state))
+        name = [trial.name, spec.stage(trial.config)] if spec.confirm else [trial.name]
+        shown.add_row(*name, job, _state(end, state), node, epochs, value, *_times(trial), _why(trial, end, state))
     return shown
 
 

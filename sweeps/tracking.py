@@ -192,6 +192,7 @@ class Tracker:
                 TRIAL: trial.name,
                 "mlflow.parentRunId": self.parent.info.run_id,
                 "control": str(control).lower(),
+                "stage": self.spec.stage(config),
                 "method": config.method,
                 "label_mapping": config.label_mapping,
             }

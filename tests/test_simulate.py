@@ -279,7 +279,7 @@ def test_work_grows_as_the_trials_do(make, monkeypatch):
     """Calls of functions are counted: on a busy machine times say little. Optuna's own growth is left out."""
 
     class Points:
-        def __init__(self, spec: Spec) -> None:
+        def __init__(self, spec: Spec, spent: object) -> None:
             self.suggested = 0
 
         def suggest(self, trial_id: str) -> dict:

@@ -82,6 +82,21 @@ BROKEN = {
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
     "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
     "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
+    "confirmed with one seed": ("name: good", "name: good\nconfirm: {seeds: [3]}", ":2: confirm.seeds: List should have at least 2 items"),
+    "confirmed with a seed twice": ("name: good", "name: good\nconfirm: {seeds: [3, 4, 3]}", ":2: confirm: seeds names a seed twice"),
+    "confirmed none": ("name: good", "name: good\nconfirm: {top: 0}", ":2: confirm.top: Input should be greater than 0, not 0"),
+    "confirm without a mapping": ("name: good", "name: good\nconfirm: true", ":2: confirm: Input should be a valid dictionary"),
+    "test set and confirm": ("  epochs: 4\n", "  epochs: 4\n  read_test: true\nconfirm: {}\n", ":6: trial.read_test: leave it out beside confirm"),
+    "test set of the control and confirm": ("name: good", "name: good\ncontrol: {read_test: true}\nconfirm: {}", ":2: control.read_test: leave it out beside confirm"),
+    "selection searched and confirm": ("space:\n", "confirm: {}\nspace:\n  select: {choice: [val, test_best_epoch]}\n", ":8: space.select: leave it out beside confirm"),
+    "equal shares of a grid": ("algorithm: grid", "algorithm: grid, equal: label_mapping", ":11: search.equal: a grid has every cell anyway"),
+    "equal shares of no axis": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_maping", ":11: search.equal: no such axis in space: label_maping; did you mean label_mapping?"),
+    "equal shares of a range": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: prompt.rank", ":11: search.equal: prompt.rank must be a choice axis"),
+    "equal shares under a condition": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: optimizer.head_lr", ":11: search.equal: optimizer.head_lr exists under a condition only"),
+    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: label_mapping", ":11: search.trials: must be at least 3, one for each value of label_mapping"),
+    "seconds without equal shares": ("algorithm: grid", "algorithm: tpe, trials: 6, seconds: 60", ":11: search.seconds: a limit for each value of an axis: needs search.equal"),
+    "no seconds": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_mapping, seconds: 0", ":11: search.seconds: Input should be greater than 0"),
+    "equal shares spelt otherwise": (GOOD[GOOD.index("  label_mapping") : GOOD.index("early")], "  backbone.checkpoint: {choice: [a.safetensors, b.safetensors]}\nsearch: {algorithm: tpe, trials: 6, equal: backbone.checkpoint}\n", ":7: space.backbone.checkpoint.choice[0]: search.equal needs it as a trial has it: '/"),
     "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
@@ -180,6 +195,41 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
     without_heads = "[flm, ilm]}", "when: {label_mapping: [flm]"
     text = GOOD.replace("[flm, fm, lp]}", without_heads[0]).replace("when: {label_mapping: [fm, lp]", without_heads[1])
     assert controls(old=GOOD, new=text) == ["lp"]
+
+
+def test_only_the_confirmation_reads_the_test_set(write):
+    overrides = ["confirm={seeds: [5, 6]}", "control.optimizer.lr=0.1", "trial.select=test_best_epoch"]
+    spec = spec_file.load(write(), [*overrides, "trial.dataset.split_seed=3"])
+    searched = [spec.trial_config(cell) for cell in spec.cells()] + spec.control_configs()
+    assert {(config.read_test, config.select, spec.stage(config)) for config in searched} == {(False, "val", "search")}
+    again = spec.confirmed(searched[0], 6)
+    assert (again.read_test, again.select, again.init_seed, again.order_seed) == (True, "test_best_epoch", 6, 6)
+    assert spec.stage(again) == "confirm"
+    assert again.dataset.split_seed == 3
+    assert again.content_hash() not in {config.content_hash() for config in searched}
+    fitted = spec.control_configs()[0]
+    assert spec.confirmed(fitted, 5).content_hash() == spec.confirmed(fitted, 6).content_hash()
+    without = spec_file.load(write())
+    assert {without.stage(config) for config in [without.trial_config(without.example()), again]} == {"search"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["confirm={}"], 3 + 1),  # the control is fitted
+        (["confirm={top: 2}", "control.head_init=random", "control.method=linear_probe"], 2 * 3 + 3),
+        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: label_mapping}"], 5 * 3),
+        (["confirm={top: 99, seeds: [1, 2]}", "control=null"], 30 * 2),
+        ([], 0),
+    ],
+)
+def test_how_many_trials_confirm(write, overrides, count):
+    path = write()
+    arguments = [argument for override in overrides for argument in ("--set", override)]
+    spec = spec_file.load(path, overrides)
+    assert spec.number_of_confirmations() == count
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--no-estimate", *arguments])
+    assert (f"confirmation: up to {count} trials more" in result.output) == (count > 0)
 
 
 def test_milestones_are_where_decisions_fall(write):

@@ -296,3 +296,82 @@ def test_a_sweep_that_fails_from_its_start_is_ended(tmp_path):
     assert parent.info.status == "FAILED"
     failed = next(trial for trial in sweep.trials() if trial.ended() and trial.ended().state == State.FAILED)
     assert "failed" in sweep.run("--follow", failed.name[:6])
+
+
+CONFIRMED = """\
+name: small
+trial:
+  backbone: {name: lorvp_tiny_32.cifar10}
+  dataset: {name: digits, max_per_class: 20, val_fraction: 0.2}
+  optimizer: {lr: 0.5, prompt_name: adam}
+  epochs: 2
+  batch_size: 32
+space:
+  method: {choice: [lorvp, linear_probe]}
+  optimizer.head_lr: {log_uniform: [0.05, 1]}
+  optimizer.prompt_lr: {log_uniform: [0.005, 0.2], when: {method: lorvp}}
+search: {algorithm: tpe, trials: 4, seed: 1, concurrent: 2, equal: method}
+early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
+confirm: {seeds: [3, 4]}
+"""
+
+
+def test_confirmation_killed_resumed_and_made_longer(tmp_path):
+    sweep = Sweep(tmp_path, CONFIRMED)
+
+    def stages() -> dict[str, list[TrialFolder]]:
+        found = {True: [], False: []}
+        for trial in sweep.trials():
+            found[trial.config.read_test].append(trial)
+        return {"search": found[False], "confirm": found[True]}
+
+    process = sweep.start()
+    while sum(len(trial.results()) for trial in stages()["confirm"]) < 1:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    chosen = (sweep.path / "confirm.json").read_text()
+    before = {trial.name: trial.results() for trial in stages()["search"]}
+    assert len(before) == 4 + 1
+    status = sweep.run("--status")
+    assert len(re.findall(r"[0-9a-f]{12} +confirm ", status)) == 2 * 2 + 1
+    output = sweep.run("--resume")
+    sweep.check_complete(trials=5 + 5)
+    assert (sweep.path / "confirm.json").read_text() == chosen
+    assert {trial.name: trial.results() for trial in stages()["search"]} == before
+    assert all(result["test_top1"] is None for results in before.values() for result in results)
+    for trial in stages()["confirm"]:
+        read = [result["test_top1"] is not None for result in trial.results()]
+        assert read == [False] * (trial.config.epochs - 1) + [True]
+    tags = {run.data.tags["lorvp.trial"]: run.data.tags["stage"] for run in sweep.runs() if "stage" in run.data.tags}
+    assert tags == {trial.name: stage for stage, trials in stages().items() for trial in trials}
+    rows = pq.read_table(sweep.path / "results.parquet").to_pylist()
+    assert {row["trial"]: row["stage"] for row in rows} == tags
+    comparison = pq.read_table(sweep.path / "comparison.parquet").to_pylist()
+    assert [(row["method"], row["n"], row["control"]) for row in comparison] == [
+        ("lorvp", 2, False),
+        ("linear_probe", 2, False),
+        ("linear_probe", 1, True),
+    ]
+    best = max(comparison[:2], key=lambda row: row["val_top1"])
+    assert f"best config {best['trial']} (method {best['method']}): val top-1 {best['val_top1']:.2f} ±" in output
+    assert "less the control: val" in output
+    logged = Path(re.search(r"best prompt: (\S+)", output)[1])
+    assert logged.parts[-4] in {trial.name for trial in stages()["confirm"]}
+    assert lorvp.load(logged).class_names[9] == "9"
+    assert sweep.best_model().shape == (4, 10)
+    (parent,) = [run for run in sweep.runs() if "mlflow.parentRunId" not in run.data.tags]
+    files = {file.path for file in sweep.client().list_artifacts(parent.info.run_id)}
+    assert {"comparison.md", "comparison.parquet", "results.parquet"} <= files
+    assert (sweep.path / "comparison.md").read_text().startswith("# small")
+    # again: nothing is trained; longer: the search goes on, and what was confirmed stays
+    sweep.run("--resume")
+    sweep.check_complete(trials=5 + 5)
+    confirmed = {trial.name: trial.results() for trial in stages()["confirm"]}
+    sweep.run("--resume", "--set", "search.trials=6")
+    assert len(stages()["search"]) == 6 + 1
+    sweep.check_complete(trials=len(stages()["search"]) + len(stages()["confirm"]))
+    assert '"trials": 6' in (sweep.path / "confirm.json").read_text()
+    for name, results in confirmed.items():
+        assert TrialFolder(sweep.path / "trials" / name).results() == results

@@ -1,0 +1,87 @@
+"""What the follower says and decides, by the folders of a sweep with a confirmation."""
+
+from __future__ import annotations
+
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+from conftest import digits_values
+from rich.console import Console
+
+from cluster.folder import State, TrialFolder
+from lorvp.config import TrialConfig
+from sweeps import follow
+from sweeps.follow import Follower
+from sweeps.spec import Spec
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return Spec.model_validate(
+        {
+            "name": "followed",
+            "trial": digits_values(epochs=1),
+            "space": {"prompt.rank": {"int": [1, 9]}},
+            "search": {"algorithm": "tpe", "trials": 4},
+            "confirm": {"seeds": [1, 2]},
+            "failure_limit": {"share": 0.25, "trials": 4},
+            "output": tmp_path,
+        }
+    )
+
+
+@pytest.fixture
+def follower(spec, monkeypatch):
+    """One that nothing is submitted or sent for; a sweep that is given up is not interrupted."""
+    monkeypatch.setattr(follow.os, "kill", lambda *_: None)
+    relay = SimpleNamespace(states={}, troubles={}, poll=lambda: None)
+    tracker = SimpleNamespace(record=lambda *_: None, end=lambda *_: None)
+    return lambda: Follower(spec, relay, tracker, Console(file=StringIO(), width=200))
+
+
+def ended(spec: Spec, config: TrialConfig, state: State = State.FINISHED) -> str:
+    trial = TrialFolder.request(spec.trials, config)
+    attempt = trial.claim()
+    attempt.append({"epoch": 1, "val_top1": 50.0})
+    attempt.end(state)
+    return trial.name
+
+
+def summary(follower: Follower) -> str:
+    return follower.view().renderables[1]
+
+
+def test_stages_are_counted_apart(spec, follower):
+    configs = [spec.trial_config({"prompt.rank": rank}) for rank in (1, 2, 3, 4)]
+    following = follower()
+    for config in [*configs[:3], *spec.control_configs()]:
+        ended(spec, config)
+    earlier = ended(spec, spec.confirmed(configs[3], 1))  # of a shorter search
+    following.look()
+    assert summary(following).startswith("4 of 5 trials begun: 4 finished")
+    ended(spec, configs[3])
+    names = {ended(spec, spec.confirmed(configs[0], seed)) for seed in (1, 2)} | {"still to come"}
+    assert earlier not in names
+    following.look()
+    assert summary(following).startswith("5 of 5 trials begun: 5 finished")
+    following.confirm(names)
+    assert summary(following).startswith("2 of 3 trials of the confirmation begun: 2 finished")
+    said = following.console.file.getvalue()
+    assert f"{earlier}  confirm  rank=4 seed=1  epoch 1/1" in said
+
+
+def test_what_fails_in_the_confirmation_does_not_end_the_sweep(spec, follower):
+    configs = [spec.trial_config({"prompt.rank": rank}) for rank in (1, 2)]
+    following = follower()
+    ended(spec, configs[0], State.FAILED)
+    for seed in (1, 2):
+        ended(spec, spec.confirmed(configs[0], seed), State.FAILED)
+    following.look()
+    assert not following.given_up
+    ended(spec, configs[1], State.FAILED)
+    following.look()
+    assert following.given_up == "2 of the first 2 trials failed (failure_limit)"
+    resumed = follower()
+    resumed.look()
+    assert not resumed.given_up
