@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lorvp.tiny  # noqa: F401  registers the quickstart's backbone with timm
+import lorvp.tiny  # noqa: F401  registers our backbones with timm
+from lorvp import clip
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
@@ -52,6 +53,8 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean or known["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std or known["std"]).view(3, 1, 1))
         self.source_classes: int = self.model.num_classes
+        if config.zero_shot is not None:
+            self.source_classes = clip.add_zero_shot(self.model, config.zero_shot)
         self.features: int = self.model.head_hidden_size
         if not self.source_classes:
             raise UserError(f"backbone {config.name} has no classifier, so no source classes to map from")

@@ -64,6 +64,9 @@ class BackboneConfig(Part):
     name: str = Field(description="timm model name, with its pretraining tag")
     pretrained: bool = Field(True, description="load weights: from `checkpoint`, else the ones timm names")
     checkpoint: AbsolutePath | None = Field(None, description="local weights (safetensors or a state dict)")
+    zero_shot: AbsolutePath | None = Field(
+        None, description="of a CLIP image tower: the text tower's weights of source classes (`python -m lorvp.clip`)"
+    )
     kwargs: dict[str, Any] = Field({}, description="keyword arguments for timm.create_model")
     image_size: PositiveInt | None = Field(None, description="L: side of the input, in pixels")
     mean: tuple[float, float, float] | None = Field(None, description="input mean, of pixels in [0, 1]")

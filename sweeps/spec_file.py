@@ -48,7 +48,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
-    for part, key in (("dataset", "root"), ("backbone", "checkpoint")):
+    for part, key in (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "zero_shot")):
         if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
             spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
     return spec

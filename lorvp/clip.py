@@ -1,0 +1,88 @@
+"""CLIP's text tower as the source classes of its image tower: zero-shot weights, made once, by open_clip.
+
+    python -m lorvp.clip ViT-B-32 openai --classes NAMES.txt --out imagenet.safetensors
+
+`backbone.zero_shot` names the file: each text's unit vector is then a source class, its logit the published 100 times
+the cosine (Radford et al. 2021), and RLM, FLM, ILM and FM map from those. open_clip is the optional extra `clip`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from lorvp import cli
+from lorvp.errors import UserError
+from lorvp.files import replacing
+
+TEXTS = "a photo of a {}."
+"""What is said of each class, by default."""
+SCALE = 100.0
+
+
+class ZeroShot(nn.Module):
+    """Embeddings of images (N, d) to logits (N, classes): 100 times the cosine to each class's text."""
+
+    def __init__(self, texts: torch.Tensor) -> None:
+        super().__init__()
+        self.texts: torch.Tensor
+        self.register_buffer("texts", texts)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return SCALE * F.normalize(images, dim=1) @ self.texts.to(images.dtype).T
+
+
+def add_zero_shot(model: nn.Module, path: Path) -> int:
+    """Puts the weights of `path` behind a timm image tower's projection, in place; how many classes they are.
+
+    Raises UserError for a file that isn't one, and for weights of another width.
+    """
+    try:
+        texts = load_file(path)["texts"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"backbone.zero_shot: {path} is not what `python -m lorvp.clip` writes ({error})") from None
+    if texts.shape[1] != model.num_classes:
+        width = texts.shape[1]
+        raise UserError(
+            f"backbone.zero_shot: {path} has texts of width {width}, and the backbone gives {model.num_classes}"
+        )
+    name = model.pretrained_cfg["classifier"]
+    model.set_submodule(name, nn.Sequential(model.get_submodule(name), ZeroShot(texts)))
+    return len(texts)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="open_clip model name, as ViT-B-32")],
+    pretrained: Annotated[str, typer.Argument(help="its weights: a tag, a file, or an empty text for random ones")],
+    classes: Annotated[Path, typer.Option(exists=True, help="a class name a line")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write")],
+    text: Annotated[list[str], typer.Option(help="with {} for the name; several are averaged")] = [TEXTS],  # noqa: B006
+) -> None:
+    """Writes the text tower's unit vectors of class names."""
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("open_clip is not installed: pip install 'lorvp[clip]'") from None
+    names = [line.strip() for line in classes.read_text().splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"--classes {classes}: no class name in it")
+    tower = open_clip.create_model(model, pretrained=pretrained or None).eval()
+    tokenize = open_clip.get_tokenizer(model)
+    with torch.inference_mode():
+        each = [F.normalize(tower.encode_text(tokenize([one.format(name) for name in names])), dim=1) for one in text]
+        texts = F.normalize(torch.stack(each).mean(0), dim=1)
+    with replacing(out) as temporary:
+        save_file({"texts": texts.float().contiguous()}, temporary, metadata={"classes": "\n".join(names)})
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    cli.run(app)
