@@ -214,7 +214,7 @@ def memory(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = resolve_precision(precision, device)
     table = Table(box=None, title=f"MiB, batch {batch_size}, {known}, on the {device.type}", title_justify="left")
-    for column in ("", "predicted", "measured", "ratio"):
+    for column in ("", "predicted", "measured", "ratio", "optimizer's"):
         table.add_column(column, justify="left" if not column else "right")
     for name, kind in itertools.product(backbones, method):
         config = TrialConfig.model_validate(
@@ -230,13 +230,15 @@ def memory(
                 "precision": known,
             }
         )
-        predicted, measured = predict(config, CLASSES).peak, measured_peak(config, device)
-        table.add_row(f"{name}, {kind}", f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}")
+        predicted, (measured, state) = predict(config, CLASSES).peak, measured_peak(config, device)
+        figures = f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}", f"{state:.2f}"
+        table.add_row(f"{name}, {kind}", *figures)
     console.print(table)
 
 
-def measured_peak(config: TrialConfig, device: torch.device) -> float:
-    """MiB that torch's allocator has given at most, in an epoch of two steps and an evaluation on random images."""
+def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, float]:
+    """MiB that torch's allocator has given at most, in an epoch of two steps and an evaluation on random images, and of
+    the optimizers' states."""
     backbone = Backbone(config.backbone, resolve_precision(config.precision, device), config.backbone_speed).to(device)
     side = backbone.image_size
     count = max(2 * config.batch_size, config.eval_batch_size)
@@ -249,11 +251,11 @@ def measured_peak(config: TrialConfig, device: torch.device) -> float:
         others = torch.cuda.memory_allocated(device) - frozen  # of what ran before in this process
         torch.cuda.reset_peak_memory_stats(device)
         (result,) = train(config, loaded=loaded)
-        return result.peak_memory_mib - others / 2**20
+        return result.peak_memory_mib - others / 2**20, result.optimizer_state_mib
     with torch.autograd.profiler.profile(profile_memory=True) as profiled:
-        (_,) = train(config, loaded=loaded)
+        (result,) = train(config, loaded=loaded)
     changes = [event.nbytes() for event in profiled.kineto_results.events() if event.name() == "[memory]"]
-    return (frozen + max(itertools.accumulate(changes))) / 2**20
+    return (frozen + max(itertools.accumulate(changes))) / 2**20, result.optimizer_state_mib
 
 
 def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -86,4 +86,4 @@ def test_a_trial_takes_the_memory_that_was_predicted(digits, name, precision):
     """Workspaces of cuDNN and cuBLAS are not predicted: the batch is large enough for them to be a small part."""
     backbone = {"name": name, "pretrained": False}
     config = digits(backbone=backbone, precision=precision, epochs=1, batch_size=128, eval_batch_size=128)
-    assert predict(config, CLASSES).peak == pytest.approx(measured_peak(config, torch.device("cuda")), rel=0.25)
+    assert predict(config, CLASSES).peak == pytest.approx(measured_peak(config, torch.device("cuda"))[0], rel=0.25)

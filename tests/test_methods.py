@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 from scipy.special import erf
@@ -432,13 +433,14 @@ def test_a_transformer_of_another_kind_is_refused_by_the_job():
 
 
 PAPER = {
-    "resnet18.tv_in1k": {},
-    "resnet50.tv2_in1k": {},
-    "vit_base_patch32_224.augreg_in21k_ft_in1k": {"depth": 2},
-    "vit_base_patch16_224_miil.in21k": {"depth": 2},
-    "swin_base_patch4_window7_224.ms_in22k": {"depths": (2, 2, 2, 2)},
-    "vit_base_patch32_clip_224.openai": {"depth": 2},
+    "resnet18.tv_in1k": ({}, 0.485),
+    "resnet50.tv2_in1k": ({}, 0.485),
+    "vit_base_patch32_224.augreg_in21k_ft_in1k": ({"depth": 2}, 0.5),
+    "vit_base_patch16_224_miil.in21k": ({"depth": 2}, 0.0),
+    "swin_base_patch4_window7_224.ms_in22k": ({"depths": (2, 2, 2, 2)}, 0.485),
+    "vit_base_patch32_clip_224.openai": ({"depth": 2}, 0.48145466),
 }
+"""The paper's backbones, fewer blocks where there are many, and the mean of their input."""
 
 
 @pytest.mark.slow
@@ -447,7 +449,7 @@ PAPER = {
 def test_the_papers_backbones(method, name):
     values = {
         "method": method,
-        "backbone": {"name": name, "pretrained": False, "kwargs": PAPER[name]},
+        "backbone": {"name": name, "pretrained": False, "kwargs": PAPER[name][0]},
         "dataset": {"name": "digits"},
         "tokens": {"count": 2, "deep": name.startswith("vit")},
     }
@@ -457,7 +459,26 @@ def test_the_papers_backbones(method, name):
         return
     wanted = TrialConfig.model_validate(values)
     made = methods.make(wanted, Backbone(wanted.backbone, "fp32", wanted.backbone_speed), 10)
+    assert made.backbone.mean.flatten()[0].item() == pytest.approx(PAPER[name][1])
     logits = made(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8))
     assert logits.shape == (2, 10)
     logits.sum().backward()
     assert all(p.grad is not None for name, group in made.groups().items() for p in group if name != "backbone")
+
+
+@pytest.mark.slow
+def test_resnet_50_of_imagenet_21k_p_from_a_file(tmp_path):
+    """MIIL's weights are a file that timm doesn't name: classes, mean and deviation are said in the config."""
+    kwargs = {"num_classes": 11221}
+    torch.save(timm.create_model("resnet50", **kwargs).state_dict(), tmp_path / "resnet50_miil_21k.pth")
+    backbone = {
+        "name": "resnet50",
+        "checkpoint": tmp_path / "resnet50_miil_21k.pth",
+        "kwargs": kwargs,
+        "mean": (0, 0, 0),
+        "std": (1, 1, 1),
+    }
+    wanted = TrialConfig.model_validate({"backbone": backbone, "dataset": {"name": "digits"}, "label_mapping": "flm"})
+    made = methods.make(wanted, Backbone(wanted.backbone, "fp32"), 10)
+    assert (made.backbone.source_classes, made.backbone.mean.abs().max()) == (11221, 0)
+    assert made(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 10)
