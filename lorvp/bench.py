@@ -38,7 +38,7 @@ from lorvp.backbone import Backbone, resolve_precision
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.datasets import ArrayImages, Splits
 from lorvp.memory import predict
-from lorvp.speed import is_convolutional
+from lorvp.speed import is_convolutional, keep_memory
 from lorvp.training import EpochResult, Loaded, Training, train, train_together
 
 CLASSES = 10
@@ -80,6 +80,12 @@ def light(backbone: Backbone, batch: int, steps: int) -> float:
     return batch * steps / (time.perf_counter() - start)
 
 
+def kept(on: bool, run: Callable[[], float]) -> float:
+    """`run`, with or without the memory that it frees being kept."""
+    keep_memory(on)
+    return run()
+
+
 @app.command()
 def step(
     backbone: Annotated[str, typer.Option(help="timm model name")] = "resnet18",
@@ -104,14 +110,15 @@ def step(
     loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
     theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
     turns: dict[str, Callable[[], float]] = {
-        "ours": lambda: trained(config, ours),
-        "plain": lambda: trained(config, switched_off),
-        "published": lambda: rate(theirs, loader),
-        "light": lambda: light(ours.backbone, batch_size, steps),
+        "ours": partial(kept, True, partial(trained, config, ours)),
+        "plain": partial(kept, False, partial(trained, config, switched_off)),
+        "published": partial(kept, False, partial(rate, theirs, loader)),
+        "light": partial(kept, True, partial(light, ours.backbone, batch_size, steps)),
     }
     for key in SpeedConfig.model_fields if levers else ():
-        alone = Backbone(config.backbone, ours.precision, PLAIN.model_copy(update={key: True})).to(device)
-        turns[key] = partial(trained, config, replace(ours, backbone=alone))
+        speed = PLAIN.model_copy(update={key: True})
+        alone = replace(ours, backbone=Backbone(config.backbone, ours.precision, speed).to(device))
+        turns[key] = partial(kept, speed.keep_memory, partial(trained, config, alone))
     rates = take_turns(turns, rounds)
     ratios = [("ours", other) for other in ("plain", "published", "light")]
     ratios += [(key, "plain") for key in turns if key in SpeedConfig.model_fields]

@@ -6,6 +6,8 @@ Each gives what the plain backbone gives, within the rounding of the precision, 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
@@ -13,6 +15,23 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lorvp.config import SpeedConfig
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Of malloc.h."""
+
+
+def keep_memory(on: bool) -> None:
+    """Whether glibc's allocator keeps what is freed, or gives large blocks back at once, as it does by itself.
+
+    A step frees its activations and asks for them again, and the system clears each page of them every time. It holds
+    for the process; without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(M_MMAP_MAX, 0 if on else 1 << 16)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if on else 64 << 20)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what it comes to by itself, once blocks of that size were freed
 
 
 class SplitConv(nn.Module):

@@ -21,6 +21,7 @@ from lorvp.config import HEAD_MAPPINGS, Rung, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.files import replacing
 from lorvp.galore import GaLore, state_bytes
+from lorvp.speed import keep_memory
 
 CHECKPOINT = "checkpoint.pt"
 BUNDLE = "bundle"
@@ -46,7 +47,7 @@ class EpochResult:
     time: float
     """Unix time at the end of the epoch."""
     parameters: dict[str, int]
-    """Trained numbers of each parameter group, as they are stored."""
+    """How many numbers of each kind (prompt, tokens, head, backbone) were trained or fitted, as they are stored."""
     optimizer_state_mib: float
     """What the optimizers keep beside the parameters."""
     order: int
@@ -74,6 +75,8 @@ class Loaded:
 def load(config: TrialConfig) -> Loaded:
     """Builds the backbone on the device and reads the data. Raises UserError where either can't be had."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and config.speed.keep_memory:
+        keep_memory(True)
     precision = resolve_precision(config.precision, device)
     backbone = Backbone(config.backbone, precision, config.backbone_speed).to(device)
     splits = datasets.load(config.dataset, backbone.image_size)
@@ -277,7 +280,7 @@ class Training:
             peak_memory_mib=peak_memory_mib(self.device),
             seconds=time.perf_counter() - self.start,
             time=time.time(),
-            parameters={name: sum(p.numel() for p in group) for name, group in self.groups.items()},
+            parameters=self.parameters(),
             optimizer_state_mib=sum(map(state_bytes, self.optimizers.values())) / 2**20,
             order=self.order,
             packed=packed,
@@ -291,6 +294,11 @@ class Training:
         self.next_order, self.order = self.order + 1, None
         self.save()
         return result
+
+    def parameters(self) -> dict[str, int]:
+        """How many numbers of each kind were trained, or fitted."""
+        groups = {"head": list(self.method.mapping.parameters())} | self.groups
+        return {name: sum(p.numel() for p in group) for name, group in groups.items() if group}
 
     def close(self) -> None:
         """Leaves the best epoch's bundle in the folder."""

@@ -124,7 +124,8 @@ def resident(what):
 
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
 dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
-values = {digits_values(epochs=1, batch_size=64)!r} | {{"backbone": backbone, "dataset": dataset}}
+values = {digits_values(epochs=1, batch_size=64, speed={"keep_memory": False})!r}
+values |= {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
 loaded = training.load(configs[0])
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten

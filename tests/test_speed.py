@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -13,8 +17,8 @@ from lorvp.backbone import Backbone
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.speed import ClassTokenBlock, SplitConv, accelerate, fold_batchnorm
 
-PLAIN = SpeedConfig(channels_last=False, fold_batchnorm=False, split_first_layer=False, class_token_only=False)
-KEYS = list(SpeedConfig.model_fields)
+PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
+KEYS = [key for key in SpeedConfig.model_fields if key != "keep_memory"]  # which is not the backbone's
 BACKBONES = {
     "resnet18": {},
     "mobilenetv2_100": {"pad_type": "same"},
@@ -107,3 +111,29 @@ def test_the_benchmarks_print_their_tables():
     printed = CliRunner().invoke(bench.app, ["pack", *tiny, "--most", "2"]).output
     assert "packed 2 : packed 1" in printed
     assert "processes 2 : packed 1" in printed
+
+
+KEEPS = """
+import resource, sys
+import torch
+from lorvp.speed import keep_memory
+
+torch.set_num_threads(1)
+keep_memory(sys.argv[1] == "on")
+blocks = [torch.ones(12 << 20) for _ in range(3)]  # of 48 MiB
+del blocks
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(12 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+def test_kept_memory_is_not_asked_for_again():
+    """Page faults of blocks that are freed and made again."""
+    faults = {
+        on: int(subprocess.run([sys.executable, "-c", KEEPS, on], capture_output=True, text=True, check=True).stdout)
+        for on in ("on", "off")
+    }
+    assert faults["off"] > 20 * max(1, faults["on"])
