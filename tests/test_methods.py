@@ -482,3 +482,24 @@ def test_resnet_50_of_imagenet_21k_p_from_a_file(tmp_path):
     made = methods.make(wanted, Backbone(wanted.backbone, "fp32"), 10)
     assert (made.backbone.source_classes, made.backbone.mean.abs().max()) == (11221, 0)
     assert made(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 10)
+
+
+def test_no_weight_decay_is_not_another_optimizer():
+    for name in ("sgd", "adamw"):
+        with_it, without = (
+            Training(wanted, loaded(wanted))
+            for wanted in (config("vpt", optimizer={"name": name, "weight_decay": decay}) for decay in (0.01, 0.0))
+        )
+        assert {key: type(each) for key, each in with_it.optimizers.items()} == {
+            key: type(each) for key, each in without.optimizers.items()
+        }
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_images_are_left_as_they_are(case):
+    """VPT's public code normalises the images that it has cached again in every epoch."""
+    method = built(case)
+    pixels = images(method)
+    before = pixels.clone()
+    assert torch.equal(method.said(pixels, "features"), method.said(pixels, "features")) or "dropout" in case
+    assert torch.equal(pixels, before)
