@@ -12,6 +12,8 @@ from sweeps.spec import Scalar, Spec, active
 
 PHASES = {"batch_size": "training", "eval_batch_size": "evaluation"}
 """What a trial does, by the batch size that decides what it takes."""
+GROWING = (*PHASES, "tokens.count")
+"""Axes of which the largest value takes the most."""
 USABLE = 0.9
 """Of a GPU's memory; the rest is left to CUDA, its libraries' workspaces and the allocator's gaps."""
 
@@ -55,13 +57,14 @@ def _gb(size: float) -> str:
 
 
 def _largest(spec: Spec) -> list[tuple[TrialConfig, dict[str, Scalar]]]:
-    """Configs of which one takes the most, each with the values that set it apart; of batch sizes the largest."""
+    """Configs of which one takes the most, each with the values that set it apart; of GROWING axes the largest."""
     axes = spec.ordered_axes()
-    decide = [name for name in axes if name in (*PHASES, "method", "precision") or name.startswith("backbone.")]
+    others = ("method", "precision", "tokens.deep")
+    decide = [name for name in axes if name in (*GROWING, *others) or name.startswith("backbone.")]
     conditions = {condition for name in decide for condition in axes[name].when}
     points: list[dict[str, Scalar]] = [{}]
     for name, axis in axes.items():
-        values = [max(axis.examples())] if name in PHASES else axis.examples()
+        values = [max(axis.examples())] if name in GROWING else axis.examples()
         if name not in decide and name not in conditions:
             values = values[:1]
         grown = []

@@ -139,6 +139,14 @@ def test_dry_run_looks_at_the_largest_trial(planned):
     assert "in training at batch 64, backbone.name resnet10t, method lorvp (16-bit)" in said
 
 
+@pytest.mark.slow
+def test_dry_run_takes_the_most_tokens(planned):
+    backbone, method = "trial.backbone.name=lorvp_tiny_vit_32", "trial.method=vpt"
+    tokens = "space={tokens.count: {choice: [1, 50, 10]}, tokens.deep: {choice: [true, false]}}"
+    said = planned(48, backbone, method, tokens, "trial.eval_batch_size=8")
+    assert "in training at batch 256, tokens.count 50, tokens.deep True (16-bit)" in said
+
+
 def test_dry_run_says_why_nothing_is_known(planned):
     said = planned(48, "trial.backbone.name=resnet19")
     assert said.startswith("peak GPU memory: can't be predicted: backbone.name: timm has no model 'resnet19'")

@@ -1,0 +1,70 @@
+"""python -m lorvp.predict BUNDLE IMAGE...: what a tuned prompt makes of images, in class names and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorvp import bundle, cli, images
+from lorvp.methods import Method
+from lorvp.store import batched
+
+AT_ONCE = 64
+"""Images that go through the backbone together."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image, with their probabilities."""
+
+    image: Path
+    classes: list[tuple[str, float]]
+
+
+def predict(method: Method, paths: Sequence[Path], top: int = 5) -> Iterator[Prediction]:
+    """The `top` likeliest classes of each image file, by a loaded bundle.
+
+    Images are decoded and resized as the trial's were (`lorvp.images`). Raises UserError naming one that can't be read.
+    """
+    device = method.backbone.mean.device
+    for some in batched(paths, AT_ONCE):
+        decoded = np.stack([images.decode(path, method.backbone.image_size) for path in some])
+        pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).to(device)
+        with torch.inference_mode():
+            probabilities = method(pixels).softmax(1)
+        values, places = probabilities.topk(min(top, method.classes), dim=1)
+        for path, row, found in zip(some, values.tolist(), places.tolist(), strict=True):
+            yield Prediction(
+                path, [(method.class_names[place], value) for place, value in zip(found, row, strict=True)]
+            )
+
+
+@app.command()
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],
+    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 3,
+) -> None:
+    """Prints the likeliest classes of images."""
+    method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    table = Table("image", "class", "probability", box=None)
+    table.columns[-1].justify = "right"
+    for found in list(predict(method, paths, top)):  # all of them, or the error alone
+        for place, (name, probability) in enumerate(found.classes):
+            table.add_row("" if place else str(found.image), name, f"{probability:.4f}")
+    console.print(table, markup=False)
+
+
+if __name__ == "__main__":
+    cli.run(app)
