@@ -331,9 +331,8 @@ class TrialConfig(Part):
     def canonical(self) -> dict[str, Any]:
         """The config as plain JSON values, without the keys that have no effect on this trial's result."""
         values = self.model_dump(mode="json")
-        unused = [
-            f"optimizer.{key}" for key in ("name", "lr", "weight_decay")
-        ]  # what has them by default has them by now
+        # what has them by default has them by now
+        unused = ["optimizer.name", "optimizer.lr", "optimizer.weight_decay"]
         groups = {
             "prompt": bool({"lorvp", "ilm_vp", "autovp"} & set(self.methods)),
             "tokens": bool({"vpt", "vqt"} & set(self.methods)),
