@@ -1,0 +1,73 @@
+"""python -m sweeps.schema: JSON schemas of specs and profiles, by which editors complete and check the YAML files.
+
+They are made from the pydantic models and kept beside the files that they are for, whose first line names them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cluster.profile import PROFILES, Profile
+from lorvp import cli, plugins
+from lorvp.config import Part, TrialConfig
+from lorvp.files import replacing
+from sweeps.spec import Spec
+from sweeps.spec_file import dotted_keys
+
+SPEC_SCHEMA = Path(__file__).parent / "spec.schema.json"
+PROFILE_SCHEMA = PROFILES / "profile.schema.json"
+
+
+def spec_schema() -> dict[str, Any]:
+    """Of a sweep's YAML file: `trial` has the keys of TrialConfig, none of them required, as the space gives the rest;
+    `space` and `control` have them by dotted path."""
+    schema, trial = Spec.model_json_schema(by_alias=True), TrialConfig.model_json_schema()
+    definitions = schema.setdefault("$defs", {}) | trial.pop("$defs")
+    for part in (trial, *(definitions[name] for name in _parts_of_trial(TrialConfig))):
+        part.pop("required", None)
+    trial["properties"]["method"]["examples"] = plugins.names("methods")
+    definitions["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
+    schema["$defs"] = definitions | {"TrialConfig": trial}
+    properties = schema["properties"]
+    properties["trial"] = {"$ref": "#/$defs/TrialConfig", "description": properties["trial"]["description"]}
+    keys = {"enum": dotted_keys(TrialConfig)}
+    properties["space"]["propertyNames"] = keys
+    for choice in (properties["control"], *properties["control"].get("anyOf", [])):
+        if choice.get("type") == "object":
+            choice["propertyNames"] = keys
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def profile_schema() -> dict[str, Any]:
+    """Of a profile of `cluster/profiles`, or of the user's own."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Profile.model_json_schema()
+
+
+def _parts_of_trial(model: type[Part]) -> set[str]:
+    """The models that a config has as the value of a key."""
+    found = set()
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            found |= {field.annotation.__name__} | _parts_of_trial(field.annotation)
+    return found
+
+
+def text(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, indent=1, default=str) + "\n"
+
+
+def main() -> None:
+    """Writes both schemas to where the YAML files look for them."""
+    for path, schema in ((SPEC_SCHEMA, spec_schema()), (PROFILE_SCHEMA, profile_schema())):
+        with replacing(path) as temporary:
+            temporary.write_text(text(schema))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    cli.run(app)
