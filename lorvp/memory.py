@@ -27,6 +27,8 @@ from lorvp.config import TrialConfig
 from lorvp.galore import state_bytes
 from lorvp.training import make_optimizer
 
+CLASSES = 1000
+"""Taken for a dataset that isn't there yet."""
 IN_FP32 = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax}
 """What autocast computes in fp32 on a GPU, but in the type that comes on the CPU, where the fake tensors are."""
 
@@ -48,12 +50,13 @@ class Prediction:
 def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> Prediction:
     """What the trial will take on each of `gpus` GPUs that share its batches.
 
-    `precision: auto` is counted as fp16: on a GPU it is that or bf16, of the same size. `classes` are the dataset's, as
-    many as the backbone's where that isn't known. Raises UserError for a backbone that can't be built.
+    `precision: auto` is counted as fp16: on a GPU it is that or bf16, of the same size. `classes` are the dataset's,
+    1,000 at most where that isn't known. Raises UserError for a backbone that can't be built.
     """
     plain = config.backbone.model_copy(update={"pretrained": False, "checkpoint": None})
     backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, config.backbone_speed)
-    method = methods.make(config, backbone, classes or backbone.source_classes)
+    with torch.device("meta"):  # shapes are enough; a head may be larger than this machine's memory
+        method = methods.make(config, backbone, classes or min(CLASSES, backbone.source_classes))
     states = sum(_states(group, parameters, config) for group, parameters in method.groups().items())
     with FakeTensorMode(allow_non_fake_inputs=True), _Living() as living, _AutocastOfGpu():
         tensors = {

@@ -65,6 +65,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+VARIANTS = [pytest.param(case, marks=pytest.mark.slow if "," in case or "+" in case else ()) for case in METHODS]
+
+
 def config(case: str, **changes: Any) -> TrialConfig:
     values: dict[str, Any] = {
         "method": case.split(",")[0],
@@ -98,7 +101,7 @@ def images(method: Method, count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", VARIANTS)
 def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
     wanted = config(case)
     expected = list(train(wanted, loaded=loaded(wanted)))
@@ -118,7 +121,7 @@ def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
     assert (tmp_path / "bundle" / "bundle.json").exists()
 
 
-@pytest.mark.parametrize("case", [case for case in METHODS if case != "linear_probe"])
+@pytest.mark.parametrize("case", VARIANTS)
 def test_every_group_of_parameters_learns(case):
     wanted = config(case)
     trial = Training(wanted, loaded(wanted))
@@ -495,7 +498,7 @@ def test_no_weight_decay_is_not_another_optimizer():
         }
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", VARIANTS)
 def test_images_are_left_as_they_are(case):
     """VPT's public code normalises the images that it has cached again in every epoch."""
     method = built(case)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +46,6 @@ def test_what_is_no_image_or_no_bundle(tuned, image_root, tmp_path):
     with pytest.raises(UserError, match=r"note\.jpg'?: not a readable image"):
         list(predict.predict(bundle.load(tuned), [tmp_path / "note.jpg"]))
     Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
-    command = [sys.executable, "-m", "lorvp.predict", str(tmp_path), str(tmp_path / "small.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [
-        f"error: {tmp_path / 'bundle.json'}: not a prompt bundle (FileNotFoundError)"
-    ]
+    said = CliRunner().invoke(predict.app, [str(tmp_path), str(tmp_path / "small.png")])
+    assert isinstance(said.exception, UserError)  # which lorvp.cli ends in one line, with exit code 2
+    assert str(said.exception) == f"{tmp_path / 'bundle.json'}: not a prompt bundle (FileNotFoundError)"

@@ -307,7 +307,14 @@ def test_cmaes_takes_numbers(write):
         study.tell(trial, suggest(sweep, trial)["prompt.rank"])
 
 
-@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+FAST = ("quickstart", "lorvp_cifar10", "compare")
+SHIPPED = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in FAST else pytest.mark.slow)
+    for path in sorted(SWEEPS.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
 def test_sweeps_that_come_with_the_project(path):
     loaded = spec_file.load(path)
     assert loaded.name == path.stem

@@ -129,6 +129,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_kept_memory_is_not_asked_for_again():
     """Page faults of blocks that are freed and made again."""
