@@ -11,8 +11,9 @@ from safetensors import safe_open
 import lorvp
 from lorvp import bundle, methods
 from lorvp.backbone import Backbone
+from lorvp.config import BackboneConfig
 from lorvp.errors import UserError
-from lorvp.tiny import WEIGHTS
+from lorvp.tiny import VIT_WEIGHTS, WEIGHTS
 from lorvp.training import train
 
 
@@ -102,6 +103,16 @@ def test_the_quickstarts_backbone_is_small_and_says_where_it_is_from(digits):
     assert float(metadata["cifar10_test_top1"]) > 75
     backbone = Backbone(digits().backbone, "fp32")
     assert 0.25e6 < sum(p.numel() for p in backbone.parameters()) < 0.35e6
+
+
+def test_the_comparisons_backbone_is_small_and_says_where_it_is_from():
+    assert VIT_WEIGHTS.stat().st_size <= 1_000_000
+    with safe_open(VIT_WEIGHTS, "pt") as weights:
+        metadata = weights.metadata()
+    assert "--model lorvp_tiny_vit_32" in metadata["command"]
+    assert float(metadata["cifar10_test_top1"]) > 50
+    backbone = Backbone(BackboneConfig(name="lorvp_tiny_vit_32.cifar10"), "fp32")
+    assert 0.4e6 < sum(p.numel() for p in backbone.parameters()) < 0.5e6
 
 
 def test_parameter_count_of_the_paper(digits):
