@@ -1,6 +1,9 @@
 """What a fitted head and streamed counts do to a trial; prints the tables of docs/benchmarks.md.
 
     python tests/bench_trial.py --photos CIFAR10 --photos IMAGENETTE --weights mobilenetv2_100.safetensors
+    python tests/bench_trial.py --photos CIFAR10 --photos IMAGENETTE --weights ... --table ilm --row imagenette
+
+All of it takes hours; --table and --row ask for a part.
 
 Each folder holds train/CLASS/* and test/CLASS/* (or val/). scikit-learn's digits, far from any photo, are always among
 the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained on ImageNet, at 96 px.
@@ -13,10 +16,10 @@ ilm: the final val accuracy with counts from the training passes (`ilm: streamed
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from lorvp import cli, training
@@ -53,48 +56,63 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+def warm(base: dict[str, Any], loaded: training.Loaded) -> list[str]:
+    """Of one set and backbone: cold, then each fit."""
+    cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
+    cells = [mean([each[-1] for each in cold])]
+    for fit in FITS:
+        warm_start = base | {"head_init": "linear_probe", "head_fit": fit}
+        started = [curve(warm_start | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
+        needed = [
+            next((epoch for epoch, got in enumerate(each, 1) if got >= goal[-1]), None)
+            for each, goal in zip(started, cold, strict=True)
+        ]
+        shown = ", ".join("-" if epoch is None else str(epoch) for epoch in needed)
+        cells.append(f"{mean([each[-1] for each in started])} ({shown})")
+    return cells
+
+
+def ilm(base: dict[str, Any], loaded: training.Loaded) -> list[str]:
+    """Of one set and backbone: passes of their own, streamed, and the difference seed by seed."""
+    mapped = base | {"label_mapping": "ilm"}
+    own, streamed = (
+        [curve(mapped | {"ilm": way, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
+        for way in ("pass", "streamed")
+    )
+    return [mean(own), mean(streamed), mean([ours - theirs for ours, theirs in zip(streamed, own, strict=True)])]
+
+
+TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], training.Loaded], list[str]]]] = {
+    "warm": (["cold", *map(str, FITS)], warm),
+    "ilm": (["ilm: pass", "ilm: streamed", "difference"], ilm),
+}
+
+
 def main(
     photos: Annotated[list[Path], typer.Option(exists=True, help="folders of images")],
     weights: Annotated[Path, typer.Option(exists=True, help="of mobilenetv2_100, safetensors")],
     epochs: Annotated[int, typer.Option(min=2)] = 10,
     images: Annotated[int, typer.Option(min=80, help="of ten classes, about so many")] = 1000,
+    tables: Annotated[list[str], typer.Option("--table", help="; ".join(TABLES))] = list(TABLES),  # noqa: B006
+    row: Annotated[str, typer.Option(help="only rows whose `set, backbone` has this in it")] = "",
 ) -> None:
     """Prints the tables."""
-    torch.set_num_threads(torch.get_num_threads())
-    print(f"| set, backbone | {' | '.join(['cold'] + [f'{fit}' for fit in FITS])} |")
-    print(f"|---|{'---|' * (len(FITS) + 1)}", flush=True)
-    ilm: list[str] = []
-    for model, backbone in backbones(weights).items():
-        for name, dataset in sets(photos, images).items():
-            base = {
-                "backbone": backbone,
-                "dataset": dataset,
-                "epochs": epochs,
-                "batch_size": 64,
-                "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.01},
-            }
-            loaded = training.load(TrialConfig.model_validate(base))
-            cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
-            cells = [mean([each[-1] for each in cold])]
-            for fit in FITS:
-                warm_start = base | {"head_init": "linear_probe", "head_fit": fit}
-                warm = [curve(warm_start | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
-                needed = [
-                    next((epoch for epoch, got in enumerate(each, 1) if got >= goal[-1]), None)
-                    for each, goal in zip(warm, cold, strict=True)
-                ]
-                shown = ", ".join("-" if epoch is None else str(epoch) for epoch in needed)
-                cells.append(f"{mean([each[-1] for each in warm])} ({shown})")
-            print(f"| {name}, {model} | {' | '.join(cells)} |", flush=True)
-            mapped = base | {"label_mapping": "ilm"}
-            final = {
-                way: [curve(mapped | {"ilm": way, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
-                for way in ("pass", "streamed")
-            }
-            apart = [ours - theirs for ours, theirs in zip(final["streamed"], final["pass"], strict=True)]
-            ilm.append(f"| {name}, {model} | {mean(final['pass'])} | {mean(final['streamed'])} | {mean(apart)} |")
-    print("\n| set, backbone | ilm: pass | ilm: streamed | difference |\n|---|---|---|---|")
-    print("\n".join(ilm))
+    for name in tables:
+        columns, cells = TABLES[name]
+        print(f"| set, backbone | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}", flush=True)
+        for model, backbone in backbones(weights).items():
+            for data, dataset in sets(photos, images).items():
+                if row not in f"{data}, {model}":
+                    continue
+                base = {
+                    "backbone": backbone,
+                    "dataset": dataset,
+                    "epochs": epochs,
+                    "batch_size": 64,
+                    "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.01},
+                }
+                loaded = training.load(TrialConfig.model_validate(base))
+                print(f"| {data}, {model} | {' | '.join(cells(base, loaded))} |", flush=True)
 
 
 if __name__ == "__main__":
