@@ -10,12 +10,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from cluster.folder import TrialFolder
 from lorvp.files import write_json
-from sweeps.follow import Follower
 from sweeps.leaderboard import Entry, Leaderboard
 from sweeps.spec import Spec
+
+if TYPE_CHECKING:
+    from sweeps.follow import Follower
 
 RECORD = "confirm.json"
 

@@ -15,7 +15,6 @@ from cluster.folder import End, State, TrialFolder
 from lorvp.files import replacing
 from sweeps import triage
 from sweeps.spec import Spec, Stage
-from sweeps.tracking import epoch_metrics
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
 
@@ -181,6 +180,13 @@ class Leaderboard:
                     row[f"param.{axis}"] = None if value is None else str(value)
         with replacing(path) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """An EpochResult's figures by the names they have in MLflow."""
+    values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
+    values |= {f"parameters_{group}": count for group, count in result["parameters"].items()}
+    return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:

@@ -1,7 +1,8 @@
-"""A sweep's YAML file, read into a `Spec`; errors name file, line and key."""
+"""A sweep's YAML file, read into a `Spec`, and what its folder keeps of it; errors name file, line and key."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from lorvp.yaml_file import YamlFile, parse_value
 from sweeps.spec import Scalar, Spec, flatten
 
 Fail = Callable[[Location, str], NoReturn]
+RECORD = "sweep.json"
+"""What a sweep is, in its folder: its id and its spec."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
@@ -52,6 +55,31 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
         if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
             spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
     return spec
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What was recorded of the sweep when it was started: its `id` and its `spec`. Raises UserError."""
+    path = folder / RECORD
+    try:
+        recorded = json.loads(path.read_text())
+        return {"id": recorded["id"], "spec": recorded["spec"]}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no such sweep; python sweeps/launch.py SPEC starts one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a sweep's record ({type(error).__name__})") from None
+
+
+def recorded(folder: Path) -> tuple[str, Spec]:
+    """A sweep's id and spec, from its folder, wherever that lies by now. Raises UserError for another version's."""
+    values = record(folder)
+    try:
+        spec = Spec.model_validate(values["spec"])
+    except ValidationError as error:
+        location, message = explain(error, Spec)
+        key = ".".join(map(str, location))
+        raise UserError(f"{folder / RECORD}: {key}: {message}; another version of this project wrote it") from None
+    place = folder.absolute()
+    return values["id"], spec.model_copy(update={"output": place.parent, "name": place.name})
 
 
 def _check_search(spec: Spec, fail: Fail) -> None:

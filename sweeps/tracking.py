@@ -32,6 +32,7 @@ from mlflow.types.schema import Schema, TensorSpec
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle_format import describe
 from lorvp.errors import UserError
+from sweeps.leaderboard import epoch_metrics
 from sweeps.spec import Spec, flatten
 
 SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
@@ -207,13 +208,6 @@ class Tracker:
 def tracking_uri(spec: Spec) -> str:
     """The spec's, else the environment's, else SQLite in the output folder."""
     return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{spec.output / 'mlflow.db'}"
-
-
-def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """An EpochResult's figures by the names they have in MLflow."""
-    values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
-    values |= {f"parameters_{group}": count for group, count in result["parameters"].items()}
-    return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
 
 
 def git_commit() -> str:
