@@ -47,6 +47,10 @@ class Backbone(nn.Module):
         self.model.requires_grad_(False)
         self.model.eval()
         known = self.model.pretrained_cfg
+        timms = config.pretrained and config.checkpoint is None
+        self.licence: str | None = known.get("license") if timms else None
+        """Of the weights, as timm names it; None for others than timm's."""
+        self.hub_id: str | None = known.get("hf_hub_id") if timms else None
         self.image_size: int = config.image_size or known["input_size"][-1]
         self.mean: torch.Tensor
         self.std: torch.Tensor

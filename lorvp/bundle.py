@@ -1,11 +1,11 @@
-"""A tuned prompt as a folder: safetensors, JSON and a picture. `save` writes it, `load` makes a module of it."""
+"""A tuned prompt as a folder, which `lorvp.bundle_format` describes. `save` writes it, `load` makes a module of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from lorvp import methods
 from lorvp.backbone import Backbone
-from lorvp.bundle_format import DESCRIPTION, FORMAT_VERSION, PICTURE, TENSORS, describe
+from lorvp.bundle_format import (
+    CARD,
+    DESCRIPTION,
+    EXAMPLE,
+    FORMAT_VERSION,
+    PICTURE,
+    TENSORS,
+    check_tensors,
+    describe,
+    digest,
+)
+from lorvp.card import SELECTION, card
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.files import replacing
@@ -26,10 +37,7 @@ from lorvp.methods import Method
 if TYPE_CHECKING:
     from lorvp.training import EpochResult
 
-SELECTION = {
-    "val": "best epoch on the validation split; test read once, with that epoch's prompt and head",
-    "test_best_epoch": "published protocol: best epoch on the test set itself, an optimistic figure",
-}
+SINGULAR_VALUES = 16
 
 
 def save(
@@ -40,48 +48,78 @@ def save(
     class_names: Sequence[str],
     best_epoch: int,
     results: Sequence[EpochResult],
+    example: torch.Tensor,
 ) -> None:
-    """Writes `method`, which holds the best epoch's state, to `folder`, in place of what lies there."""
+    """Writes `method`, which holds the best epoch's state, to `folder`, in place of what lies there.
+
+    `example` (1, 3, H, W) uint8 is an image to show the prompt on.
+    """
     backbone = method.backbone
     best, last = results[best_epoch - 1], results[-1]
-    description = {
-        "format_version": FORMAT_VERSION,
-        "config": config.model_dump(mode="json"),
-        "trial": config.content_hash(),
-        "metrics": {
-            "selection": SELECTION[config.select],
-            "epoch": best_epoch,
-            "epochs_trained": last.epoch,
-            "val_top1": best.val_top1,
-            "val_top5": best.val_top5,
-            "val_loss": best.val_loss,
-            "test_top1": best.test_top1 if config.select == "test_best_epoch" else last.test_top1,
-            "test_top5": best.test_top5 if config.select == "test_best_epoch" else last.test_top5,
-        },
-        "class_names": list(class_names),
-        "source": {
-            "digest": backbone.digest,
-            "image_size": backbone.image_size,
-            "mean": backbone.mean.flatten().tolist(),
-            "std": backbone.std.flatten().tolist(),
-            "classes": backbone.source_classes,
-            "precision": precision,
-        },
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-    }
     with replacing(folder) as temporary:
         temporary.mkdir()
         save_file(method.tuned(), temporary / TENSORS)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "config": config.model_dump(mode="json"),
+            "trial": config.content_hash(),
+            "sha256": digest(temporary / TENSORS),
+            "metrics": {
+                "selection": SELECTION[config.select],
+                "epoch": best_epoch,
+                "epochs_trained": last.epoch,
+                "val_top1": best.val_top1,
+                "val_top5": best.val_top5,
+                "val_loss": best.val_loss,
+                "test_top1": best.test_top1 if config.select == "test_best_epoch" else last.test_top1,
+                "test_top5": best.test_top5 if config.select == "test_best_epoch" else last.test_top5,
+            },
+            "class_names": list(class_names),
+            "source": {
+                "digest": backbone.digest,
+                "image_size": backbone.image_size,
+                "mean": backbone.mean.flatten().tolist(),
+                "std": backbone.std.flatten().tolist(),
+                "classes": backbone.source_classes,
+                "precision": precision,
+                "licence": backbone.licence,
+                "hub_id": backbone.hub_id,
+            },
+            "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        }
+        pattern = method.added()
+        if pattern is not None:
+            description["prompt"] = spectrum(pattern)
+            picture(pattern).save(temporary / PICTURE)
+        shown(method, example).save(temporary / EXAMPLE)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        if hasattr(method, "prompt"):
-            picture(method.prompt.pattern()).save(temporary / PICTURE)
+        (temporary / CARD).write_text(card(description))
+
+
+def spectrum(pattern: torch.Tensor) -> dict[str, Any]:
+    """The largest of a prompt's (3, L, L) values, and for each colour its largest singular values, largest first."""
+    values = torch.linalg.svdvals(pattern.detach().float().cpu())[:, :SINGULAR_VALUES]
+    return {"largest": pattern.abs().max().item(), "singular_values": values.tolist()}
+
+
+def shown(method: Method, image: torch.Tensor) -> Image.Image:
+    """An image (1, 3, H, W) uint8 as the backbone takes it, and, where there is one, with the prompt beside it."""
+    with torch.inference_mode():
+        plain = method.backbone.prepare(image.to(method.backbone.mean.device))
+        pattern = method.added()
+        sides = [plain] if pattern is None else [plain, method.placed(plain) + pattern]
+    return _enlarged(torch.cat(sides, dim=3)[0].clamp(0, 1))
 
 
 def picture(pattern: torch.Tensor) -> Image.Image:
     """A prompt (3, L, L) as an image: grey where it adds nothing, its largest value at full contrast."""
     values = pattern.detach().float().cpu()
-    values = 0.5 + values / (2 * values.abs().max().clamp(min=1e-12))
-    pixels = (values * 255).round().byte().permute(1, 2, 0).numpy()
+    return _enlarged(0.5 + values / (2 * values.abs().max().clamp(min=1e-12)))
+
+
+def _enlarged(values: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] as a picture that is some 224 pixels high."""
+    pixels = (values.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
     enlarge = max(1, 224 // pixels.shape[0])
     return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
 
@@ -91,10 +129,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
 
     It takes images of any size, (N, 3, H, W) uint8 or float in [0, 1], and returns downstream logits (N, classes)
     float32, in the trial's own precision; its `class_names` say which is which. Raises UserError for a folder that is
-    no bundle, files that don't fit together, and a backbone whose weights are not the ones it was tuned on.
+    no bundle, files that are missing, altered or don't fit together, and other weights than those it was tuned on.
     """
     folder = Path(folder)
     description = describe(folder)
+    check_tensors(folder, description)
     try:
         config = TrialConfig.model_validate(description["config"])
         source, class_names = description["source"], description["class_names"]

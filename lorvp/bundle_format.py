@@ -1,19 +1,30 @@
-"""What a bundle's folder holds, for those who read it without torch; `lorvp.bundle` writes and loads it."""
+"""What a bundle's folder holds, for those who read it without torch; `lorvp.bundle` writes and loads it.
+
+It is laid out as Hugging Face's hub has models, so that `huggingface_hub` uploads it as it is:
+
+    model.safetensors      what was chosen and learned
+    config.json            the trial's config, its figures, the classes, what it was tuned on, the digests of the others
+    README.md              the model card
+    prompt.png             the input prompt, of methods that have one
+    example.png            an image of the validation set, and beside it what the prompt makes of it
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from lorvp.errors import UserError
 
-FORMAT_VERSION = 1
-TENSORS, DESCRIPTION, PICTURE = "tuned.safetensors", "bundle.json", "prompt.png"
+FORMAT_VERSION = 2
+TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
+PICTURE, EXAMPLE = "prompt.png", "example.png"
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The JSON of a bundle. Raises UserError for a folder that isn't one, or is of a newer version."""
+    """The JSON of a bundle. Raises UserError for a folder that isn't one, or is of another version."""
     path = Path(folder) / DESCRIPTION
     try:
         description = json.loads(path.read_text())
@@ -23,3 +34,19 @@ def describe(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
     return description
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tensors(folder: Path, description: dict[str, Any]) -> None:
+    """Raises UserError where the tensors are missing, or are not those that the bundle was written with."""
+    path = Path(folder) / TENSORS
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: missing from the bundle ({error.strerror})") from None
+    if found != description.get("sha256"):
+        raise UserError(f"{path}: altered since the bundle was written; copy the bundle again")

@@ -89,6 +89,11 @@ class DatasetConfig(Part):
     crop_root: AbsolutePath | None = Field(None, description="store of the same images at the size before the crop")
     exact: bool = Field(False, description="only images that PIL has resized to L; no resizing on the device")
 
+    @property
+    def title(self) -> str:
+        """What to call it: the folder's name, or its own."""
+        return self.name if self.root is None else self.root.name
+
     @model_validator(mode="after")
     def _has_root(self) -> DatasetConfig:
         if self.root is None and self.name != "digits":
@@ -301,6 +306,11 @@ class TrialConfig(Part):
     def methods(self) -> list[str]:
         """The files that `method` names."""
         return self.method.split("+")
+
+    @property
+    def rank(self) -> int | None:
+        """The prompt's, of methods that have one of low rank."""
+        return self.prompt.rank if self.methods[0] == "lorvp" and self.prompt.kind == "low_rank" else None
 
     @property
     def trains_backbone(self) -> bool:

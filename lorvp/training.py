@@ -307,8 +307,16 @@ class Training:
         if self.folder is None or not self.best["epoch"]:
             return
         self.method.load_tuned(self.best["tuned"])
-        names, precision = self.splits.class_names, self.loaded.precision
-        bundle.save(self.folder / BUNDLE, self.method, self.config, precision, names, self.best["epoch"], self.results)
+        bundle.save(
+            self.folder / BUNDLE,
+            self.method,
+            self.config,
+            self.loaded.precision,
+            self.splits.class_names,
+            self.best["epoch"],
+            self.results,
+            example=self.splits.val.read([0]),
+        )
 
     # -- its parts
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import lorvp
 from lorvp import bundle, methods
@@ -25,13 +28,35 @@ def saved(digits, tmp_path):
 
 def test_bundle_holds_what_is_needed_to_use_it(saved):
     folder, results = saved
-    assert sorted(path.name for path in folder.iterdir()) == ["bundle.json", "prompt.png", "tuned.safetensors"]
-    description = json.loads((folder / "bundle.json").read_text())
+    names = ["README.md", "config.json", "example.png", "model.safetensors", "prompt.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    description = json.loads((folder / "config.json").read_text())
     assert description["class_names"] == [str(d) for d in range(10)]
     assert description["metrics"]["val_top1"] == max(r.val_top1 for r in results)
     assert description["source"]["mean"] == [0.5] * 3
     with Image.open(folder / "prompt.png") as picture:
         assert picture.size == (224, 224)
+    with Image.open(folder / "example.png") as example:
+        assert example.size == (448, 224)
+        plain, prompted = (np.asarray(example.crop((x, 0, x + 224, 224))) for x in (0, 224))
+    assert (plain != prompted).any()
+    found = load_file(folder / "model.safetensors")
+    spectrum = torch.linalg.svdvals(found["prompt.B"] @ found["prompt.A"])
+    torch.testing.assert_close(torch.tensor(description["prompt"]["singular_values"]), spectrum[:, :16])
+
+
+def test_the_folder_is_one_of_the_hubs(saved):
+    folder, results = saved
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "lorvp"
+    assert card.data.license == "apache-2.0"
+    by_split = {result.dataset_split: result.metric_value for result in card.data.eval_results}
+    assert by_split == {
+        "val": pytest.approx(max(r.val_top1 for r in results) / 100, abs=1e-6),
+        "test": pytest.approx(results[-1].test_top1 / 100, abs=1e-6),
+    }
+    for value in (max(r.val_top1 for r in results), results[-1].test_top1):
+        assert f"| {value:.2f} |" in card.text
 
 
 @pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "fm", "lp"])
@@ -39,9 +64,9 @@ def test_loaded_module_equals_the_trials_own(digits, tmp_path, monkeypatch, mapp
     kept = {}
     save = bundle.save
 
-    def spy(folder, method, *rest):
+    def spy(folder, method, *rest, **named):
         kept["method"] = method
-        save(folder, method, *rest)
+        save(folder, method, *rest, **named)
 
     monkeypatch.setattr(bundle, "save", spy)
     list(train(digits(label_mapping=mapping), folder=tmp_path))
@@ -62,10 +87,10 @@ def test_bundles_that_cannot_be_loaded(saved):
     folder, _ = saved
     with pytest.raises(UserError, match="not a prompt bundle"):
         lorvp.load(folder.parent)
-    description = json.loads((folder / "bundle.json").read_text())
+    description = json.loads((folder / "config.json").read_text())
 
     def write(**changes):
-        (folder / "bundle.json").write_text(json.dumps(description | changes))
+        (folder / "config.json").write_text(json.dumps(description | changes))
 
     write(format_version=99)
     with pytest.raises(UserError, match="bundle format 99"):
@@ -77,11 +102,14 @@ def test_bundles_that_cannot_be_loaded(saved):
     with pytest.raises(UserError, match="don't fit together"):
         lorvp.load(folder)
     write()
-    (folder / "tuned.safetensors").write_bytes(b"\xff" * 64)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="altered since the bundle was written"):
+        lorvp.load(folder)
+    write(sha256=hashlib.sha256(b"\xff" * 64).hexdigest())
     with pytest.raises(UserError, match="don't fit together"):
         lorvp.load(folder)
-    (folder / "tuned.safetensors").unlink()
-    with pytest.raises(UserError, match="don't fit together"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="missing from the bundle"):
         lorvp.load(folder)
 
 

@@ -118,7 +118,7 @@ def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
     again = list(train(wanted, tmp_path, resume_from=tmp_path / CHECKPOINT, loaded=loaded(wanted)))
     assert figures(again) == figures(expected)
     assert math.isfinite(expected[-1].train_loss)
-    assert (tmp_path / "bundle" / "bundle.json").exists()
+    assert (tmp_path / "bundle" / "config.json").exists()
 
 
 @pytest.mark.parametrize("case", VARIANTS)

@@ -48,4 +48,4 @@ def test_what_is_no_image_or_no_bundle(tuned, image_root, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
     said = CliRunner().invoke(predict.app, [str(tmp_path), str(tmp_path / "small.png")])
     assert isinstance(said.exception, UserError)  # which lorvp.cli ends in one line, with exit code 2
-    assert str(said.exception) == f"{tmp_path / 'bundle.json'}: not a prompt bundle (FileNotFoundError)"
+    assert str(said.exception) == f"{tmp_path / 'config.json'}: not a prompt bundle (FileNotFoundError)"

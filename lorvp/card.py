@@ -1,0 +1,99 @@
+"""The model card of a bundle: what it is, on which data, by which protocol, how good, under which licence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from lorvp.config import TrialConfig
+
+SELECTION = {
+    "val": "the best epoch on the validation split, which was split off the training set; the test set was read once, "
+    "with that epoch's prompt and head",
+    "test_best_epoch": "the published protocol: the best epoch on the test set itself, an optimistic figure",
+}
+TEXT = """\
+# {name}
+
+{what}
+
+## Data and protocol
+
+Tuned on {dataset} ({classes} classes) for {epochs} epochs. Selected by {selection}.
+
+## Figures
+
+| | top-1 % | top-5 % |
+|---|---|---|
+| validation | {val_top1} | {val_top5} |
+| test | {test_top1} | {test_top5} |
+
+One trial, {trial}, chosen among those of its sweep by the validation figure, which is optimistic by that.
+
+## Use
+
+    import lorvp
+    model = lorvp.load("FOLDER")    # uint8 or float images (N, 3, H, W) of any size in, logits (N, classes) out
+    model.class_names
+
+    python -m lorvp.predict FOLDER photo.jpg
+
+Only what was tuned is in the folder: the backbone's weights come from timm, and must be those of digest `{digest}`.
+
+## Licence
+
+Backbone: {licence}. Data: see {dataset}. What is in this folder: for its owner to say, in `license` above.
+"""
+
+
+def card(description: dict[str, Any]) -> str:
+    """Markdown with the metadata of Hugging Face's hub at its head, made of a bundle's description."""
+    config = TrialConfig.model_validate(description["config"])
+    metrics, classes, source = description["metrics"], description["class_names"], description["source"]
+    licence = source["licence"] or "unknown"
+    name = f"{config.method} of {config.backbone.name} for {config.dataset.title}"
+    splits = [split for split in ("val", "test") if metrics[f"{split}_top1"] is not None]
+    data = ModelCardData(
+        library_name="lorvp",
+        license=licence,
+        base_model=source["hub_id"],
+        pipeline_tag="image-classification",
+        tags=["visual-prompting", config.method, config.label_mapping],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=config.dataset.title,
+                dataset_name=config.dataset.title,
+                dataset_split=split,
+                metric_type="accuracy",
+                metric_value=round(metrics[f"{split}_top1"] / 100, 6),
+            )
+            for split in splits
+        ],
+    )
+    figures = {
+        f"{split}_{top}": "-" if (value := metrics[f"{split}_{top}"]) is None else f"{value:.2f}"
+        for split in ("val", "test")
+        for top in ("top1", "top5")
+    }
+    text = TEXT.format(
+        name=name,
+        what=_what(config),
+        dataset=config.dataset.title,
+        classes=len(classes),
+        epochs=metrics["epochs_trained"],
+        selection=SELECTION[config.select],
+        trial=description["trial"],
+        digest=source["digest"],
+        licence=licence,
+        **figures,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _what(config: TrialConfig) -> str:
+    trained = "its weights trained" if config.trains_backbone else "frozen"
+    prompt = f", a prompt of rank {config.rank}" if config.rank else ""
+    return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.label_mapping}."
