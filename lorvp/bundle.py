@@ -23,6 +23,7 @@ from lorvp.bundle_format import (
     EXAMPLE,
     FORMAT_VERSION,
     PICTURE,
+    PROMPTED,
     TENSORS,
     check_tensors,
     describe,
@@ -87,11 +88,14 @@ def save(
             },
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
         }
-        pattern = method.added()
-        if pattern is not None:
-            description["prompt"] = spectrum(pattern)
-            picture(pattern).save(temporary / PICTURE)
-        shown(method, example).save(temporary / EXAMPLE)
+        with torch.inference_mode():
+            plain = backbone.prepare(example.to(backbone.mean.device))
+            enlarged(plain[0]).save(temporary / EXAMPLE)
+            pattern = method.added()
+            if pattern is not None:
+                description["prompt"] = spectrum(pattern)
+                picture(pattern).save(temporary / PICTURE)
+                enlarged((method.placed(plain) + pattern)[0]).save(temporary / PROMPTED)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (temporary / CARD).write_text(card(description))
 
@@ -102,24 +106,15 @@ def spectrum(pattern: torch.Tensor) -> dict[str, Any]:
     return {"largest": pattern.abs().max().item(), "singular_values": values.tolist()}
 
 
-def shown(method: Method, image: torch.Tensor) -> Image.Image:
-    """An image (1, 3, H, W) uint8 as the backbone takes it, and, where there is one, with the prompt beside it."""
-    with torch.inference_mode():
-        plain = method.backbone.prepare(image.to(method.backbone.mean.device))
-        pattern = method.added()
-        sides = [plain] if pattern is None else [plain, method.placed(plain) + pattern]
-    return _enlarged(torch.cat(sides, dim=3)[0].clamp(0, 1))
-
-
 def picture(pattern: torch.Tensor) -> Image.Image:
     """A prompt (3, L, L) as an image: grey where it adds nothing, its largest value at full contrast."""
     values = pattern.detach().float().cpu()
-    return _enlarged(0.5 + values / (2 * values.abs().max().clamp(min=1e-12)))
+    return enlarged(0.5 + values / (2 * values.abs().max().clamp(min=1e-12)))
 
 
-def _enlarged(values: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] as a picture that is some 224 pixels high."""
-    pixels = (values.detach().float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
+def enlarged(values: torch.Tensor) -> Image.Image:
+    """(3, H, W) as a picture of at least some 224 pixels: 0 is black, 1 full, and what lies beyond is cut off."""
+    pixels = (values.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     enlarge = max(1, 224 // pixels.shape[0])
     return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
 

@@ -6,7 +6,8 @@ It is laid out as Hugging Face's hub has models, so that `huggingface_hub` uploa
     config.json            the trial's config, its figures, the classes, what it was tuned on, the digests of the others
     README.md              the model card
     prompt.png             the input prompt, of methods that have one
-    example.png            an image of the validation set, and beside it what the prompt makes of it
+    example.png            an image of the validation set, as the backbone takes it
+    example_prompted.png   and with the prompt
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorvp.errors import UserError
 
 FORMAT_VERSION = 2
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
-PICTURE, EXAMPLE = "prompt.png", "example.png"
+PICTURE, EXAMPLE, PROMPTED = "prompt.png", "example.png", "example_prompted.png"
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from rich.console import Console
 from cluster.folder import TrialFolder
 from cluster.relay import Relay
 from cluster.slurm import requeue_this_job
+from lorvp.bundle_format import EXAMPLE
+from lorvp.errors import UserError
 from sweeps import confirm
 from sweeps.comparison import Comparison
 from sweeps.follow import Follower
@@ -55,7 +57,7 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, relay: Relay, leave_run
             relay.interrupt()
             follower.catch_up(patience=5)
         status_of_run = "FAILED" if follower.given_up else "KILLED"
-        tracker.try_to(lambda: tracker.close(status_of_run, []), patience=5)
+        tracker.try_to(lambda: tracker.close(status_of_run, [], []), patience=5)
         if follower.given_up:
             return give_up(spec, follower.given_up, console)
         if ending.time_limit_nears:
@@ -73,29 +75,40 @@ def carry_out(spec: Spec, sweep_id: str, spec_text: str, relay: Relay, leave_run
 
 def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Console) -> int:
     """Shows, writes and sends to MLflow what the sweep found; the exit code."""
-    spec, board, comparison = outcome.spec, outcome.board, outcome.comparison
-    parquet = spec.folder / "results.parquet"
-    board.write_parquet(parquet)
-    files = [parquet]
+
+    def say(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, highlight=False, markup=False)
+
+    spec, board, comparison, best = outcome.spec, outcome.board, outcome.comparison, outcome.best()
+    files = [spec.folder / "results.parquet"]
+    board.write_parquet(files[0])
     console.print(board.table())
     if comparison:
         files += comparison.write()
         console.print(comparison.table())
-    for line in [*board.failures(), *board.trust(), *(comparison or board).verdict()]:
-        console.print(line, highlight=False, markup=False)
-    console.print(f"every epoch: {parquet}", highlight=False)
-    best = outcome.best()
-    if best is not None:
-        console.print(f"best prompt: {best.trial.newest().bundle}", highlight=False)
-        all_sent &= tracker.try_to(lambda: tracker.log_best(best.trial))
-    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED" if best else "FAILED", files))
-    if not all_sent:
-        console.print("MLflow did not take everything; --resume sends what is missing", style="red")
+    verdict = [*board.failures(), *board.trust(), *outcome.verdict()]
+    for line in verdict:
+        say(line)
+    say(f"every epoch: {files[0]}")
+    if best is None:
+        tracker.try_to(lambda: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
-    if best is not None:
-        console.print(f"as a model:  {tracker.model_uri}", highlight=False)
-    console.print(f"look at it:  {tracker.ui_command()}", highlight=False)
-    return 0 if best is not None else EXIT_NO_RESULT
+    bundle = best.trial.newest().bundle
+    say(f"best prompt: {bundle}")
+    models: list[str] = []
+    try:
+        all_sent &= tracker.try_to(lambda: models.append(tracker.register(bundle, best.trial.name)))
+    except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
+        say(f"no registered model: {error}", style="yellow")
+    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED", files, verdict))
+    if not all_sent:
+        say("MLflow did not take everything; --resume sends what is missing", style="red")
+        return EXIT_NO_RESULT
+    for model in models:
+        say(f"as a model:  {model}")
+    say(f"look at it:  {tracker.ui_command()}")
+    say(f"try it:      python -m lorvp.predict {bundle} {bundle / EXAMPLE}")
+    return 0
 
 
 def give_up(spec: Spec, reason: str, console: Console) -> int:

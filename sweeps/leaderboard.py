@@ -183,8 +183,12 @@ class Leaderboard:
 
 
 def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """An EpochResult's figures by the names they have in MLflow."""
-    values = {key: value for key, value in result.items() if isinstance(value, int | float) and key != "time"}
+    """An EpochResult's figures by their names in MLflow; not the test set's, which are a trial's and no epoch's."""
+    values = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, int | float) and key != "time" and not key.startswith("test_")
+    }
     values |= {f"parameters_{group}": count for group, count in result["parameters"].items()}
     return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
 

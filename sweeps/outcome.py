@@ -56,3 +56,7 @@ class Outcome:
             return self.board.best(control=True)
         row = self.comparison.control
         return row.entries[0] if row else None
+
+    def verdict(self) -> list[str]:
+        """What was found, in words."""
+        return self.comparison.verdict() if self.comparison else self.board.verdict()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -298,9 +300,14 @@ class Spec(Part):
         return sorted(found)
 
     def short_names(self) -> dict[str, str]:
-        """What to call each axis where there is little room: its last part, if no other axis ends in it."""
-        last = [name.split(".")[-1] for name in self.space]
-        return {name: end if last.count(end) == 1 else name for name, end in zip(self.space, last, strict=True)}
+        """What to call each axis where there is little room."""
+        return shortened(self.space)
+
+    def named_keys(self) -> list[str]:
+        """The keys of a trial that this sweep says something about, and those that anybody asks for first."""
+        said = [*self.space, *flatten(self.trial), *(self.control or {})]
+        seeds = ["init_seed", "order_seed"] if self.confirm else []
+        return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *said, *seeds]))
 
     def number_of_trials(self) -> int:
         return len(self.cells()) if self.search.algorithm == "grid" else self.search.trials
@@ -320,6 +327,13 @@ class Spec(Part):
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:
     """Whether `axis` exists at a point whose other parameters are `params`."""
     return all(name in params and params[name] in allowed for name, allowed in axis.when.items())
+
+
+def shortened(keys: Collection[str]) -> dict[str, str]:
+    """Each dotted path by its last part, if no other of them ends in it."""
+    ends = {key: key.split(".")[-1] for key in keys}
+    many = Counter(ends.values())
+    return {key: end if many[end] == 1 else key for key, end in ends.items()}
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -10,35 +10,30 @@ import os
 import platform
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-# A sweep talks to nobody that its spec doesn't name, and to the user in its own words.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the follower tries again by itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow
-import numpy as np
 from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.models import ModelSignature
-from mlflow.types.schema import Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle_format import describe
 from lorvp.errors import UserError
+from sweeps import registry
 from sweeps.leaderboard import epoch_metrics
-from sweeps.spec import Spec, flatten
+from sweeps.spec import Spec, flatten, shortened
 
 SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
 PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
 STATE_TAGS = {State.FINISHED: "finished", State.STOPPED: "stopped early", State.FAILED: "failed"}
-MODEL = "best_prompt"
+SUMMARY = {"val_top1": "best_val_top1", "epoch": "best_epoch"}
+"""What a bundle's figures are called where they stand for a trial: beside those of each epoch."""
 
 
 class Tracker:
@@ -47,6 +42,7 @@ class Tracker:
     def __init__(self, spec: Spec, sweep_id: str, spec_text: str) -> None:
         self.spec = spec
         self.sweep_id = sweep_id
+        self._param_names = shortened(spec.named_keys())
         self.uri = tracking_uri(spec)
         spec.output.mkdir(parents=True, exist_ok=True)
         try:
@@ -64,9 +60,13 @@ class Tracker:
         else:
             tags = {SWEEP: sweep_id, "git.commit": git_commit(), "python": platform.python_version()}
             tags |= {f"version.{package}": version(package) for package in PACKAGES}
+            tags |= {"stage": "sweep"}
             self.parent = self.client.create_run(self.experiment, tags=tags, run_name=spec.name)
-            self.client.log_text(self.parent.info.run_id, spec_text, "spec.yaml")
-            self.client.log_dict(self.parent.info.run_id, spec.model_dump(mode="json", by_alias=True), "spec.json")
+        values = spec.model_dump(mode="json", by_alias=True)
+        packages = sorted(f"{each.name}=={each.version}" for each in distributions())
+        self.client.log_text(self.parent.info.run_id, spec_text, "spec.yaml")
+        self.client.log_dict(self.parent.info.run_id, values, "spec.json")
+        self.client.log_text(self.parent.info.run_id, "\n".join(packages), "environment.txt")
         # a run without its parameters is one that was begun when a driver was killed, or a server's answer got lost
         self._begun = {name for name, run in self.runs.items() if not run.data.params}
         self.runs = {name: run for name, run in self.runs.items() if name not in self._begun}
@@ -101,44 +101,17 @@ class Tracker:
             figures = describe(attempt.bundle)["metrics"]
             tags.append(RunTag("selection", figures["selection"]))
             now = int(time.time() * 1000)
-            summary = {"best_val_top1": figures["val_top1"], "best_epoch": figures["epoch"]}
-            metrics = [Metric(key, value, now, 0) for key, value in summary.items()]
+            summary = {SUMMARY.get(key, key): figures[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")}
+            metrics = [Metric(key, value, now, 0) for key, value in summary.items() if value is not None]
             self.client.log_batch(run.info.run_id, metrics=metrics)
             self.client.log_artifacts(run.info.run_id, str(attempt.bundle), "bundle")
         # the state comes last: a run that has it is complete
         self.client.log_batch(run.info.run_id, tags=tags)
         self.client.set_terminated(run.info.run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
-    @property
-    def model_uri(self) -> str:
-        """Where `log_best` puts the model, for `mlflow.pyfunc.load_model`."""
-        return f"runs:/{self.parent.info.run_id}/{MODEL}"
-
-    def log_best(self, trial: TrialFolder) -> None:
-        """Logs the trial's bundle as the sweep's model."""
-        run_id = self.parent.info.run_id
-        if self.client.get_run(run_id).data.tags.get("best.trial") == trial.name:
-            return
-        description = describe(trial.newest().bundle)
-        classes = len(description["class_names"])
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
-        )
-        package = Path(__file__).parent.parent / "lorvp"
-        mlflow.set_tracking_uri(self.uri)
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            # MLflow would like an input example, to try the model on: that takes torch, here in the driver
-            warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)
-            mlflow.pyfunc.log_model(
-                name=MODEL,
-                python_model=str(Path(__file__).parent / "pyfunc_model.py"),
-                artifacts={"bundle": str(trial.newest().bundle)},
-                signature=signature,
-                code_paths=[str(package)],
-                pip_requirements=[f"{p}=={version(p)}" for p in ("torch", "timm", "pydantic", "safetensors", "pillow")],
-            )
-        self.client.set_tag(run_id, "best.trial", trial.name)
+    def register(self, bundle: Path, trial: str) -> str:
+        """Makes a registered model of the best prompt, called as the sweep; its URI."""
+        return registry.register(self.client, self.uri, self.parent.info.run_id, self.spec.name, bundle, trial)
 
     def try_to(self, send: Callable[[], None], patience: float = 60.0) -> bool:
         """Whether MLflow took it, within `patience` s: at its end, a sweep does not fail because a server is away."""
@@ -152,11 +125,19 @@ class Tracker:
                     return False
                 time.sleep(1)
 
-    def close(self, status: str, files: list[Path]) -> None:
-        """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED) and the sweep's own files as artifacts."""
+    def close(self, status: str, files: list[Path], verdict: list[str]) -> None:
+        """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED), the sweep's own files (and what lies in its
+        folders) as artifacts, and the verdict for a description.
+        """
+        run_id = self.parent.info.run_id
         for file in files:
-            self.client.log_artifact(self.parent.info.run_id, str(file))
-        self.client.set_terminated(self.parent.info.run_id, status)
+            if file.is_dir():
+                self.client.log_artifacts(run_id, str(file), file.name)
+            else:
+                self.client.log_artifact(run_id, str(file))
+        if verdict:
+            self.client.set_tag(run_id, MLFLOW_RUN_NOTE, "\n".join(f"- {line}" for line in verdict))
+        self.client.set_terminated(run_id, status)
 
     def ui_command(self) -> str:
         if self.uri.startswith("http"):
@@ -192,14 +173,20 @@ class Tracker:
                 SWEEP: self.sweep_id,
                 TRIAL: trial.name,
                 "mlflow.parentRunId": self.parent.info.run_id,
+                STATE: "running",
                 "control": str(control).lower(),
                 "stage": self.spec.stage(config),
                 "method": config.method,
-                "label_mapping": config.label_mapping,
+                "backbone": config.backbone.name,
+                "dataset": config.dataset.title,
+                "mapping": config.label_mapping,
             }
+            if config.rank is not None:
+                tags["rank"] = str(config.rank)
             name = f"control-{trial.name}" if control else trial.name
             run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
-            params = [Param(key, str(value)) for key, value in flatten(config.canonical()).items()]
+            values = flatten(config.canonical())
+            params = [Param(short, str(values[key])) for key, short in self._param_names.items() if key in values]
             self.client.log_batch(run.info.run_id, params=params)
             self.runs[trial.name] = run
         return self.runs[trial.name]

@@ -28,7 +28,7 @@ def saved(digits, tmp_path):
 
 def test_bundle_holds_what_is_needed_to_use_it(saved):
     folder, results = saved
-    names = ["README.md", "config.json", "example.png", "model.safetensors", "prompt.png"]
+    names = ["README.md", "config.json", "example.png", "example_prompted.png", "model.safetensors", "prompt.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     description = json.loads((folder / "config.json").read_text())
     assert description["class_names"] == [str(d) for d in range(10)]
@@ -36,9 +36,8 @@ def test_bundle_holds_what_is_needed_to_use_it(saved):
     assert description["source"]["mean"] == [0.5] * 3
     with Image.open(folder / "prompt.png") as picture:
         assert picture.size == (224, 224)
-    with Image.open(folder / "example.png") as example:
-        assert example.size == (448, 224)
-        plain, prompted = (np.asarray(example.crop((x, 0, x + 224, 224))) for x in (0, 224))
+    plain, prompted = (np.asarray(Image.open(folder / f"example{which}.png")) for which in ("", "_prompted"))
+    assert plain.shape == prompted.shape == (224, 224, 3)
     assert (plain != prompted).any()
     found = load_file(folder / "model.safetensors")
     spectrum = torch.linalg.svdvals(found["prompt.B"] @ found["prompt.A"])

@@ -127,9 +127,9 @@ class Sweep:
             assert run.data.tags["state"] == {"finished": "finished", "stopped": "stopped early"}[end.state]
             assert run.info.status == "FINISHED"
             artifacts = {a.path for a in self.client().list_artifacts(run.info.run_id, "bundle")}
-            assert artifacts == {
-                f"bundle/{name}" for name in ("README.md", "config.json", "example.png", "model.safetensors")
-            } | ({"bundle/prompt.png"} if trial.config.method == "lorvp" else set())
+            names = {"README.md", "config.json", "example.png", "model.safetensors"}
+            names |= {"prompt.png", "example_prompted.png"} if trial.config.method == "lorvp" else set()
+            assert artifacts == {f"bundle/{name}" for name in names}
         assert not (self.path / "ray").exists()
         assert not [
             p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])
