@@ -37,7 +37,7 @@ class _ScaledFrame(_Frame):
         one, none = torch.ones_like(self.scale), torch.zeros_like(self.scale)
         shrink = one / self._scale()  # the grid says where each pixel is taken from
         theta = torch.stack([shrink, none, none, none, shrink, none]).view(1, 2, 3)
-        grid = F.affine_grid(theta.expand(len(placed), 2, 3), list(placed.shape), align_corners=True)
+        grid = F.affine_grid(theta.expand(placed.shape[0], 2, 3), list(placed.shape), align_corners=True)
         return F.grid_sample(placed, grid, align_corners=True)
 
     def _scale(self) -> torch.Tensor:

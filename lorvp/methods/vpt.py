@@ -56,7 +56,7 @@ class VPT(Method):
         if not self.pads:
             return images
         (top, bottom), (left, right) = (
-            (part.expand(len(images), *part.shape) for part in pair) for pair in (self.top_bottom, self.left_right)
+            (part.expand(images.shape[0], *part.shape) for part in pair) for pair in (self.top_bottom, self.left_right)
         )
         return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
 
@@ -82,13 +82,13 @@ class VPT(Method):
         for layer, block in enumerate(model.blocks):
             if layer < len(self.tokens):
                 rest = x[:, own + count if layer else own :]
-                x = torch.cat([x[:, :own], self._layer(layer, len(x)).to(x.dtype), rest], dim=1)
+                x = torch.cat([x[:, :own], self._layer(layer, x.shape[0]).to(x.dtype), rest], dim=1)
             x = block(x)
         return model.norm(torch.cat([x[:, :own], x[:, own + count :]], dim=1))  # no pooling sees them
 
     def _in_swin(self, model: SwinTransformer, x: torch.Tensor) -> torch.Tensor:
         x = model.patch_embed(x)
-        tokens = self._layer(0, len(x)).to(x.dtype)
+        tokens = self._layer(0, x.shape[0]).to(x.dtype)
         for stage in model.layers:
             if not isinstance(stage.downsample, nn.Identity):
                 x = stage.downsample(x)
@@ -128,7 +128,7 @@ def _swin_block(
     y = F.pad(y, (0, 0, 0, -width % columns, 0, -height % rows))
     padded = y.shape[1:3]
     windows = window_partition(y, block.window_size).view(-1, block.window_area, channels)
-    each = len(windows) // n
+    each = windows.shape[0] // n
     beside = block.norm1(tokens).repeat_interleave(each, 0)
     seen = _window_attention(block, torch.cat([beside, windows], dim=1), count)
     tokens = tokens + seen[:, :count].unflatten(0, (n, each)).mean(1)
@@ -147,6 +147,6 @@ def _window_attention(block: SwinTransformerBlock, x: torch.Tensor, count: int) 
     bias = F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
     if block.attn_mask is not None:
         mask = F.pad(block.attn_mask, (count, 0, count, 0))[:, None]
-        bias = (bias + mask).repeat(len(x) // len(mask), 1, 1, 1)
+        bias = (bias + mask).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
     seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
     return attention.proj(seen.transpose(1, 2).flatten(2))

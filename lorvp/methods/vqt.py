@@ -85,7 +85,7 @@ class VQT(Method):
         weights = attention.qkv.weight.split([width, 2 * width])
         biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.split([width, 2 * width])
         key, value = F.linear(block.norm1(x), weights[1], biases[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-        tokens = drop(self.tokens[layer].expand(len(x), -1, -1), self.config.tokens.dropout)
+        tokens = drop(self.tokens[layer].expand(x.shape[0], -1, -1), self.config.tokens.dropout)
         query = F.linear(block.norm1(tokens), weights[0], biases[0]).unflatten(2, heads).transpose(1, 2)
         seen = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
         tokens = tokens + block.ls1(attention.proj(attention.norm(seen.transpose(1, 2).flatten(2))))
