@@ -315,7 +315,7 @@ class Training:
             self.splits.class_names,
             self.best["epoch"],
             self.results,
-            example=self.splits.val.read([0]),
+            example=self.loaded.splits.val.read([0]),  # self.splits may hold what the backbone says of the images
         )
 
     # -- its parts
