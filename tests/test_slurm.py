@@ -121,7 +121,7 @@ def finish(sweep: Sweep, slurm: Simulation, process: subprocess.Popen, trials: i
     assert process.returncode == 0, output
     sweep.check_complete(trials)
     assert all(trial.ended().state == State.FINISHED for trial in sweep.trials())
-    assert sweep.best_model().shape == (4, 10)
+    sweep.check_model(output)
     assert no_jobs(slurm)
     return output
 

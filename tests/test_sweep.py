@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import mlflow
-import numpy as np
+import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import lorvp
 from cluster.folder import State, TrialFolder
+from lorvp.predict import predict
 from lorvp.prepare import prepare
 
 pytestmark = pytest.mark.slow
@@ -135,11 +136,14 @@ class Sweep:
             p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])
         ]
 
-    def best_model(self) -> np.ndarray:
-        (parent,) = [run for run in self.runs() if "mlflow.parentRunId" not in run.data.tags]
+    def check_model(self, output: str) -> None:
+        """The registered model says of an image what the bundle says, by the lines that the sweep ended with."""
+        bundle = Path(re.search(r"best prompt: (\S+)", output)[1])
+        uri = re.search(r"as a model:  (\S+)", output)[1]
         mlflow.set_tracking_uri(self.tracking_uri)
-        model = mlflow.pyfunc.load_model(f"runs:/{parent.info.run_id}/best_prompt")
-        return model.predict(np.random.default_rng(0).integers(0, 256, (4, 20, 24, 3), dtype=np.uint8))
+        found = mlflow.pyfunc.load_model(uri).predict(pd.DataFrame({"image": [(bundle / "example.png").read_bytes()]}))
+        (expected,) = predict(lorvp.load(bundle), [bundle / "example.png"], top=1)
+        assert [(found["class"][0], pytest.approx(found["probability"][0], abs=1e-4))] == expected.classes
 
 
 def test_a_sweep_from_yaml_to_mlflow(tmp_path):
@@ -148,7 +152,7 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
     assert "log ratio of the evidences, an image: +0." in sweep.run("--triage")
     output = sweep.run()
     sweep.check_complete(trials=5)
-    assert sweep.best_model().shape == (4, 10)
+    sweep.check_model(output)
     for phrase in (
         "small: 5 trials",
         "best trial",
@@ -360,7 +364,7 @@ def test_confirmation_killed_resumed_and_made_longer(tmp_path):
     logged = Path(re.search(r"best prompt: (\S+)", output)[1])
     assert logged.parts[-4] in {trial.name for trial in stages()["confirm"]}
     assert lorvp.load(logged).class_names[9] == "9"
-    assert sweep.best_model().shape == (4, 10)
+    sweep.check_model(output)
     (parent,) = [run for run in sweep.runs() if "mlflow.parentRunId" not in run.data.tags]
     files = {file.path for file in sweep.client().list_artifacts(parent.info.run_id)}
     assert {"comparison.md", "comparison.parquet", "results.parquet"} <= files
