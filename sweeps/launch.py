@@ -32,7 +32,10 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 EXTENDABLE = {"search": {"trials", "concurrent", "seconds"}, "failure_limit": {"share", "trials"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+COMMAND = "lorvp-sweep"
+"""What pip installs this as: a shell can complete that, as it can't `python sweeps/launch.py`."""
+
+app = typer.Typer(add_completion=Path(sys.argv[0]).name == COMMAND, pretty_exceptions_enable=False)
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
 
 
@@ -40,7 +43,10 @@ console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.
 def main(
     file: Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file")],
     overrides: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the spec")
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="replace a value of the spec", autocompletion=spec_file.settable_keys
+        ),
     ] = [],  # noqa: B006  typer's own form
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and do nothing")] = False,
     no_estimate: Annotated[

@@ -200,6 +200,14 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
     return keys
 
 
+def settable_keys(begun: str) -> list[str]:
+    """What `--set` takes, as far as it begins so: for a shell to complete."""
+    trial = dotted_keys(TrialConfig)
+    own = [key for key in dotted_keys(Spec) if key not in ("trial", "space", "control")]
+    keys = own + [f"{part}.{key}" for part in ("trial", "space", "control") for key in trial]
+    return [f"{key}=" for key in keys if key.startswith(begun)]
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Puts one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
     key, separator, text = override.partition("=")

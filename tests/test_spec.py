@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
@@ -378,3 +381,10 @@ def test_dry_run_without_an_estimate(override, reason, write, tmp_path):
 def test_errors_are_user_errors(write):
     with pytest.raises(UserError):
         spec_file.load(write("epochs: 4", "epochs: 0"))
+
+
+def test_a_shell_completes_what_can_be_set():
+    script = Path(sys.executable).parent / "lorvp-sweep"
+    asked = {"_LORVP_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "lorvp-sweep --set search.s", "COMP_CWORD": "2"}
+    found = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True)
+    assert found.stdout.split() == ["search.seed=", "search.seconds="]
