@@ -177,7 +177,7 @@ class Attempt:
 
     def started(self) -> float:
         """Unix time."""
-        return _read_json(self.path / "started.json")["time"]
+        return json.loads((self.path / "started.json").read_text())["time"]
 
     def last_sign(self) -> float:
         """Unix time at which it last wrote a file: an epoch's, or its end."""
@@ -266,6 +266,11 @@ class TrialFolder:
     def job(self) -> dict[str, Any] | None:
         """The job that trains it: `id`, `log`, `place` among the job's trials, `submissions`, `time` of the last."""
         return _read_json(self.path / "job.json")
+
+    @property
+    def job_id(self) -> str | None:
+        job = self.job()
+        return job["id"] if job else None
 
     def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
         before = self.job()

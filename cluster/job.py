@@ -55,12 +55,14 @@ class Requeue:
 
     def __init__(self) -> None:
         self.asked_for = False
-        self._handler = signal.getsignal(signal.SIGUSR2)
-        if callable(self._handler):
+        handler = signal.getsignal(signal.SIGUSR2)
+        self._handler = handler if callable(handler) else None
+        if self._handler:
             signal.signal(signal.SIGUSR2, self._note)
 
     def carry_out(self) -> None:
-        self._handler(signal.SIGUSR2, None)
+        if self._handler:
+            self._handler(signal.SIGUSR2, None)
 
     def _note(self, signum: int, frame: object) -> None:
         self.asked_for = True
@@ -99,7 +101,7 @@ def handed(first: TrialFolder) -> list[TrialFolder]:
         name = trial.handed_over()
         if name:
             following = TrialFolder(trial.path.parent / name)
-            if following.job()["id"] == first.job()["id"]:  # else it was given to another job while this one was away
+            if following.job_id == first.job_id:  # else it was given to another job while this one was away
                 trials.append(following)
     return trials
 
@@ -211,7 +213,7 @@ def taken(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Itera
         if not name:
             return
         following = TrialFolder(trial.path.parent / name)
-        if following.job()["id"] != trial.job()["id"]:
+        if following.job_id != trial.job_id:
             return  # it was given to another job while this one was away
         trial = following
 

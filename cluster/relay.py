@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -46,8 +46,8 @@ class Cluster(Protocol):
 def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str = 1) -> Cluster:
     """The place that `profile` describes, for the sweep in the folder `sweep`; `pack` trials of it share a process."""
     code.snapshot(sweep / "code")
-    kind = {"local": LocalCluster, "slurm": SlurmCluster}[profile.kind]
-    return kind(profile, sweep, sweep_id, concurrent, pack)
+    kinds: dict[str, Callable[..., Cluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
+    return kinds[profile.kind](profile, sweep, sweep_id, concurrent, pack)
 
 
 class Relay:
@@ -141,7 +141,7 @@ class Relay:
         if self.cluster.pack == AUTO:
             with suppress(FileNotFoundError):
                 self.cluster.pack = json.loads(pack_file(self._trials).read_text())
-        return None if self.cluster.pack == AUTO else self.cluster.pack
+        return None if isinstance(self.cluster.pack, str) else self.cluster.pack
 
     def _leads(self, due: list[TrialFolder], running: list[TrialFolder]) -> list[TrialFolder]:
         """Those that are submitted, a job each; the others are handed over to these, and wait for that."""
@@ -165,7 +165,8 @@ class Relay:
         hosts = {job_id: list(ended) for job_id, ended in self._free.items()}
         taken: Counter[str] = Counter()
         for other in running:
-            job_id = other.job()["id"]
+            if (job_id := other.job_id) is None:
+                continue
             taken[job_id] += 1
             if pack > 1:
                 hosts.setdefault(job_id, []).append(other)
@@ -177,6 +178,7 @@ class Relay:
                 if last in self._free.get(job_id, []):
                     self._free[job_id].remove(last)
                 job = last.job()
+                assert job is not None  # it is one of those that run or have ended
                 # Noted before it is said: a driver that is killed in between finds the trial's job gone, in the end.
                 trial.submitted(job_id, Path(job["log"]), place=job["place"] + 1)
                 if not last.hand_over(trial):
@@ -224,8 +226,9 @@ class Relay:
             if trial.ended():
                 self._ended.add(trial.name)
                 job = trial.job()
-                more = job and (self._pack != 1 or job["place"] < self.cluster.trials_per_job)
-                if more and trial.handed_over() is None:
+                if job is None or trial.handed_over() is not None:
+                    continue
+                if self._pack != 1 or job["place"] < self.cluster.trials_per_job:
                     self._free.setdefault(job["id"], []).append(trial)
         return [t for t in trials if t.name not in self._ended]
 

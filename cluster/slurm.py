@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.slurm import slurm
@@ -130,7 +131,7 @@ class SlurmCluster:
         return [row[1:] for row in rows if row[0].startswith(self.name)]
 
 
-def sbatch_parameters(profile: Profile, name: str) -> dict[str, object]:
+def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
     """The profile in submitit's words."""
     limit = profile.time_limit_minutes
     parameters = {

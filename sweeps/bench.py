@@ -104,7 +104,7 @@ class Clock:
         self.start = time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.found.seconds[self.part] += time.process_time() - self.start
+        self.found.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
 
 
 def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
@@ -113,9 +113,7 @@ def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
     config = spec.trial_config(spec.example())
     plain = Backbone(config.backbone, "fp32", SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False)))
     train, val = (
-        published.Photos(
-            images.read(np.arange(len(images))).permute(0, 2, 3, 1).numpy(), images.labels, plain.image_size
-        )
+        published.Photos(images.read(range(len(images))).permute(0, 2, 3, 1).numpy(), images.labels, plain.image_size)
         for images in (loaded.splits.train, loaded.splits.val)
     )
     shuffled = DataLoader(train, config.batch_size, shuffle=True)
@@ -138,15 +136,17 @@ def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
 def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
     """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
     found = Found()
-    search, scheduler = SpecSearch(spec), make_scheduler(spec)
+    search = SpecSearch(spec)
+    scheduler: Any = make_scheduler(spec)  # it is given stand-ins for Tune's controller and trials
     live: deque[tuple[Suggested, Iterator[training.EpochResult]]] = deque()
     asked = 0
-    while found.best < goal and (live or asked < spec.search.trials):
-        while len(live) < spec.search.concurrent and asked < spec.search.trials:
+    while found.best < goal and (live or asked < spec.number_of_trials()):
+        while len(live) < spec.search.concurrent and asked < spec.number_of_trials():
             new = Suggested(str(asked))
             asked += 1
-            config = spec.trial_config(search.suggest(new.trial_id))
-            live.append((new, training.train(config, loaded=loaded)))
+            params = search.suggest(new.trial_id)
+            assert isinstance(params, dict)  # without search.seconds there is always one more
+            live.append((new, training.train(spec.trial_config(params), loaded=loaded)))
             scheduler.on_trial_add(None, new)
         trial, epochs = live.popleft()
         with Clock(found, "training and validation" if trial.score > -math.inf else "first epochs, with the cache"):
@@ -194,7 +194,8 @@ def main(
     warnings.filterwarnings("ignore", module="optuna|ray")
     source = {"name": "image_folder", "root": photos} if photos else {"name": "digits"}
     dataset = source | {"max_per_class": per_class, "val_fraction": 0.2}
-    ratios, parts = [], {"published": Counter(), "ours": Counter()}
+    ratios: list[float] = []
+    parts: dict[str, Counter[str]] = {"published": Counter(), "ours": Counter()}
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
         loaded = training.load(spec.trial_config(spec.example()))

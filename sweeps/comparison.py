@@ -241,7 +241,7 @@ class Comparison:
         return shown
 
     def table(self) -> Table:
-        seeds = ", ".join(map(str, self.spec.confirm.seeds))
+        seeds = ", ".join(map(str, self.spec.seeds))
         table = Table(title=f"confirmed under seeds {seeds}", title_justify="left", box=None)
         cells = self.cells()
         for column in cells[0] if cells else ():

@@ -57,7 +57,7 @@ def choose(spec: Spec) -> list[Choice]:
     choices: list[Choice] = []
     for value in spec.shares():
         of_value = (entry for entry in finished if spec.share(entry.trial.config) == value)
-        choices += islice(_different(spec, of_value), spec.confirm.top)
+        choices += islice(_different(spec, of_value), spec.top)
     if choices and (control := board.best(control=True)):
         choices += _different(spec, [control])
     values = {"search": _extent(spec), "chosen": [asdict(choice) for choice in choices]}
@@ -98,7 +98,7 @@ def _different(spec: Spec, entries: Iterable[Entry]) -> Iterator[Choice]:
     seen = []
     for entry in entries:
         config = entry.trial.config
-        seeds = {seed: spec.confirmed(config, seed).content_hash() for seed in spec.confirm.seeds}
+        seeds = {seed: spec.confirmed(config, seed).content_hash() for seed in spec.seeds}
         if seeds not in seen:
             seen.append(seeds)
             yield Choice(entry.trial.name, entry.control, seeds)

@@ -107,7 +107,7 @@ class Recorded:
     def _scaled(self, name: str, axis: Axis, value: Scalar) -> float:
         if axis.choice is not None:  # numbered by their text: that is what a column of mixed types was written as
             return self._numbers.setdefault(str(value), len(self._numbers))
-        low, high = (axis.uniform or axis.log_uniform or axis.integers)[:2]
+        low, high = axis.bounds
         if isinstance(value, str) or (axis.log_uniform and value <= 0):
             raise UserError(f"{self.path}: param.{name} holds {value!r}, which is no value between {low} and {high}")
         if axis.log_uniform:

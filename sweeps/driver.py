@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -93,7 +94,7 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
     if best is None:
         tracker.try_to(lambda: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
-    bundle = best.trial.newest().bundle
+    bundle = best.bundle
     say(f"best prompt: {bundle}")
     models: list[str] = []
     try:
@@ -141,7 +142,11 @@ class Ending:
     def held_back(self) -> Iterator[None]:
         """While Ray starts, which bears no interruption and puts handlers of its own in: signals count afterwards."""
         set_handler = signal.signal
-        signal.signal = lambda signum, handler: None if signum in self.SIGNALS else set_handler(signum, handler)
+
+        def pass_on(signum: int, handler: Any) -> Any:
+            return None if signum in self.SIGNALS else set_handler(signum, handler)
+
+        signal.signal = pass_on
         self._held_back = True
         try:
             yield

@@ -44,6 +44,10 @@ class Progress:
     """Epochs that were there when the driver started: they say nothing about how fast it goes."""
     ended_before: bool = False
 
+    @property
+    def finished(self) -> bool:
+        return self.end is not None and self.end.state == State.FINISHED
+
 
 class Repeated(threading.Thread):
     """Does something every half second until it is ended. What goes wrong is shown once, and tried again."""
@@ -228,8 +232,8 @@ class Follower:
                 epochs = f"{p.epochs}/{p.trial.config.epochs}"
                 table.add_row(p.trial.name, job, epochs, number(p.last), number(p.best), config)
         ended = [p for p in seen if p.end is not None]
-        counts = {state: sum(p.end.state == state for p in ended) for state in State}
-        finished = [p.best for p in ended if p.end.state == State.FINISHED and not p.control and p.best is not None]
+        counts = Counter(p.end.state for p in seen if p.end is not None)
+        finished = [p.best for p in seen if p.finished and not p.control and p.best is not None]
         best = (max if self.spec.mode == "max" else min)(finished, default=None)
         trials = "trials of the confirmation" if confirming else "trials"
         summary = (

@@ -132,7 +132,7 @@ def show_plan(spec: Spec) -> None:
     controls = spec.control_configs()
     console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
     if spec.confirm:
-        seeds = ", ".join(map(str, spec.confirm.seeds))
+        seeds = ", ".join(map(str, spec.seeds))
         console.print(f"confirmation: up to {spec.number_of_confirmations()} trials more, under seeds {seeds}")
     console.print("one config:")
     console.print_json(spec.trial_config(spec.example()).model_dump_json())
@@ -159,9 +159,9 @@ def check_inputs(spec: Spec) -> None:
     """Raises UserError for data or weights that aren't there, before anything is written."""
     for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
         root, checkpoint = config.dataset.root, config.backbone.checkpoint
-        if config.dataset.name == "store":
+        if root is not None and config.dataset.name == "store":
             read_manifest(root)
-        if config.dataset.name == "image_folder" and not root.is_dir():
+        if root is not None and config.dataset.name == "image_folder" and not root.is_dir():
             raise UserError(f"trial.dataset.root: no such folder {root}; point it at the images")
         if checkpoint is not None and not checkpoint.is_file():
             raise UserError(f"trial.backbone.checkpoint: no such file {checkpoint}")

@@ -51,6 +51,13 @@ class Entry:
         values = [result[spec.objective] for result in seen if result["whole"] == seen[-1]["whole"]]
         return max(values) if spec.mode == "max" else -min(values)
 
+    @property
+    def bundle(self) -> Path:
+        """Of a trial that has ended."""
+        attempt = self.trial.newest()
+        assert attempt is not None  # only an attempt ends
+        return attempt.bundle
+
     def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
         return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
@@ -125,8 +132,8 @@ class Leaderboard:
             return lines + (["the control did not finish"] if self.spec.control else [])
         lines.append(f"control {control.trial.name}: {self._figures(control)}")
         val = best.best()["val_top1"] - control.best()["val_top1"]
-        tests = best.test_top1(), control.test_top1()
-        test = "" if None in tests else f", test {tests[0] - tests[1]:+.2f}"
+        ours, theirs = best.test_top1(), control.test_top1()
+        test = "" if ours is None or theirs is None else f", test {ours - theirs:+.2f}"
         lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
         return lines + triage.checked(self.spec, val)
 
@@ -145,10 +152,11 @@ class Leaderboard:
 
     def failures(self) -> list[str]:
         """What failed and why: each cause with its trials."""
-        failed = [entry for entry in self.entries if entry.end is not None and entry.end.state == State.FAILED]
-        counts = Counter(entry.end.cause for entry in failed)
+        ends = [(entry.trial.name, entry.end) for entry in self.entries if entry.end is not None]
+        failed = [(name, end) for name, end in ends if end.state == State.FAILED]
+        counts = Counter(end.cause for _, end in failed)
         summary = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
-        lines = [f"{entry.trial.name}: {entry.end.cause}: {entry.end.reason}" for entry in failed]
+        lines = [f"{name}: {end.cause}: {end.reason}" for name, end in failed]
         return [f"failed: {summary}", *lines] if failed else []
 
     def _figures(self, entry: Entry) -> str:

@@ -97,7 +97,7 @@ def dataset_on_gpu(config: TrialConfig, gpu_bytes: float) -> tuple[int | None, i
     """Classes, None where they aren't known, and the bytes of the images that will be kept on the GPU."""
     from lorvp.pipeline import DEVICE_SHARE
 
-    if config.dataset.name != "store":
+    if config.dataset.name != "store" or config.dataset.root is None:
         return None, 0
     try:
         manifest = read_manifest(config.dataset.root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class SpecSearch(Searcher):
             for value, share in spec.shares().items()
         }
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Tune's FINISHED is a text
         if self._again:
             value = self._again.popleft()
         else:
@@ -112,7 +112,7 @@ class RecordingSearch(SpecSearch):
         self._to_repeat = len(again)
         super().__init__(spec, again, partial(seconds_spent, spec))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         params = super().suggest(trial_id)
         if self._to_repeat:
             self._to_repeat -= 1
@@ -121,9 +121,10 @@ class RecordingSearch(SpecSearch):
         return params
 
 
-def seconds_spent(spec: Spec) -> Counter[Scalar]:
+def seconds_spent(spec: Spec) -> dict[Scalar, float]:
     """What the epochs of the search have taken until now, the control's left out, by the shares of the spec."""
-    controls, spent = spec.control_names(), Counter()
+    controls = spec.control_names()
+    spent: defaultdict[Scalar, float] = defaultdict(float)
     for trial in TrialFolder.requested(spec.trials):
         if trial.name not in controls and spec.stage(trial.config) == Stage.SEARCH:
             spent[spec.share(trial.config)] += sum(result["seconds"] for result in trial.results())
@@ -180,8 +181,7 @@ def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
             low, high, *step = axis.integers
             params[name] = trial.suggest_int(name, low, high, step=step[0] if step else 1)
         else:
-            low, high = axis.uniform or axis.log_uniform
-            params[name] = trial.suggest_float(name, low, high, log=axis.log_uniform is not None)
+            params[name] = trial.suggest_float(name, *axis.bounds, log=axis.log_uniform is not None)
     return params
 
 
@@ -233,6 +233,6 @@ def make_scheduler(spec: Spec) -> TrialScheduler:
             metric=SCORE,
             mode=spec.mode,
             grace_period=rule.grace_epochs,
-            min_time_slice=math.inf,  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
         )
     return FIFOScheduler()

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -216,7 +216,7 @@ class _Replay:
         self.curves = curves
         self.place = place
         self.search = SpecSearch(spec, spent=self.spent)
-        self.scheduler = make_scheduler(spec)
+        self.scheduler: Any = make_scheduler(spec)  # it is given stand-ins for Tune's controller and trials
         self.random = random.Random(seed)
         self.outcome = Outcome(place.gpus)
         self.controller = _Controller()
@@ -262,14 +262,14 @@ class _Replay:
         best = [trial for trial in finished if trial.control][:1]
         for value in self.spec.shares():
             of_value = [t for t in finished if not t.control and self.spec.share(t.config) == value]
-            best += of_value[: self.spec.confirm.top]
+            best += of_value[: self.spec.top]
         for trial in best:
-            for seed in self.spec.confirm.seeds:
+            for seed in self.spec.seeds:
                 self.request(self.spec.confirmed(trial.config, seed), trial.control)
 
-    def spent(self) -> Counter[Scalar]:
+    def spent(self) -> dict[Scalar, float]:
         """Seconds of the search's epochs until now, by share."""
-        spent: Counter[Scalar] = Counter()
+        spent: defaultdict[Scalar, float] = defaultdict(float)
         for trial in self.trials.values():
             if not trial.control:
                 spent[self.spec.share(trial.config)] += sum(trial.curve.seconds[: trial.epochs])
@@ -307,7 +307,7 @@ class _Replay:
         trial_id = str(self.suggested)
         self.suggested += 1
         params = self.search.suggest(trial_id)
-        if params == Searcher.FINISHED:
+        if not isinstance(params, dict):  # Searcher.FINISHED
             self.suggested = self.total
             return
         try:

@@ -78,7 +78,15 @@ class Axis(Part):
 
     def examples(self) -> list[Scalar]:
         """The values that must be valid for all of the axis to be."""
-        return self.choice or list((self.uniform or self.log_uniform or self.integers)[:2])
+        return self.choice or list(self.bounds)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Its low and high end. Raises ValueError for a choice."""
+        ends = self.uniform or self.log_uniform or self.integers
+        if ends is None:
+            raise ValueError("a choice has no ends")
+        return ends[0], ends[1]
 
 
 class SearchConfig(Part):
@@ -171,6 +179,16 @@ class Spec(Part):
         return OBJECTIVES[self.objective]
 
     @property
+    def top(self) -> int:
+        """How many configs are confirmed, of each share of the search."""
+        return self.confirm.top if self.confirm else 0
+
+    @property
+    def seeds(self) -> list[int]:
+        """Under which they are; none without a confirmation."""
+        return self.confirm.seeds if self.confirm else []
+
+    @property
     def folder(self) -> Path:
         return self.output / self.name
 
@@ -215,7 +233,7 @@ class Spec(Part):
         if self.control is None:
             return []
         axis = self.space.get("label_mapping")
-        mappings = axis.values() if axis else [self.trial_config(self.example()).label_mapping]
+        mappings = (axis and axis.choice) or [self.trial_config(self.example()).label_mapping]
         heads = [mapping for mapping in mappings if mapping in HEAD_MAPPINGS] or ["lp"]
         cells = [FITTED | {"label_mapping": head} for head in heads]
         if self.control:
@@ -225,8 +243,8 @@ class Spec(Part):
 
     def control_names(self) -> set[str]:
         """What the control's trials are called, those that confirm it among them."""
-        configs, seeds = self.control_configs(), self.confirm.seeds if self.confirm else []
-        again = [self.confirmed(config, seed) for config in configs for seed in seeds]
+        configs = self.control_configs()
+        again = [self.confirmed(config, seed) for config in configs for seed in self.seeds]
         return {config.content_hash() for config in [*configs, *again]}
 
     def shares(self) -> dict[Scalar, Spec]:
@@ -236,10 +254,10 @@ class Spec(Part):
         name = self.search.equal
         if name is None:
             return {None: self}
-        values = self.space[name].choice
+        values = self.space[name].choice or []
         shares = {}
         for i, value in enumerate(values):
-            trials = len(range(i, self.search.trials, len(values)))
+            trials = len(range(i, self.number_of_trials(), len(values)))
             search = self.search.model_copy(update={"equal": None, "seconds": None, "trials": trials})
             shares[value] = self.model_copy(
                 update={"space": self.space | {name: Axis(choice=[value])}, "search": search}
@@ -268,7 +286,7 @@ class Spec(Part):
         for name, axis in self.ordered_axes().items():
             grown = []
             for cell in cells:
-                grown += [cell | {name: value} for value in axis.values()] if active(axis, cell) else [cell]
+                grown += [cell | {name: value} for value in axis.values() or []] if active(axis, cell) else [cell]
             cells = grown
         return cells
 
@@ -306,22 +324,20 @@ class Spec(Part):
     def named_keys(self) -> list[str]:
         """The keys of a trial that this sweep says something about, and those that anybody asks for first."""
         said = [*self.space, *flatten(self.trial), *(self.control or {})]
-        seeds = ["init_seed", "order_seed"] if self.confirm else []
+        seeds = ["init_seed", "order_seed"] if self.seeds else []
         return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *said, *seeds]))
 
     def number_of_trials(self) -> int:
-        return len(self.cells()) if self.search.algorithm == "grid" else self.search.trials
+        return self.search.trials or len(self.cells())
 
     def number_of_confirmations(self) -> int:
         """At most: trials that failed, or that have no seed, make it less."""
-        if self.confirm is None:
-            return 0
-        seeds = self.confirm.seeds
-        configs = sum(min(self.confirm.top, share.number_of_trials()) for share in self.shares().values())
+        configs = sum(min(self.top, share.number_of_trials()) for share in self.shares().values())
         controls = [
-            len({self.confirmed(config, seed).content_hash() for seed in seeds}) for config in self.control_configs()
+            len({self.confirmed(config, seed).content_hash() for seed in self.seeds})
+            for config in self.control_configs()
         ]
-        return configs * len(seeds) + max(controls, default=0)
+        return configs * len(self.seeds) + max(controls, default=0)
 
 
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:

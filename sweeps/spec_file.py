@@ -120,7 +120,7 @@ def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
         fail(location, f"{name} exists under a condition only; every trial must have it")
     if spec.search.algorithm == "grid":
         fail(location, "a grid has every cell anyway; leave equal out")
-    if spec.search.trials < len(axis.choice):
+    if spec.number_of_trials() < len(axis.choice):
         fail(("search", "trials"), f"must be at least {len(axis.choice)}, one for each value of {name}")
 
 
@@ -180,7 +180,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
 
 def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
     """That a trial has the value as it is spelt: it tells by it which share the trial belongs to."""
-    value = spec.space[name].choice[place]
+    value = spec.space[name].examples()[place]
     try:
         taken = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
     except ValidationError:  # with others it may be valid

@@ -49,7 +49,7 @@ def table(spec: Spec, relay: Relay) -> Table:
 
 
 def _driver(running: tuple[str, int] | None, job: str | None, states: dict[str, JobState]) -> str:
-    state = states.get(job)
+    state = states.get(job) if job else None
     if state is not None and state.alive:
         return f"driver: job {job}, {state} {state.node}".rstrip()
     return f"driver: process {running[1]} on {running[0]}" if running else "no driver runs; --resume starts one"
@@ -98,14 +98,14 @@ def follow(spec: Spec, name: str, console: Console) -> None:
         choice = ", ".join(trial.name for trial in (found or trials)[:5])
         raise UserError(f"{spec.folder}: {len(found)} trials are called {name}...; there is {choice or 'none yet'}")
     (trial,) = found
-    shown, position = None, 0
+    shown, position = "", 0
     with suppress(KeyboardInterrupt):
         while True:
             end, job = trial.ended(), trial.job()  # the end first: what was written before it is read below
             if job and job["log"] != shown:
                 shown, position = job["log"], 0
                 console.print(f"trial {trial.name}, job {job['id']}: {shown}", style="bold", highlight=False)
-            if job and Path(shown).exists():
+            if shown and Path(shown).exists():
                 with open(shown, "rb") as log:
                     log.seek(position)
                     text = log.read()
@@ -124,7 +124,7 @@ def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
     """
     driver_job, driver = detached_driver(spec.folder), running_driver(spec.folder)
     state = relay.cluster.states([driver_job]).get(driver_job) if driver_job else None
-    if state is not None and state.alive:
+    if driver_job and state is not None and state.alive:
         relay.cluster.cancel([driver_job])
     elif driver is not None:
         host, process = driver

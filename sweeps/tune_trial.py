@@ -31,7 +31,7 @@ class TuneTrial(tune.Trainable):
     a resume, is to follow the same folder. The epochs that lie there are handed on like new ones.
     """
 
-    def setup(self, config: dict[str, Scalar], spec: Spec) -> None:
+    def setup(self, config: dict[str, Scalar], spec: Spec) -> None:  # type: ignore[override]  # by with_parameters
         self.spec = spec
         self.follow(config)
 
