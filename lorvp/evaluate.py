@@ -1,8 +1,12 @@
-"""python -m lorvp.evaluate BUNDLE --data STORE: how good a tuned prompt is on prepared datasets, OOD sets included."""
+"""python -m lorvp.evaluate BUNDLE --data STORE: how good a tuned prompt is on prepared datasets, OOD sets included.
+
+With `--corruptions` also on their images blurred, noisy, as JPEG and at less contrast (`lorvp/corruptions.py`).
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,23 +21,28 @@ from rich.console import Console
 from rich.table import Table
 
 from lorvp import bundle, cli, datasets, pipeline
+from lorvp.corruptions import CORRUPTIONS, Corruption
 from lorvp.errors import UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
+from lorvp.resize import resize
 from lorvp.store import Store
 
 TOP_K = 5
 NORMAL_95 = 1.959964
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True)
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """On the test images of one store, in percent, with 95 % intervals (Wilson 1927)."""
+    """On the test images of one dataset, in percent, with 95 % intervals (Wilson 1927)."""
 
     data: str
+    corruption: str | None
+    """What was done to the images; None where they are as they are."""
+    strength: int | None
     images: int
     classes: int
     top1: float
@@ -44,33 +53,61 @@ class Accuracy:
     top5_high: float
 
 
-def evaluate(method: Method, opened: Store, batch_size: int = 512) -> Accuracy:
-    """The accuracy of a loaded bundle on a store's test images.
+SCHEMA = pa.schema(
+    [("data", pa.string()), ("corruption", pa.string()), ("strength", pa.int64())]
+    + [("images", pa.int64()), ("classes", pa.int64())]
+    + [(f"{top}{end}", pa.float64()) for top in ("top1", "top5") for end in ("", "_low", "_high")]
+)
 
-    Where the store has a part of the bundle's classes only, the others' logits are left out (ImageNet-R and -A, as
+
+def evaluate(method: Method, opened: Store, batch_size: int = 512, corruption: Corruption | None = None) -> Accuracy:
+    """The accuracy of a loaded bundle on a store's test images; raises UserError as `test_images` and `measure` do."""
+    images = test_images(opened, method.backbone.image_size)
+    return measure(method, images, opened.folder, batch_size, corruption)
+
+
+def test_images(opened: Store, image_size: int) -> datasets.StoreImages:
+    """What a store has to evaluate on. Raises UserError for images that were resized to another size."""
+    datasets.check_size(opened, image_size)
+    return datasets.stored(opened, "test" if "test" in opened.splits else "train", image_size)
+
+
+def measure(
+    method: Method,
+    images: datasets.Images,
+    where: Path,
+    batch_size: int = 512,
+    corruption: Corruption | None = None,
+) -> Accuracy:
+    """The accuracy of a loaded bundle on images, corrupted at the size that its backbone takes; `where` names them.
+
+    Where they have a part of the bundle's classes only, the others' logits are left out (ImageNet-R and -A, as
     published by their authors). Raises UserError for classes that the bundle doesn't know.
     """
-    description = opened.description
-    datasets.check_size(opened, method.backbone.image_size)
-    images = datasets.stored(opened, "test" if "test" in opened.splits else "train", method.backbone.image_size)
     device = method.backbone.mean.device
-    known = torch.from_numpy(class_index(description.class_names, method.class_names, opened.folder)).to(device)
+    known = torch.from_numpy(class_index(images.class_names, method.class_names, where)).to(device)
     hits = torch.zeros(2, dtype=torch.int64, device=device)
+    done = 0
     with torch.inference_mode():
         for pixels, labels in pipeline.batches(images, batch_size, device=device):
+            if corruption is not None:
+                places = range(done, done + len(labels))
+                pixels = corruption(resize(pixels, method.backbone.image_size), places)
             logits = method(pixels)[:, known]
             ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
             hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+            done += len(labels)
     top1, top5 = hits.tolist()
-    count = len(images)
     return Accuracy(
-        opened.folder.name,
-        count,
+        where.name,
+        corruption.kind if corruption else None,
+        corruption.strength if corruption else None,
+        done,
         len(known),
-        100 * top1 / count,
-        *wilson(top1, count),
-        100 * top5 / count,
-        *wilson(top5, count),
+        100 * top1 / done,
+        *wilson(top1, done),
+        100 * top5 / done,
+        *wilson(top5, done),
     )
 
 
@@ -97,22 +134,25 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def command(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],
     stores: Annotated[list[Path], typer.Option("--data", metavar="STORE", help="a prepared dataset; may be repeated")],
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="on corrupted images, too")] = False,
     out: Annotated[Path | None, typer.Option(help="a Parquet file to write, too")] = None,
 ) -> None:
     """Evaluates a bundle on the test images of prepared datasets."""
     opened = [Store.open(path) for path in stores]
     method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    found = [evaluate(method, each) for each in opened]
+    ways = [None, *CORRUPTIONS] if corruptions else [None]
+    found = [evaluate(method, each, corruption=way) for each in opened for way in ways]
     table = Table(box=None)
-    for column in ("data", "images", "classes", "top-1 %", "95 %", "top-5 %", "95 %"):
-        table.add_column(column, justify="left" if column == "data" else "right")
+    for column in ("data", "corruption", "images", "classes", "top-1 %", "95 %", "top-5 %", "95 %"):
+        table.add_column(column, justify="left" if column in ("data", "corruption") else "right")
     for a in found:
         top1, top5 = f"{a.top1_low:.2f} to {a.top1_high:.2f}", f"{a.top5_low:.2f} to {a.top5_high:.2f}"
-        table.add_row(a.data, f"{a.images:,}", str(a.classes), f"{a.top1:.2f}", top1, f"{a.top5:.2f}", top5)
+        corruption = f"{a.corruption} {a.strength}" if a.corruption else ""
+        table.add_row(a.data, corruption, f"{a.images:,}", str(a.classes), f"{a.top1:.2f}", top1, f"{a.top5:.2f}", top5)
     console.print(table)
     if out is not None:
         with replacing(out) as temporary:
-            pq.write_table(pa.Table.from_pylist([asdict(a) for a in found]), temporary)
+            pq.write_table(pa.Table.from_pylist([asdict(a) for a in found], SCHEMA), temporary)
         console.print(f"written: {out}", highlight=False)
 
 

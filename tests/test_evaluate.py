@@ -1,4 +1,4 @@
-"""How good a bundle is on prepared sets: whole, in part, numbered."""
+"""How good a bundle is on prepared sets: whole, in part, numbered, corrupted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lorvp import bundle, evaluate, store
 from lorvp.config import TrialConfig
+from lorvp.corruptions import CORRUPTIONS, Corruption
 from lorvp.errors import UserError
 from lorvp.training import train
 
@@ -44,7 +45,30 @@ def test_evaluation_of_a_bundle(image_root, tmp_path):
     arguments = [str(tmp_path / "bundle"), "--data", str(folder), "--out", str(tmp_path / "found.parquet")]
     shown = CliRunner().invoke(evaluate.app, arguments)
     assert f"{whole.top1:.2f}" in shown.output
-    assert pq.read_table(tmp_path / "found.parquet").to_pylist()[0]["top1"] == whole.top1
+    (row,) = pq.read_table(tmp_path / "found.parquet").to_pylist()
+    assert (row["top1"], row["corruption"], row["strength"]) == (whole.top1, None, None)
+
+
+def test_evaluation_of_corrupted_images(image_root, tmp_path):
+    """Beside the plain ones, in any batches: an image's noise is its own."""
+    folder = make("image_folder", image_root, tmp_path, size=32).folder
+    values = digits_values(dataset={"name": "store", "root": folder, "val_fraction": 0.25}, epochs=1, batch_size=9)
+    list(train(TrialConfig.model_validate(values), tmp_path))
+    arguments = [str(tmp_path / "bundle"), "--data", str(folder), "--corruptions", "--out", str(tmp_path / "found")]
+    shown = CliRunner().invoke(evaluate.app, arguments)
+    assert "contrast 3" in shown.output
+    rows = pq.read_table(tmp_path / "found").to_pylist()
+    assert [row["corruption"] for row in rows] == [None] + [c.kind for c in CORRUPTIONS]
+    assert [row["strength"] for row in rows] == [None] + [1, 2, 3] * 4
+    method, opened = bundle.load(tmp_path / "bundle"), store.Store.open(folder)
+    seen: list[list[torch.Tensor]] = []
+    method.register_forward_pre_hook(lambda _, inputs: seen[-1].append(inputs[0]))
+    for batch_size in (12, 5):
+        seen.append([])
+        evaluate.evaluate(method, opened, batch_size, Corruption("noise", 3))
+    assert torch.equal(torch.cat(seen[-1]), torch.cat(seen[-2]))
+    plain = torch.from_numpy(opened.splits["test"].read(np.arange(12))).permute(0, 3, 1, 2)
+    assert torch.equal(torch.cat(seen[-1]), Corruption("noise", 3)(plain, range(12)))
 
 
 def test_intervals():
