@@ -2,8 +2,8 @@
 
 Strengths 1, 2 and 3 have the parameters of its severities 1, 3 and 5, as its authors' code has them for CIFAR-10-C at
 32 px, Tiny-ImageNet-C at 64 px and ImageNet-C at 224 px (`create_c/make_*_c.py` in hendrycks/robustness). Images of
-another size take those of the nearest of the three, by ratio; a blur's width, a length, then grows with the side. Unlike
-ImageNet-C's files, the images are not stored as JPEG on top of it.
+another size take those of the nearest of the three, by ratio; a blur's width, a length, then grows with the side.
+Unlike ImageNet-C's files, the images are not stored as JPEG on top of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PARAMETERS: dict[int, dict[str, Parameters]] = {
     64: {"blur": (0.5, 1, 1.5), "noise": (0.04, 0.12, 0.18), "jpeg": (65, 50, 25), "contrast": (0.4, 0.2, 0.05)},
     224: {"blur": (1, 3, 6), "noise": (0.08, 0.18, 0.38), "jpeg": (25, 15, 7), "contrast": (0.4, 0.2, 0.05)},
 }
-"""By the images' side in pixels. Of blur and noise the Gaussian's deviation, in pixels and in units of pixels in [0, 1];
-JPEG's quality; what is left of the contrast."""
+"""By the images' side in pixels. Of blur and noise the Gaussian's deviation, in pixels and in units of pixels in
+[0, 1]; JPEG's quality; what is left of the contrast."""
 KINDS = tuple(PARAMETERS[224])
 
 _workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="corrupt")

@@ -16,7 +16,7 @@ from rich.table import Table
 from lorvp.files import replacing
 from sweeps import triage
 from sweeps.confirm import Choice
-from sweeps.leaderboard import Entry, Leaderboard, number
+from sweeps.leaderboard import Bias, Entry, Leaderboard, number
 from sweeps.spec import Scalar, Spec
 
 CONFIDENCE = 0.95
@@ -161,16 +161,27 @@ class Comparison:
         if best is None:
             return ["no trial was confirmed: there is no best prompt"]
         lines = [f"best config {self._figures(best)}"]
-        published = any(entry.trial.config.select != "val" for row in self.rows for entry in row.entries)
         if control is None:
             lines += ["the control was not confirmed"] if self.spec.control is not None else []
-            return lines + [PUBLISHED] * published
+            return lines + self._bias(best)
         lines.append(f"control {self._figures(control)}")
         for row in self.rows:
             if not row.choice.control:
                 lines += self._differences(row, control)
         found = best.difference(control, val_top1)
-        return lines + [PUBLISHED] * published + (triage.checked(self.spec, found.mean) if found else [])
+        return lines + self._bias(best) + (triage.checked(self.spec, found.mean) if found else [])
+
+    def _bias(self, best: Row) -> list[str]:
+        """What the published protocol did to the figures, where it was followed."""
+        entries = [entry for row in self.rows for entry in row.entries]
+        if all(entry.trial.config.select == "val" for entry in entries):
+            return []
+        bias, honest = Bias.of(entries), best.spread(Entry.test_at_best_val)
+        lines = [PUBLISHED] + [str(bias)] * (bias is not None)
+        lines.append(f"{self._called(best)} at the epochs that are best on val: test top-1 {honest} %")
+        if found := self.control and best.difference(self.control, Entry.test_at_best_val):
+            lines[-1] += f", less the control {found} points"
+        return lines
 
     def _figures(self, row: Row) -> str:
         val, test = (row.spread(figure) for figure in FIGURES.values())
@@ -206,7 +217,9 @@ class Comparison:
                 found = row.difference(self.control, figure) if compared else None
                 for key in ("mean", "low", "high"):
                     record[f"{name}_difference_{key}"] = getattr(found, key) if found else None
+            honest = row.spread(Entry.test_at_best_val)
             record |= {
+                "test_at_best_val": honest.mean if honest else None,
                 "parameters_prompt": row.parameters("prompt", "tokens"),
                 "parameters_head": row.parameters("head"),
                 "parameters_backbone": row.parameters("backbone"),
@@ -278,6 +291,7 @@ SCHEMA = pa.schema(
         for name in FIGURES
         for figure in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
     ]
+    + [("test_at_best_val", pa.float64())]
     + [(f"parameters_{group}", pa.int64()) for group in ("prompt", "head", "backbone")]
     + [(key, pa.float64()) for key in ("peak_memory_mib", "seconds", "optimizer_state_mib", "search_seconds")]
 )

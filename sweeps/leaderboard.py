@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -58,9 +60,44 @@ class Entry:
         assert attempt is not None  # only an attempt ends
         return attempt.bundle
 
+    def test_at_best_val(self) -> float | None:
+        """With the prompt of the epoch that is best on the validation set, whatever the trial's protocol."""
+        if self.trial.config.select == "val":
+            return self.test_top1()
+        return max(self.whole, key=lambda result: result["val_top1"])["test_top1"]
+
     def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
         return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What the published protocol (`select: test_best_epoch`) adds to trials' test figures, in points: each one's test
+    figure less that of its epoch that is best on val.
+    """
+
+    mean: float
+    low: float
+    """The smallest among the trials."""
+    high: float
+    trials: int
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Bias | None:
+        """Of those that finished under that protocol and had several epochs to choose from; None if there are none."""
+        found = [
+            entry.test_top1() - entry.test_at_best_val()
+            for entry in entries
+            if entry.finished and entry.trial.config.select == "test_best_epoch" and len(entry.whole) > 1
+        ]
+        return cls(fmean(found), min(found), max(found), len(found)) if found else None
+
+    def __str__(self) -> str:
+        return (
+            f"bias of the published protocol, against the epoch that is best on val: {self.mean:+.2f} points "
+            f"(mean of {self.trials} trials, {self.low:+.2f} to {self.high:+.2f})"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +172,8 @@ class Leaderboard:
         ours, theirs = best.test_top1(), control.test_top1()
         test = "" if ours is None or theirs is None else f", test {ours - theirs:+.2f}"
         lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
-        return lines + triage.checked(self.spec, val)
+        bias = Bias.of(self.searched())
+        return lines + [str(bias)] * (bias is not None) + triage.checked(self.spec, val)
 
     def trust(self) -> list[str]:
         """How far the trials' order at each milestone was that at their end, in words."""
@@ -165,7 +203,9 @@ class Leaderboard:
         return f"val top-1 {val:.2f} %, {label} {test:.2f} %" if test is not None else f"val top-1 {val:.2f} %"
 
     def write_parquet(self, path: Path) -> None:
-        """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures."""
+        """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures; in all of
+        a trial's rows the test figure of the epoch that is best on val.
+        """
         rows = [
             {
                 "trial": entry.trial.name,
@@ -177,6 +217,7 @@ class Leaderboard:
             | epoch_metrics(result)
             | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}
             | {key: result[key] for key in ("test_loss", "test_top1", "test_top5")}
+            | {"test_at_best_val": entry.test_at_best_val()}
             for entry in self.entries
             for result in entry.results
         ]

@@ -49,6 +49,7 @@ def test_evaluation_of_a_bundle(image_root, tmp_path):
     assert (row["top1"], row["corruption"], row["strength"]) == (whole.top1, None, None)
 
 
+@pytest.mark.slow
 def test_evaluation_of_corrupted_images(image_root, tmp_path):
     """Beside the plain ones, in any batches: an image's noise is its own."""
     folder = make("image_folder", image_root, tmp_path, size=32).folder

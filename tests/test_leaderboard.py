@@ -14,7 +14,7 @@ from cluster.folder import State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps import confirm
 from sweeps.comparison import MAY_BE_NONE, PUBLISHED, Comparison, paired
-from sweeps.leaderboard import Leaderboard
+from sweeps.leaderboard import Bias, Leaderboard
 from sweeps.spec import Spec
 
 
@@ -254,17 +254,50 @@ def test_comparison_files(tmp_path):
     assert [{k: v for k, v in row.items() if k != "prompt.kind"} for row in rows] == comparison.records()
     assert rows[0]["test_top1"] == 72  # of the best test epoch
     assert rows[0]["val_top1"] == 59
+    assert rows[0]["test_at_best_val"] == 70
     text = markdown.read_text()
     assert text.count("\n|") == 2 + 3
     assert (
         f"| low_rank | {choices[0].trial} | 59.00 ± 0.00 | 72.00 ± 0.00 | 3 | 34 | 5 | - | 100 | 3 | 0.5 | 12 |" in text
     )
     assert PUBLISHED in text
+    assert "against the epoch that is best on val: +2.00 points (mean of 9 trials, +2.00 to +2.00)" in text
+    assert "test top-1 70.00 ± 0.00 %, less the control +0.00 [+0.00, +0.00] points" in text
     assert {path.name for path in spec.folder.iterdir()} == {"trials", "confirm.json", parquet.name, markdown.name}
     one = make_confirmed(tmp_path / "one", search={"algorithm": "tpe", "trials": 4})
     searched(one)
     table = pq.read_table(Comparison.of(Leaderboard.read(one), []).write()[0])
     assert table.column_names[0] == "trial"
+
+
+def test_the_bias_of_the_published_protocol(spec: Spec, tmp_path: Path):
+    """Its best test epoch less the test figure at the best val epoch, of finished trials with epochs to choose from."""
+    published = spec.model_copy(update={"trial": digits_values(epochs=3, select="test_best_epoch")})
+    for rank, (vals, tests, state) in enumerate(
+        [
+            ([50, 70, 60], [40, 51, 55], State.FINISHED),  # 55 - 51
+            ([50, 60, 60], [41, 42, 43], State.FINISHED),  # of two equal ones the earlier: 43 - 42
+            ([50, 60, 70], [40, 50, 60], State.FINISHED),
+            ([50, 40], [10, 90], State.STOPPED),
+        ],
+        start=1,
+    ):
+        attempt = TrialFolder.request(published.trials, published.trial_config({"prompt.rank": rank})).claim()
+        for epoch, (val, test) in enumerate(zip(vals, tests, strict=True), start=1):
+            others = {"whole": True, "parameters": {}, "lr": {}, "time": 0.0, "test_loss": 0.0, "test_top5": 99.0}
+            attempt.append({"epoch": epoch, "val_top1": val, "test_top1": test} | others)
+        attempt.end(state)
+    board = Leaderboard.read(published)
+    assert Bias.of(board.entries) == Bias(mean=5 / 3, low=0, high=4, trials=3)
+    board.write_parquet(tmp_path / "results.parquet")
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert {row["test_at_best_val"] for row in rows if row["param.prompt.rank"] == 1} == {51}
+    (control,) = published.control_configs()
+    attempt = TrialFolder.request(published.trials, control).claim()
+    attempt.append({"epoch": 1, "val_top1": 60, "test_top1": 50, "whole": True})
+    attempt.end(State.FINISHED)
+    assert str(Bias.of(board.entries)) in Leaderboard.read(published).verdict()
+    assert Bias.of(Leaderboard.read(spec).entries[:0]) is None
 
 
 def test_an_interval_is_scipys():
