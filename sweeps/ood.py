@@ -1,0 +1,149 @@
+"""python -m sweeps.ood SWEEP: the best bundle of a sweep beside its control's, on other images than it was tuned for.
+
+These are the OOD sets of its dataset (ImageNet-R, -A, -Sketch and -V2 of ImageNet) and its own test images corrupted
+(`lorvp/corruptions.py`). It is a command of its own, and no part of the driver, since it needs a GPU where trials do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorvp import bundle, bundle_format, cli, datasets, evaluate
+from lorvp.config import DatasetConfig
+from lorvp.corruptions import CORRUPTIONS, Corruption
+from lorvp.data import stores
+from lorvp.errors import UserError
+from lorvp.files import replacing
+from lorvp.methods import Method
+from lorvp.store import Store
+from sweeps.leaderboard import Entry
+from sweeps.outcome import Outcome
+
+RECORD = "ood.parquet"
+SCHEMA = pa.schema([("model", pa.string()), *evaluate.SCHEMA, ("trial", pa.string()), ("bundle", pa.string())])
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Set:
+    """Images to evaluate on."""
+
+    where: Path
+    """Names them."""
+    images: datasets.Images
+    corruptions: list[Corruption]
+    """Those that they are evaluated under, too."""
+
+
+def sets_of(config: DatasetConfig, method: Method, paths: Iterable[Path], corrupt: bool) -> list[Set]:
+    """A trial's own test images and those of the stores at `paths`. Raises UserError for what a bundle can't take."""
+    own = datasets.load(config, method.backbone.image_size).test
+    first = Set(Path(config.root or config.name), own, CORRUPTIONS if corrupt else [])
+    return [first, *(Set(path, opened(path, method), []) for path in paths)]
+
+
+def opened(path: Path, method: Method) -> datasets.Images:
+    """The images of a store. Raises UserError where their size or their classes are not those of the bundle."""
+    images = evaluate.test_images(Store.open(path), method.backbone.image_size)
+    evaluate.class_index(images.class_names, method.class_names, path)
+    return images
+
+
+def beside(config: DatasetConfig, method: Method) -> list[Path]:
+    """The OOD sets of a store's dataset that lie in the same folder, one store of each; says which don't fit."""
+    if config.name != "store":
+        return []
+    family = Store.open(config.root).description.dataset + "-"
+    found: dict[str, Path] = {}
+    problems: dict[str, UserError] = {}
+    for path in stores(config.root.parent):
+        store = Store.open(path)
+        dataset = store.description.dataset
+        if dataset.startswith(family) and "train" not in store.splits and dataset not in found:
+            try:
+                opened(path, method)
+                found[dataset] = path
+            except UserError as error:
+                problems[dataset] = error
+    for dataset in problems.keys() - found.keys():
+        console.print(f"left out: {problems[dataset]}", style="yellow", highlight=False, markup=False)
+    return list(found.values())
+
+
+def evaluated(entry: Entry, method: Method, sets: Iterable[Set], batch_size: int) -> Iterator[dict[str, Any]]:
+    """A row for each set, and for each corruption of it."""
+    digest = bundle_format.describe(entry.trial.newest().bundle)["sha256"]
+    for each in sets:
+        for corruption in [None, *each.corruptions]:
+            accuracy = evaluate.measure(method, each.images, each.where, batch_size, corruption)
+            yield asdict(accuracy) | {"trial": entry.trial.name, "bundle": digest}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The best beside the control, in percent with 95 % intervals, and the difference in points."""
+    by_set: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        corruption = f"{row['corruption']} {row['strength']}" if row["corruption"] else ""
+        by_set.setdefault((row["data"], corruption), {})[row["model"]] = row
+    shown = Table(box=None)
+    for column in ("data", "corruption", "images", "classes", "best top-1 %", "control top-1 %", "difference"):
+        shown.add_column(column, justify="left" if column in ("data", "corruption") else "right")
+    for (data, corruption), found in by_set.items():
+        best, control = found["best"], found.get("control")
+        difference = f"{best['top1'] - control['top1']:+.2f}" if control else "-"
+        cells = [f"{best['images']:,}", str(best["classes"]), top1(best), top1(control) if control else "-", difference]
+        shown.add_row(data, corruption, *cells)
+    return shown
+
+
+def top1(row: dict[str, Any]) -> str:
+    return f"{row['top1']:.2f} ({row['top1_low']:.2f} to {row['top1_high']:.2f})"
+
+
+@app.command()
+def command(
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep that has ended")],
+    given: Annotated[
+        list[Path],
+        typer.Option("--data", metavar="STORE", help="an OOD set; may be repeated. Default: those beside the data"),
+    ] = [],  # noqa: B006  typer's own form
+    corruptions: Annotated[bool, typer.Option(help="its own test images corrupted, too")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 512,
+) -> None:
+    """Evaluates the best bundle of a sweep, and its control's, out of distribution."""
+    outcome = Outcome.read(sweep)
+    entries = {"best": outcome.best(), "control": outcome.control()}
+    entries = {model: entry for model, entry in entries.items() if entry is not None}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    methods = {model: bundle.load(entry.trial.newest().bundle, device) for model, entry in entries.items()}
+    paths = given or beside(entries["best"].trial.config.dataset, methods["best"])
+    sets = {
+        model: sets_of(entry.trial.config.dataset, methods[model], paths, corruptions)
+        for model, entry in entries.items()
+    }
+    rows = [
+        {"model": model} | row
+        for model, entry in entries.items()
+        for row in evaluated(entry, methods[model], sets[model], batch_size)
+    ]
+    with replacing(sweep / RECORD) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+    console.print(table(rows))
+    console.print(f"written: {sweep / RECORD}", highlight=False)
+
+
+if __name__ == "__main__":
+    cli.run(app)
