@@ -29,8 +29,8 @@ from lorvp.methods import Method
 from lorvp.store import Store
 from sweeps.leaderboard import Entry
 from sweeps.outcome import Outcome
+from sweeps.results import OOD
 
-RECORD = "ood.parquet"
 SCHEMA = pa.schema([("model", pa.string()), *evaluate.SCHEMA, ("trial", pa.string()), ("bundle", pa.string())])
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -139,10 +139,10 @@ def command(
         for model, entry in entries.items()
         for row in evaluated(entry, methods[model], sets[model], batch_size)
     ]
-    with replacing(sweep / RECORD) as temporary:
+    with replacing(sweep / OOD) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
     console.print(table(rows))
-    console.print(f"written: {sweep / RECORD}", highlight=False)
+    console.print(f"written: {sweep / OOD}", highlight=False)
 
 
 if __name__ == "__main__":

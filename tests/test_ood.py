@@ -21,6 +21,7 @@ from lorvp.store import Store
 from lorvp.training import train
 from sweeps import ood, spec_file
 from sweeps.outcome import Outcome
+from sweeps.results import OOD
 from sweeps.spec import Spec
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def carried_out(**values: object) -> Outcome:
 
 
 def rows_of(outcome: Outcome) -> list[dict]:
-    return pq.read_table(outcome.spec.folder / ood.RECORD).to_pylist()
+    return pq.read_table(outcome.spec.folder / OOD).to_pylist()
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_sets_that_are_named(on_stores: Outcome, tmp_path: Path):
         ood.command(folder, [unknown])
     with pytest.raises(UserError, match="nothing: no prepared dataset"):
         ood.command(folder, [data / "nothing"])
-    assert not (folder / ood.RECORD).exists()
+    assert not (folder / OOD).exists()
     ood.command(folder, [data / "imagenet-r-32"], corruptions=False)
     assert [row["data"] for row in rows_of(on_stores)] == ["imagenet-32", "imagenet-r-32"] * 2
 
