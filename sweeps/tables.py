@@ -36,15 +36,9 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
     """A result as it is shown, by column; of each OOD set the control's figure is in brackets."""
     config, difference = result.entry.trial.config, result.difference
     named = dict(zip(("network", "pre-training", "dataset", "method"), result.key, strict=True))
-    lrs = result.lrs()
-    same = len(set(lrs.values())) == 1
     return (
         named
-        | {
-            "LR": number(next(iter(lrs.values())))
-            if same
-            else ", ".join(f"{k} {number(v)}" for k, v in lrs.items()) or "-"
-        }
+        | {"LR": rates(result.lrs())}
         | {"mapping": config.label_mapping, "rank": number(config.rank)}
         | {"epochs": str(config.epochs), "batch": str(config.batch_size)}
         | {"top-1": str(result.top1), "n": str(len(result.row.entries))}
@@ -53,6 +47,13 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
         | {"published": f"{known.top1:.1f}" if known else "unknown"}
         | {"protocol": protocol(result)}
     )
+
+
+def rates(lrs: dict[str, float]) -> str:
+    """One number where all groups share it, as published; none of a head that was fitted."""
+    if len(set(lrs.values())) == 1:
+        return number(next(iter(lrs.values())))
+    return ", ".join(f"{group} {number(lr)}" for group, lr in lrs.items()) or "-"
 
 
 def on_set(found: dict[str, float] | None) -> str:
