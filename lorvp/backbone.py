@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import timm
 import torch
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
             images = images + added
         x = (images - self.mean) / self.std
         try:
-            with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            with nullcontext() if self.dtype == torch.float32 else torch.autocast(x.device.type, dtype=self.dtype):
                 seen = through(self.model, x) if through else self.model.forward_features(x)
                 return self.model.forward_head(seen, pre_logits=output == "features").float()
         finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -20,58 +22,89 @@ from lorvp.files import replacing
 from lorvp.methods import Method
 
 Format = Literal["torch-export", "onnx"]
-FILE_NAMES: dict[Format, str] = {"torch-export": "model.pt2", "onnx": "model.onnx"}
-ABOUT = "lorvp.json"
-"""Of a torch-export file's extra files: the class names, the image size and the trial's hash."""
+Program = Callable[[torch.Tensor], torch.Tensor]
 
+ABOUT = "lorvp.json"
+"""Of a torch-export file's extra files the one that has, as JSON, what `about` says."""
 TOLERANCE = 1e-4
-TRACED, CHECKED = 2, (1, 5)
+TRACED = 2
+CHECKED = (1, 5)
 """Images of the batch that a program is made from, and of those that it is checked on."""
+
+USE: dict[Format, tuple[str, str, str]] = {
+    "torch-export": (
+        "model.pt2",
+        'program = torch.export.load("{file}").module()',
+        "logits = program(images)  # a tensor (N, 3, {side}, {side}) uint8 to one (N, {classes}) float32",
+    ),
+    "onnx": (
+        "model.onnx",
+        'session = onnxruntime.InferenceSession("{file}")',
+        'logits, = session.run(None, {{"images": images}})  '
+        "# an array (N, 3, {side}, {side}) uint8 to one (N, {classes}) float32",
+    ),
+}
+"""What a program's file is called unless told, and how it is run."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 console = Console(soft_wrap=True)
 
 
 def export(method: Method, to: Format, out: Path) -> float:
-    """Writes a loaded bundle, on the CPU, as a program to `out`; how far its logits are from the bundle's, at most.
+    """Writes a loaded bundle, on the CPU, as a program to `out`; the largest deviation of its logits from the bundle's.
 
     The program takes images (N, 3, L, L) uint8 of any N, resized to the backbone's L as `lorvp.images.decode` does, and
     returns logits (N, classes) float32. It computes in fp32 whatever the trial's precision was, since half precision
-    is a matter of the device it will run on, and is compared with the bundle in fp32.
+    is a matter of the device that it will run on, and it is compared with the bundle in fp32.
 
-    The written file is read again and run on a few random images, and takes its place only then. Raises UserError if a
-    logit differs by more than 1e-4 of the largest one, or of 1 where all are smaller; for a model that can't be
-    exported, packages that are missing, and an `out` that can't be written.
+    The written file is read again and run on a few random images, and only then it takes its place. Raises UserError
+    where a logit deviates by more than 1e-4 of the largest one (of 1, where all are smaller), and for a model that
+    can't be exported, missing packages, and an `out` that can't be written.
     """
     if to == "onnx":
-        _need("onnx", "onnxscript", "onnxruntime")
+        _check_installed("onnx", "onnxscript", "onnxruntime")
     write, read = {"torch-export": (_write_program, _read_program), "onnx": (_write_onnx, _read_onnx)}[to]
     try:
         with replacing(out) as temporary, _in_fp32(method), torch.no_grad():
-            temporary.touch()  # fails at once where it would after minutes
-            write(_traced(method), method, temporary)
+            temporary.touch()  # what can't be written shows now, not after minutes
+            write(method, temporary)
             deviation = _deviation(method, read(temporary))
-            if not deviation <= TOLERANCE:  # NaN included
-                raise UserError(
-                    f"{out}: not written: its logits differ from the bundle's by {deviation:.1e}, "
-                    f"which must be {TOLERANCE:.0e} at most"
-                )
+            if not deviation <= TOLERANCE:  # NaN is no number to be below it
+                limit = f"{TOLERANCE:.0e} of the largest one at most"
+                raise UserError(f"{out}: not written: logits deviate from the bundle's by {deviation:.2g}, {limit}")
     except OSError as error:
         raise UserError(f"{out}: can't be written ({error.strerror})") from None
     return deviation
 
 
-def about(method: Method) -> dict[str, str]:
-    """What a program's user has to know, each value as JSON."""
-    values = {
+def about(method: Method) -> dict[str, Any]:
+    """What one has to know to use a program."""
+    return {
         "class_names": method.class_names,
         "image_size": method.backbone.image_size,
         "trial": method.config.content_hash(),
     }
-    return {name: json.dumps(value) for name, value in values.items()}
 
 
-def _need(*packages: str) -> None:
+@app.command()
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],
+    to: Annotated[Format, typer.Option(help="what kind of program")],
+    out: Annotated[Path | None, typer.Option(help="the file to write; default: model.pt2 or model.onnx, here")] = None,
+) -> None:
+    """Exports a bundle as a program that runs without this package, and checks that it says the same."""
+    file_name, *lines = USE[to]
+    out = out or Path(file_name)
+    method = bundle.load(folder)
+    deviation = export(method, to, out)
+    console.print(f"written: {out}, {out.stat().st_size / 2**20:.2f} MiB", highlight=False)
+    console.print(f"its logits are the bundle's, in fp32: the largest deviation is {deviation:.2g}", highlight=False)
+    for line in lines:
+        filled = line.format(file=out, side=method.backbone.image_size, classes=method.classes)
+        console.print(f"    {filled}", markup=False, highlight=False)
+
+
+def _check_installed(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'--to onnx needs {", ".join(missing)}: pip install "lorvp[onnx]"')
@@ -79,7 +112,8 @@ def _need(*packages: str) -> None:
 
 @contextmanager
 def _in_fp32(method: Method) -> Iterator[None]:
-    own, method.backbone.dtype = method.backbone.dtype, torch.float32
+    own = method.backbone.dtype
+    method.backbone.dtype = torch.float32
     try:
         yield
     finally:
@@ -87,46 +121,66 @@ def _in_fp32(method: Method) -> Iterator[None]:
 
 
 def _images(method: Method, count: int) -> torch.Tensor:
+    """Random pixels, of each count always the same."""
     side = method.backbone.image_size
-    return torch.randint(
-        256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count)
-    )
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
 
 def _traced(method: Method) -> ExportedProgram:
-    return torch.export.export(
-        method, (_images(method, TRACED),), dynamic_shapes={"images": {0: Dim("N", min=1)}}
-    )
+    with _refused(method):
+        return torch.export.export(method, (_images(method, TRACED),), dynamic_shapes=({0: Dim("N", min=1)},))
 
 
-def _write_program(program: ExportedProgram, method: Method, path: Path) -> None:
-    with open(path, "wb") as file:
+def _write_program(method: Method, path: Path) -> None:
+    program = _traced(method)
+    with open(path, "wb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # it knows contiguous ones only, no channels_last
         torch.export.save(program, file, extra_files={ABOUT: json.dumps(about(method))})
 
 
-def _read_program(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _read_program(path: Path) -> Program:
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
 
-def _write_onnx(program: ExportedProgram, method: Method, path: Path) -> None:
-    onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
-    onnx.model.metadata_props.update(about(method))
+def _write_onnx(method: Method, path: Path) -> None:
+    program = _traced(method)
+    with _refused(method):
+        onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about(method).items()}
+    onnx.model.metadata_props.update(texts)
     onnx.save(path, external_data=False)
 
 
-def _read_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _read_onnx(path: Path) -> Program:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _deviation(method: Method, program: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """The largest difference of a logit, in units of the largest logit, or of 1 where all are smaller."""
+@contextmanager
+def _refused(method: Method) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the exporters each raise their own kinds
+        config = method.config
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{config.method} on {config.backbone.name} can't be exported: {reason}") from error
+
+
+def _deviation(method: Method, program: Program) -> float:
+    """How far logits are from the bundle's at most, as a share of the largest one, or of 1 where all are smaller."""
     found = []
     for count in CHECKED:
         images = _images(method, count)
         expected = method(images)
-        found.append((program(images) - expected).abs().max() / expected.abs().max().clamp(min=1))
-    return max(found).item()
+        logits = program(images)
+        if (logits.shape, logits.dtype) != (expected.shape, expected.dtype):
+            return math.inf
+        found.append((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return torch.stack(found).max().item()  # NaN where one is
+
+
+if __name__ == "__main__":
+    cli.run(app)
