@@ -146,7 +146,13 @@ def _read_program(path: Path) -> Program:
 def _write_onnx(method: Method, path: Path) -> None:
     program = _traced(method)
     with _refused(method):
-        onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
+        onnx = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: "N"}},  # its name; that it is dynamic the program knows
+            verbose=False,
+        )
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about(method).items()}
     onnx.model.metadata_props.update(texts)
     onnx.save(path, external_data=False)
