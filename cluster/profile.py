@@ -24,7 +24,7 @@ class DriverJob(Part):
 
     partition: str | None = Field(None, description="default: the one of the trials' jobs")
     cpus: PositiveInt = 2
-    memory_gb: PositiveFloat = Field(8, description="1, and 0.12 for each trial that runs at the same time")
+    memory_gb: PositiveFloat = Field(8, description="about 1, and 0.12 for each trial that runs at the same time")
     time_limit_minutes: PositiveInt = Field(24 * 60, description="it requeues itself before that")
     sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
 
@@ -32,7 +32,7 @@ class DriverJob(Part):
 class Profile(Part):
     """One place to run jobs. All keys but `kind`, `jobs_in_flight` and `gpu_memory_gb` are SLURM's."""
 
-    kind: Literal["local", "slurm"]
+    kind: Literal["local", "slurm"] = Field(description="local: processes on this machine")
     jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
     partition: str | None = None
     account: str | None = None
@@ -51,8 +51,8 @@ class Profile(Part):
     array_chunk: PositiveInt = Field(100, description="jobs in one array at most; the site's MaxArraySize binds too")
     setup: list[str] = Field([], description="shell lines before the job: modules, environment, proxy")
     container: str | None = Field(None, description="goes before python, as `apptainer exec --nv image.sif`")
-    mail_user: str | None = None
-    mail_type: str | None = Field(None, description="as END,FAIL")
+    mail_user: str | None = Field(None, description="whom SLURM writes to")
+    mail_type: str | None = Field(None, description="of what, as END,FAIL")
     sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
     driver: DriverJob = DriverJob()
 

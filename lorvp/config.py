@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -76,12 +77,14 @@ class BackboneConfig(Part):
 class DatasetConfig(Part):
     """The downstream data. The validation set is split off the training set, stratified and seeded."""
 
-    name: Literal["store", "image_folder", "digits"]
+    name: Literal["store", "image_folder", "digits"] = Field(
+        description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
+    )
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
-    val_fraction: Fraction = 0.1
+    val_fraction: Fraction = Field(0.1, description="of the training images: those to choose by")
     val_images: PositiveInt | None = Field(None, description="in place of val_fraction: as many, stratified")
     train_images: PositiveInt | None = Field(None, description="train on so many of the rest; 800 and 200 as VTAB does")
-    split_seed: NonNegativeInt = 0
+    split_seed: NonNegativeInt = Field(0, description="of that split")
     max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
     max_per_class: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first images of a class")
     skip_unreadable: bool = Field(False, description="go on without images that can't be read")
@@ -108,7 +111,7 @@ class DatasetConfig(Part):
 class PromptConfig(Part):
     """What is added to the resized image in [0, 1] space, before normalisation."""
 
-    kind: Annotated[str, _one_of("prompts")] = "low_rank"
+    kind: Annotated[str, _one_of("prompts")] = Field("low_rank", description="a file of lorvp/prompts")
     rank: PositiveInt = Field(4, description="r of low_rank")
     init_b: Init = Field("zero", description="of B, and of prompts that are one tensor")
     init_a: Init = Field("normal", description="of A")
@@ -139,7 +142,7 @@ class TokensConfig(Part):
 class GaLoreConfig(Part):
     """Adam on gradients projected to a low rank (Zhao et al. 2024): the backbone's optimizer under method galore."""
 
-    rank: PositiveInt = 128
+    rank: PositiveInt = Field(128, description="of the projected gradients")
     update_gap: PositiveInt = Field(200, description="steps between two projections' making")
     scale: PositiveFloat = Field(0.25, description="of the step, when it is projected back")
     bits: Literal[8, 32] = Field(32, description="of the moments")
@@ -152,16 +155,16 @@ class OptimizerConfig(Part):
     As published for LoR-VP prompt and head share SGD and its learning rate.
     """
 
-    name: OptimizerName = "sgd"
+    name: OptimizerName = Field("sgd", description="of all groups, the prompt's where prompt_name names no other")
     prompt_name: OptimizerName = Field(default_factory=lambda data: data["name"], description="default: name")
-    lr: PositiveFloat = 0.02
+    lr: PositiveFloat = Field(0.02, description="of the groups that have none of their own")
     prompt_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     tokens_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     head_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     backbone_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
     scale_lr: bool = Field(False, description="learning rates are those of a batch of 256, scaled to batch_size")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: NonNegativeFloat = Field(1e-4, description="of the groups that have none of their own")
     prompt_weight_decay: NonNegativeFloat = Field(
         default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
     )
@@ -183,7 +186,7 @@ class ScheduleConfig(Part):
 
     name: Literal["cosine", "linear", "constant", "steps"] = "cosine"
     milestones: tuple[Fraction, ...] = Field((0.5, 0.72), description="of steps: a tenth from each share of the epochs")
-    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = Field(0.0, description="over which it grows to its full value")
 
 
 class Rung(Part):
@@ -206,6 +209,7 @@ class SpeedConfig(Part):
 
 BEST = "best"
 """The value of `head_fit` for the C whose head is the best on val, not on train."""
+HOW_FAR = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^(best|[\d.]+%)$"}]}
 
 
 def _how_far(value: Any) -> float | str:
@@ -221,19 +225,24 @@ class TrialConfig(Part):
     """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
 
     method: Annotated[str, AfterValidator(_methods)] = Field(
-        "lorvp", description="or lorvp+ and one that works within the backbone: lorvp+vpt"
+        "lorvp", description="or lorvp+ and one that works within the backbone, as lorvp+vpt"
     )
     backbone: BackboneConfig
     dataset: DatasetConfig
     prompt: PromptConfig = PromptConfig()
     tokens: TokensConfig = TokensConfig()
-    label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = "lp"
+    label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = Field(
+        "lp",
+        description="a source class for each class: rlm at random, flm by frequency, ilm that again before each epoch; "
+        "or a layer that learns: fm on the source logits, lp on the features",
+    )
     head_init: Literal["random", "linear_probe"] = Field(
         default_factory=lambda data: "linear_probe" if "lp_ft" in data.get("method", "") else "random",
-        description="of lp and fm. linear_probe: fitted to the images without a prompt, as far as head_fit says",
+        description="of lp and fm. linear_probe: fitted to the images without a prompt, as far as head_fit says; "
+        "default: random; of lp_ft linear_probe",
     )
     # not a union: pydantic would name each of its members in an error
-    head_fit: Annotated[Any, AfterValidator(_how_far)] = Field(
+    head_fit: Annotated[Any, AfterValidator(_how_far), WithJsonSchema(HOW_FAR)] = Field(
         BEST, description="C of that logistic regression; or best: the best on val; or a share of that accuracy: 90%"
     )
     ilm: Literal["pass", "streamed"] = Field(
@@ -244,8 +253,8 @@ class TrialConfig(Part):
     epochs: PositiveInt = Field(20, description="those of rungs included")
     rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after the other")
     batch_size: PositiveInt = 256
-    eval_batch_size: PositiveInt = 512
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    eval_batch_size: PositiveInt = Field(512, description="where no gradient is needed")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: 16 bits where that is fast")
     speed: SpeedConfig = SpeedConfig()
     select: Literal["val", "test_best_epoch"] = Field(
         "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"

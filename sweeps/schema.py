@@ -1,6 +1,7 @@
 """python -m sweeps.schema: JSON schemas of specs and profiles, by which editors complete and check the YAML files.
 
-They are made from the pydantic models and kept beside the files that they are for, whose first line names them.
+They are made from the pydantic models and kept beside the files that they are for, whose first line names them. So is
+docs/spec.md, for people.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from cluster.profile import PROFILES, Profile
 from lorvp import cli, plugins
 from lorvp.config import Part, TrialConfig
 from lorvp.files import replacing
+from sweeps import reference
 from sweeps.spec import Spec
 from sweeps.spec_file import dotted_keys
 
 SPEC_SCHEMA = Path(__file__).parent / "spec.schema.json"
 PROFILE_SCHEMA = PROFILES / "profile.schema.json"
+REFERENCE = Path(__file__).parent.parent / "docs" / "spec.md"
 
 
 def spec_schema() -> dict[str, Any]:
     """Of a sweep's YAML file: `trial` has the keys of TrialConfig, none of them required, as the space gives the rest;
     `space` and `control` have them by dotted path."""
-    schema, trial = Spec.model_json_schema(by_alias=True), TrialConfig.model_json_schema()
+    schema, trial = Spec.model_json_schema(by_alias=True), trial_schema()
     definitions = schema.setdefault("$defs", {}) | trial.pop("$defs")
     for part in (trial, *(definitions[name] for name in _parts_of_trial(TrialConfig))):
         part.pop("required", None)
-    trial["properties"]["method"]["examples"] = plugins.names("methods")
-    definitions["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
     schema["$defs"] = definitions | {"TrialConfig": trial}
     properties = schema["properties"]
     properties["trial"] = {"$ref": "#/$defs/TrialConfig", "description": properties["trial"]["description"]}
@@ -40,6 +41,14 @@ def spec_schema() -> dict[str, Any]:
         if choice.get("type") == "object":
             choice["propertyNames"] = keys
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def trial_schema() -> dict[str, Any]:
+    """Of a TrialConfig, with the names of methods and prompts that there are."""
+    trial = TrialConfig.model_json_schema()
+    trial["properties"]["method"]["examples"] = plugins.names("methods")
+    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
+    return trial
 
 
 def profile_schema() -> dict[str, Any]:
@@ -60,11 +69,21 @@ def text(schema: dict[str, Any]) -> str:
     return json.dumps(schema, indent=1, default=str) + "\n"
 
 
+def written() -> dict[Path, str]:
+    """Every file that is made here, as it must be."""
+    spec, profile = spec_schema(), profile_schema()
+    return {
+        SPEC_SCHEMA: text(spec),
+        PROFILE_SCHEMA: text(profile),
+        REFERENCE: reference.page(spec, trial_schema(), profile),
+    }
+
+
 def main() -> None:
-    """Writes both schemas to where the YAML files look for them."""
-    for path, schema in ((SPEC_SCHEMA, spec_schema()), (PROFILE_SCHEMA, profile_schema())):
+    """Writes the schemas to where the YAML files look for them, and the page that says the same."""
+    for path, content in written().items():
         with replacing(path) as temporary:
-            temporary.write_text(text(schema))
+            temporary.write_text(content)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,11 @@ class Axis(Part):
 class SearchConfig(Part):
     """How configs are chosen: Optuna's samplers, each with an explicit seed, or every cell of a grid."""
 
-    algorithm: Literal["grid", "random", "tpe", "cmaes", "gp"] = "tpe"
+    algorithm: Literal["grid", "random", "tpe", "cmaes", "gp"] = Field(
+        "tpe", description="tpe, cmaes and gp learn from the trials that have ended"
+    )
     trials: PositiveInt | None = Field(None, description="how many; a grid has as many as it has cells")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="of the algorithm")
     concurrent: PositiveInt = Field(2, description="trials that run at the same time")
     equal: str | None = Field(
         None, description="a choice axis whose values get equal shares of the trials, each searched for its own"
@@ -128,7 +130,7 @@ class EarlyStopping(Part):
     """Gives up on trials that fall behind: asha (Li et al. 2020) or the median rule (Golovin et al. 2017)."""
 
     rule: Literal["none", "asha", "median"] = "none"
-    grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets")
+    grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets; asha's first rung")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
 
 
@@ -142,8 +144,8 @@ class FailureLimit(Part):
 class Tracking(Part):
     """Where MLflow records: by default SQLite in the output folder, or what MLFLOW_TRACKING_URI names."""
 
-    uri: str | None = None
-    experiment: str = "lorvp"
+    uri: str | None = Field(None, description="MLflow's tracking URI: a database or a server")
+    experiment: str = Field("lorvp", description="MLflow's name for where the sweep's runs are")
 
 
 def _usable_as_folder(name: str) -> str:
@@ -155,16 +157,18 @@ def _usable_as_folder(name: str) -> str:
 class Spec(Part):
     """A sweep. `trial` holds the fixed values of a TrialConfig, `space` the axes by dotted path."""
 
-    name: Annotated[str, AfterValidator(_usable_as_folder)]
+    name: Annotated[str, AfterValidator(_usable_as_folder)] = Field(description="of the sweep, and of its folder")
     trial: dict[str, Any] = Field(description="values of TrialConfig that all trials share")
     space: dict[str, Axis] = Field(description="keys of TrialConfig that the search chooses, by dotted path")
     search: SearchConfig = SearchConfig()
     confirm: Confirm | None = None
     early_stopping: EarlyStopping = EarlyStopping()
     failure_limit: FailureLimit = FailureLimit()
-    objective: Literal["val_top1", "val_top5", "val_loss"] = "val_top1"
+    objective: Literal["val_top1", "val_top5", "val_loss"] = Field("val_top1", description="what the search goes by")
     control: dict[str, Any] | None = Field(
-        {}, description="values, by dotted path, that make controls beside the fitted head; lists are tried one by one"
+        {},
+        description="values, by dotted path, that make controls beside the fitted head; lists are tried one by one; "
+        "null: no control at all",
     )
     pack: PositiveInt | Literal["auto"] = Field(
         1,
