@@ -1,0 +1,365 @@
+"""Everything that the documentation has a reader type is run by a test, and what it quotes is said by the code.
+
+`WAYS` says how each command is run. A new line in the README, in `docs/` or at the head of a sweep needs one, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import photo
+from doc_commands import PAGES, commands, is_python
+from test_slurm import installed  # noqa: F401  a fixture
+from test_sources import cifar_archive
+
+from cluster.code import CHECKOUT, PACKAGES
+from cluster.folder import TrialFolder
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class By:
+    """Another test runs it, or what it stands for; `file.py::function`."""
+
+    test: str
+
+
+@dataclass(frozen=True)
+class Here:
+    """`test_shortened` runs it, with words replaced by regular expressions and others added; it has to say `said`."""
+
+    said: str
+    more: str = ""
+    words: tuple[tuple[str, str], ...] = ()
+    edits: tuple[tuple[str, str], ...] = ()
+    """Of the script that it runs: numbers that take minutes or gigabytes."""
+    slurm: bool = False
+
+
+class Recipe:
+    """Of make: the last line of the target's recipe has a way of its own."""
+
+
+class Options:
+    """No command but its form: it must be a program's, and all its options, too."""
+
+
+SESSION = By("test_docs.py::test_the_session_on_slurm")
+SHORT = "--set search.trials=2 --set trial.epochs=2 --set early_stopping.rule=none --set trial.dataset.max_per_class=20"
+SMALL = (
+    ("--batch-size [0-9]+", ""),
+    (r"resnet18|vit_small_patch16_224", "lorvp_tiny_vit_32"),
+    ("vit_tiny_patch16_224", "lorvp_tiny_32"),
+)
+LITTLE = (
+    ("20_000, 256, 224, 10_000, 3", "64, 4, 32, 40, 1"),
+    ("1_281_167", "1_000"),
+    ("psutil.virtual_memory().free - (2 << 30)", "0"),
+)
+WAYS = {
+    # the form of a command, and commands that are named in passing
+    r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*|python -m lorvp\.data prepare": Options(),
+    r"make .*": Recipe(),
+    r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/test_mapping.py -k order"),
+    # data; a few images stand in for the datasets
+    r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
+    r"python -m lorvp\.data prepare imagenet .*": Here(
+        "3 classes", "--partial --size 32", (("/data/ILSVRC2012", "IMAGENET"),)
+    ),
+    r"python -m lorvp\.data prepare tiny-imagenet .*": By("test_sources.py::test_tiny_imagenet"),
+    r"python -m lorvp\.data prepare image_folder .*IMAGENETTE.*": Here("3 classes"),
+    r"python -m lorvp\.data prepare (image_folder|csv_list) .*": By("test_adding.py::test_a_dataset"),
+    r"python -m lorvp\.data list data": Here("GiB"),
+    # sweeps
+    r"python sweeps/launch\.py sweeps/quickstart\.yaml": By("test_docs.py::place"),
+    r"python sweeps/launch\.py .* --set cluster=mine\.yaml .*": By("test_adding.py::test_a_profile"),
+    r"python sweeps/launch\.py sweeps/quickstart\.yaml .*(\.\.\. --\w+|on_slurm.*)": SESSION,
+    r"python sweeps/launch\.py sweeps/compare\.yaml .*imagenette.*": Here("GPU-hours", "--dry-run"),
+    r"python sweeps/launch\.py sweeps/lorvp_imagenet\.yaml": By("test_sweep.py::test_imagenet_sweep_on_a_small_folder"),
+    r"python sweeps/launch\.py sweeps/\w+\.yaml": By("test_spec.py::test_sweeps_that_come_with_the_project"),
+    r"python -m sweeps\.simulate sweeps/quickstart\.yaml .*": Here("GPU-hours", "--set search.trials=20"),
+    r"python -m sweeps\.schema": By("test_adding.py::test_editors_learn_the_new_names"),
+    # what was found
+    r"python -m lorvp\.predict .*": Here("probability", "", ((r"runs/\S+/bundle", "BUNDLE"),)),
+    r"python -m lorvp\.evaluate .*": By("test_evaluate.py::test_evaluation_of_a_bundle"),
+    r"mlflow ui.*": By("test_docs.py::test_mlflow_on_another_port"),
+    # a session on SLURM
+    r"export SLURM_CONF=.*|squeue|kill -9.*|python -c .*mlflow.*|python tests/slurm_sim\.py .*": SESSION,
+    # benchmarks and what was made once
+    r"python -m lorvp\.bench (step|pack).*": By("test_speed.py::test_the_benchmarks_print_their_tables"),
+    r"python -m lorvp\.bench memory .*": Here("predicted", "--batch-size 4", SMALL),
+    r"python -m sweeps\.bench": Here("ratio", "--per-class 10 --epochs 1 --seeds 1"),
+    r"python tests/bench_store\.py": Here("opening a store of", edits=LITTLE),
+    r"python tests/bench_trial\.py .*": Here("| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm"),
+    r"python tests/bench_slurm\.py": Here("first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True),
+    r"python -m lorvp\.tiny .*": Here("test top-1", "--epochs 1", edits=((" // batch_size", " // 8"),)),
+    r"python -m lorvp\.clip": By("test_clip.py::test_the_command_says_what_is_missing_or_writes_unit_vectors"),
+}
+"""By regular expression, the first that fits all of a command."""
+PYTHON = """
+import mlflow, numpy as np
+mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
+images = np.zeros((2, 20, 24, 3), np.uint8)
+"""
+"""What a page's Python may count on."""
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def way(command: str) -> By | Here | Recipe | Options:
+    if is_python(command):
+        return By("test_docs.py::test_the_python_of_a_page")
+    found = next((each for pattern, each in WAYS.items() if re.fullmatch(pattern, command)), None)
+    assert found, f"no test runs `{command}`; tests/test_docs.py, WAYS"
+    return found
+
+
+def program(command: str) -> Path:
+    """The file of a python command's module or script."""
+    name = re.match(r"python (?:-m (\S+)|(\S+\.py))", command)
+    return CHECKOUT / (name[2] or f"{name[1].replace('.', '/')}.py")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_run(command):
+    found = way(command)
+    if isinstance(found, By):
+        file, _, function = found.test.partition("::")
+        source = (TESTS / file).read_text()
+        assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        read = [page for page in PAGES if page.name in source and command in commands(page)]
+        assert read or program(command).stem in source
+    if isinstance(found, Recipe):
+        assert way(recipe(command))
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if re.match("python (-m (lorvp|sweeps)|sweeps/)", command)]
+)
+def test_every_option_exists(command):
+    source = program(command).read_text()
+    for option in re.findall(r"--([a-z-]+)", command):
+        assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source
+
+
+def recipe(command: str) -> str:
+    """The last line of what make would do, as a user would type it."""
+    done = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1].removeprefix(".venv/bin/").strip()
+
+
+class Place:
+    """A copy of the project, with what commands find beside it."""
+
+    def __init__(self, folder: Path, images: Path) -> None:
+        self.folder = folder
+        for part in (*PACKAGES, "tests", "docs"):
+            shutil.copytree(CHECKOUT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(CHECKOUT / "pyproject.toml", folder)
+        self.environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "160"}
+        for name in ("IMAGENET", "IMAGENETTE", "CIFAR10"):
+            shutil.copytree(images, folder / name)
+        shutil.copytree(images / "train", folder / "CIFAR10_FOLDER" / "train")
+        shutil.copytree(images / "val", folder / "CIFAR10_FOLDER" / "test")
+        for name in ("cifar10", "cifar100"):
+            cifar_archive(folder / "data" / "raw", name)
+        photo(folder / "photo.jpg")
+        (folder / "mobilenetv2_100.safetensors").touch()
+
+    def arguments(self, command: str) -> list[str]:
+        first, *rest = shlex.split(command)
+        return [sys.executable, *rest] if first == "python" else [first, *rest]
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.arguments(command),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, command: str) -> str:
+        process = self.start(command)
+        said, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, said
+        return said
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of images to train on and to test on, in ImageNet's layout."""
+    folder = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 8), ("val", 4)):
+        for label, name in enumerate(("n01", "n02", "n03")):
+            for i in range(count):
+                photo(folder / split / name / f"{i}.JPEG", value=80 * label + i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Place:
+    """Where the quickstart, shortened, has been."""
+    place = Place(tmp_path_factory.mktemp("place") / "project", images)
+    said = place.run(f"python sweeps/launch.py sweeps/quickstart.yaml {SHORT}")
+    place.bundle = re.search(r"best prompt: (\S+)", said)[1]
+    place.model = re.search(r"as a model:\s+(\S+)", said)[1]
+    return place
+
+
+SHORTENED = [
+    pytest.param(command, marks=pytest.mark.slurm if way(command).slurm else ())
+    for command in COMMANDS
+    if any(re.fullmatch(pattern, command) for pattern in WAYS) and isinstance(way(command), Here)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SHORTENED)
+def test_shortened(command, request, images, tmp_path):
+    found = way(command)
+    if found.slurm:
+        request.getfixturevalue("installed")
+    place = Place(tmp_path / "project", images) if found.edits else request.getfixturevalue("place")
+    for old, new in found.edits:
+        script = place.folder / program(command).relative_to(CHECKOUT)
+        assert old in script.read_text()
+        script.write_text(script.read_text().replace(old, new))
+    for old, new in found.words:
+        command = re.sub(old, place.bundle if new == "BUNDLE" else new, command)
+    command = re.sub(r"^(\.venv/bin/)?pytest|^python -m pytest", "python -m pytest", command)
+    assert found.said in place.run(f"{command} {found.more}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(map(is_python, commands(page)))], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page(page, place):
+    """All of it as one program, from top to bottom; `images` are there, and MLflow is told where it is."""
+    lines = [line for line in commands(page) if is_python(line)]
+    program = "\n".join([PYTHON, *lines, "print('through')"])
+    program = re.sub(r"runs/[^\"']*/bundle", place.bundle, re.sub(r"runs:/[^\"']*", place.model, program))
+    assert "through" in place.run(shlex.join(["python", "-c", program]))
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
+    """README.md's, as it stands there but for a shorter sweep and where SLURM lies."""
+    typed = commands(CHECKOUT / "README.md")
+    typed = typed[typed.index("make slurm-up") : typed.index("make slurm-down") + 1]
+    place = Place(tmp_path / "project", images)
+    slurm = Path(tempfile.mkdtemp(prefix="lorvp-slurm-"))
+    slurm.chmod(0o755)  # munge trusts no folder that is closed to others, as pytest's are
+    said = []
+    for command in typed:
+        command = (recipe(command) if command.startswith("make") else command).replace("/tmp/lorvp-slurm", str(slurm))
+        if command.startswith("export"):
+            place.environment |= dict([command.removeprefix("export ").split("=", 1)])
+        elif "name=on_slurm" in command:
+            sweep = f"{command} {SHORT}"
+            driver = place.start(sweep)
+            trials = place.folder / "runs" / "on_slurm" / "trials"
+            while not any(trial.newest() for trial in TrialFolder.requested(trials)):
+                assert driver.poll() is None, driver.communicate()[0]
+                time.sleep(0.1)
+        elif command == "kill -9 %1":
+            driver.kill()
+            driver.communicate()
+        else:
+            command = re.sub(r"^python sweeps/launch.* \.\.\.", sweep, command)
+            said.append(place.run(command.replace("search_runs(...)", "search_runs(search_all_experiments=True)")))
+    everything = "\n".join(said)
+    for words in (
+        "export SLURM_CONF=",
+        "lorvp-",
+        "no driver runs; --resume starts one",
+        "as a model:",
+        "tags.lorvp.trial",
+    ):
+        assert words in everything
+    assert not slurm.exists()
+
+
+@pytest.mark.slow
+def test_mlflow_on_another_port(place):
+    (command,) = (command for command in COMMANDS if command.startswith("mlflow ui --port"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = place.start("python -m " + re.sub(r"--port \d+", f"--port {port} --workers 1", command))
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
+                break
+            except OSError:
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.3)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+    assert answer == b"OK"
+
+
+def literals() -> list[str]:
+    """Every text in the code; where a value is put in, there is a zero byte."""
+    found = []
+    for package in PACKAGES:
+        for path in (CHECKOUT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append(
+                        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_said_by_the_code():
+    said = literals()
+    text = (CHECKOUT / "docs" / "troubleshooting.md").read_text()
+    quoted = [
+        message for bold in re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL) for message in re.findall(r"`([^`]+)`", bold)
+    ]
+    assert len(quoted) > 20
+    for message in quoted:
+        if message == "mlflow ui":  # which is another's
+            continue
+        fixed = ".*".join(re.escape(part) for part in " ".join(message.split()).split("..."))
+        assert any(re.search(fixed, each, re.DOTALL) for each in said), f"nobody says {message!r}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        if "://" in path:
+            continue
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
