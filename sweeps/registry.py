@@ -76,7 +76,7 @@ class _Flavours:
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "program"
             program.mkdir()
-            export.export(bundles.load(bundle), "torch-export", program / export.FILE_NAMES["torch-export"])
+            export.export(bundles.load(bundle), "torch-export", program / "model.pt2")  # as MLflow calls it
             mlflow.pyfunc.save_model(
                 path,
                 mlflow_model=mlflow_model,
