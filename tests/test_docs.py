@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from conftest import photo
 from doc_commands import PAGES, commands, is_python
+from slurm_sim import Simulation
 from test_slurm import installed  # noqa: F401  a fixture
 from test_sources import cifar_archive
 
@@ -51,10 +52,6 @@ class Here:
     slurm: bool = False
 
 
-class Recipe:
-    """Of make: the last line of the target's recipe has a way of its own."""
-
-
 class Options:
     """No command but its form: it must be a program's, and all its options, too."""
 
@@ -74,7 +71,6 @@ LITTLE = (
 WAYS = {
     # the form of a command, and commands that are named in passing
     r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*|python -m lorvp\.data prepare": Options(),
-    r"make .*": Recipe(),
     r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/test_mapping.py -k order"),
     # data; a few images stand in for the datasets
     r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
@@ -117,15 +113,25 @@ mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
 images = np.zeros((2, 20, 24, 3), np.uint8)
 """
 """What a page's Python may count on."""
-COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 
-def way(command: str) -> By | Here | Recipe | Options:
+def recipe(command: str) -> str:
+    """The last line of what make would do, as a user would type it; another command as it is."""
+    if not command.startswith("make "):
+        return command
+    done = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1].removeprefix(".venv/bin/").strip()
+
+
+COMMANDS = list(dict.fromkeys(recipe(command) for page in PAGES for command in commands(page)))
+
+
+def way(command: str) -> By | Here | Options | None:
     if is_python(command):
         return By("test_docs.py::test_the_python_of_a_page")
-    found = next((each for pattern, each in WAYS.items() if re.fullmatch(pattern, command)), None)
-    assert found, f"no test runs `{command}`; tests/test_docs.py, WAYS"
-    return found
+    return next((each for pattern, each in WAYS.items() if re.fullmatch(pattern, command)), None)
 
 
 def program(command: str) -> Path:
@@ -137,14 +143,13 @@ def program(command: str) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_run(command):
     found = way(command)
+    assert found, "no test runs it: see WAYS"
     if isinstance(found, By):
         file, _, function = found.test.partition("::")
         source = (TESTS / file).read_text()
         assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-        read = [page for page in PAGES if page.name in source and command in commands(page)]
+        read = [page for page in PAGES if page.name in source and command in map(recipe, commands(page))]
         assert read or program(command).stem in source
-    if isinstance(found, Recipe):
-        assert way(recipe(command))
 
 
 @pytest.mark.parametrize(
@@ -154,14 +159,6 @@ def test_every_option_exists(command):
     source = program(command).read_text()
     for option in re.findall(r"--([a-z-]+)", command):
         assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source
-
-
-def recipe(command: str) -> str:
-    """The last line of what make would do, as a user would type it."""
-    done = subprocess.run(
-        [*shlex.split(command), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, check=True
-    )
-    return done.stdout.splitlines()[-1].removeprefix(".venv/bin/").strip()
 
 
 class Place:
@@ -226,16 +223,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Place:
 
 
 SHORTENED = [
-    pytest.param(command, marks=pytest.mark.slurm if way(command).slurm else ())
+    pytest.param(command, found, marks=pytest.mark.slurm if found.slurm else ())
     for command in COMMANDS
-    if any(re.fullmatch(pattern, command) for pattern in WAYS) and isinstance(way(command), Here)
+    if isinstance(found := way(command), Here)
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", SHORTENED)
-def test_shortened(command, request, images, tmp_path):
-    found = way(command)
+@pytest.mark.parametrize(("command", "found"), SHORTENED)
+def test_shortened(command, found, request, images, tmp_path):
     if found.slurm:
         request.getfixturevalue("installed")
     place = Place(tmp_path / "project", images) if found.edits else request.getfixturevalue("place")
@@ -245,7 +241,7 @@ def test_shortened(command, request, images, tmp_path):
         script.write_text(script.read_text().replace(old, new))
     for old, new in found.words:
         command = re.sub(old, place.bundle if new == "BUNDLE" else new, command)
-    command = re.sub(r"^(\.venv/bin/)?pytest|^python -m pytest", "python -m pytest", command)
+    command = command.replace(".venv/bin/pytest", "python -m pytest")
     assert found.said in place.run(f"{command} {found.more}")
 
 
@@ -271,33 +267,37 @@ def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
     slurm = Path(tempfile.mkdtemp(prefix="lorvp-slurm-"))
     slurm.chmod(0o755)  # munge trusts no folder that is closed to others, as pytest's are
     said = []
-    for command in typed:
-        command = (recipe(command) if command.startswith("make") else command).replace("/tmp/lorvp-slurm", str(slurm))
-        if command.startswith("export"):
-            place.environment |= dict([command.removeprefix("export ").split("=", 1)])
-        elif "name=on_slurm" in command:
-            sweep = f"{command} {SHORT}"
-            driver = place.start(sweep)
-            trials = place.folder / "runs" / "on_slurm" / "trials"
-            while not any(trial.newest() for trial in TrialFolder.requested(trials)):
-                assert driver.poll() is None, driver.communicate()[0]
-                time.sleep(0.1)
-        elif command == "kill -9 %1":
-            driver.kill()
-            driver.communicate()
-        else:
-            command = re.sub(r"^python sweeps/launch.* \.\.\.", sweep, command)
-            said.append(place.run(command.replace("search_runs(...)", "search_runs(search_all_experiments=True)")))
+    try:
+        for command in typed:
+            command = recipe(command).replace("/tmp/lorvp-slurm", str(slurm))
+            if command.startswith("export"):
+                place.environment |= dict([command.removeprefix("export ").split("=", 1)])
+            elif "name=on_slurm" in command:
+                sweep = f"{command} {SHORT}"
+                driver = place.start(sweep)
+                trials = place.folder / "runs" / "on_slurm" / "trials"
+                while not any(trial.newest() for trial in TrialFolder.requested(trials)):
+                    assert driver.poll() is None, driver.communicate()[0]
+                    time.sleep(0.1)
+            elif command == "kill -9 %1":
+                driver.kill()
+                driver.communicate()
+            else:
+                if " ... " in command:
+                    command = sweep + command.partition(" ...")[2]
+                said.append(place.run(command.replace("search_runs(...)", "search_runs(search_all_experiments=True)")))
+        assert not slurm.exists()
+    finally:
+        Simulation(slurm).down()  # if a command failed
     everything = "\n".join(said)
     for words in (
         "export SLURM_CONF=",
         "lorvp-",
         "no driver runs; --resume starts one",
         "as a model:",
-        "tags.lorvp.trial",
+        "FINISHED",
     ):
         assert words in everything
-    assert not slurm.exists()
 
 
 @pytest.mark.slow
