@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def may_be_none(self) -> bool:
-        return self.low is not None and self.low <= 0 <= self.high
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low is not None else "")
@@ -61,7 +61,8 @@ def val_top1(entry: Entry) -> float:
     return entry.best()["val_top1"]
 
 
-FIGURES: dict[str, Callable[[Entry], float]] = {"val": val_top1, "test": Entry.test_top1}
+Figure = Callable[[Entry], float | None]
+FIGURES: dict[str, Figure] = {"val": val_top1, "test": Entry.test_top1}
 """In percent."""
 
 
@@ -85,20 +86,21 @@ class Row:
     def complete(self) -> bool:
         return len(self.by_seed) == len(self.choice.seeds)
 
-    def spread(self, figure: Callable[[Entry], float]) -> Spread | None:
+    def spread(self, figure: Figure) -> Spread | None:
         """None where no trial finished."""
-        values = [figure(entry) for entry in self.entries]
+        values = [value for entry in self.entries if (value := figure(entry)) is not None]
         if not values:
             return None
         seedless = len(set(self.choice.seeds.values())) == 1
         return Spread(fmean(values), stdev(values) if len(values) > 1 else 0.0 if seedless else None)
 
-    def difference(self, control: Row, figure: Callable[[Entry], float]) -> Difference | None:
+    def difference(self, control: Row, figure: Figure) -> Difference | None:
         """None without a seed that both have finished under."""
         seeds = self.by_seed.keys() & control.by_seed.keys()
         pairs = {(self.by_seed[seed].trial.name, control.by_seed[seed].trial.name): seed for seed in seeds}
-        values = [figure(self.by_seed[seed]) - figure(control.by_seed[seed]) for seed in pairs.values()]
-        return paired(values) if values else None
+        values = [(figure(self.by_seed[seed]), figure(control.by_seed[seed])) for seed in pairs.values()]
+        apart = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
+        return paired(apart) if apart else None
 
     def last(self, key: str) -> list[Any]:
         """What the trials' last epochs have under `key`."""
@@ -130,7 +132,7 @@ class Comparison:
         rows = []
         for choice in choices:
             found = entries[choice.trial]
-            value = found.params.get(spec.search.equal) if choice.control else spec.share(found.trial.config)
+            value = found.params.get(spec.search.equal or "") if choice.control else spec.share(found.trial.config)
             by_seed = {seed: entries[name] for seed, name in choice.seeds.items() if entries[name].finished}
             searched = board.searched(choice.control)
             if not choice.control:
@@ -190,8 +192,9 @@ class Comparison:
         return f"{self._called(row)}: val top-1 {val} %, test top-1 {test} % ({many})"
 
     def _differences(self, row: Row, control: Row) -> list[str]:
-        found = {name: row.difference(control, figure) for name, figure in FIGURES.items()}
-        if None in found.values():
+        differences = {name: row.difference(control, figure) for name, figure in FIGURES.items()}
+        found = {name: each for name, each in differences.items() if each is not None}
+        if len(found) < len(differences):
             return [f"{self._called(row)} and the control: no seed under which both finished"]
         pairs = found["val"].pairs
         how = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
@@ -213,8 +216,8 @@ class Comparison:
             for name, figure in FIGURES.items():
                 spread = row.spread(figure)
                 record[f"{name}_top1"], record[f"{name}_top1_sd"] = (spread.mean, spread.sd) if spread else (None, None)
-                compared = self.control is not None and not row.choice.control
-                found = row.difference(self.control, figure) if compared else None
+                control = None if row.choice.control else self.control
+                found = row.difference(control, figure) if control else None
                 for key in ("mean", "low", "high"):
                     record[f"{name}_difference_{key}"] = getattr(found, key) if found else None
             honest = row.spread(Entry.test_at_best_val)

@@ -146,7 +146,7 @@ class Ending:
         def pass_on(signum: int, handler: Any) -> Any:
             return None if signum in self.SIGNALS else set_handler(signum, handler)
 
-        signal.signal = pass_on
+        signal.signal = pass_on  # type: ignore[assignment]  # as Ray calls it
         self._held_back = True
         try:
             yield

@@ -86,11 +86,12 @@ class Bias:
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Bias | None:
         """Of those that finished under that protocol and had several epochs to choose from; None if there are none."""
-        found = [
-            entry.test_top1() - entry.test_at_best_val()
+        figures = [
+            (entry.test_top1(), entry.test_at_best_val())
             for entry in entries
             if entry.finished and entry.trial.config.select == "test_best_epoch" and len(entry.whole) > 1
         ]
+        found = [best - honest for best, honest in figures if best is not None and honest is not None]
         return cls(fmean(found), min(found), max(found), len(found)) if found else None
 
     def __str__(self) -> str:

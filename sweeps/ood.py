@@ -64,7 +64,7 @@ def opened(path: Path, method: Method) -> datasets.Images:
 
 def beside(config: DatasetConfig, method: Method) -> list[Path]:
     """The OOD sets of a store's dataset that lie in the same folder, one store of each; says which don't fit."""
-    if config.name != "store":
+    if config.name != "store" or config.root is None:
         return []
     family = Store.open(config.root).description.dataset + "-"
     found: dict[str, Path] = {}
@@ -85,7 +85,7 @@ def beside(config: DatasetConfig, method: Method) -> list[Path]:
 
 def evaluated(entry: Entry, method: Method, sets: Iterable[Set], batch_size: int) -> Iterator[dict[str, Any]]:
     """A row for each set, and for each corruption of it."""
-    digest = bundle_format.describe(entry.trial.newest().bundle)["sha256"]
+    digest = bundle_format.describe(entry.bundle)["sha256"]
     for each in sets:
         for corruption in [None, *each.corruptions]:
             accuracy = evaluate.measure(method, each.images, each.where, batch_size, corruption)
@@ -125,10 +125,10 @@ def command(
 ) -> None:
     """Evaluates the best bundle of a sweep, and its control's, out of distribution."""
     outcome = Outcome.read(sweep)
-    entries = {"best": outcome.best(), "control": outcome.control()}
-    entries = {model: entry for model, entry in entries.items() if entry is not None}
+    models = {"best": outcome.best(), "control": outcome.control()}
+    entries = {model: entry for model, entry in models.items() if entry is not None}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = {model: bundle.load(entry.trial.newest().bundle, device) for model, entry in entries.items()}
+    methods = {model: bundle.load(entry.bundle, device) for model, entry in entries.items()}
     paths = given or beside(entries["best"].trial.config.dataset, methods["best"])
     sets = {
         model: sets_of(entry.trial.config.dataset, methods[model], paths, corruptions)

@@ -91,7 +91,7 @@ def _words(value: Schema, path: str) -> str:
     if value.get("format") == "path":
         return "path"
     bounds = [f"{word} {value[bound]:g}" for bound, word in BOUNDS.items() if bound in value]
-    return " ".join([WORDS.get(kind, "`null`" if kind == "null" else "value"), " and ".join(bounds)]).strip()
+    return " ".join([WORDS.get(str(kind), "`null`" if kind == "null" else "value"), " and ".join(bounds)]).strip()
 
 
 def _plural(words: str) -> str:

@@ -99,6 +99,7 @@ class Result:
 
     def _spread(self, row: Row) -> Spread:
         spread = row.spread(Entry.test_top1)
+        assert spread is not None  # only rows with a finished trial are taken
         return spread if self.confirmed else replace(spread, sd=None)
 
     def lrs(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from bisect import bisect_right
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -29,7 +29,6 @@ import typer
 from pydantic import ValidationError
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 from rich.console import Console
 from rich.table import Table
 
