@@ -151,8 +151,11 @@ def command(
         table.add_row(a.data, corruption, f"{a.images:,}", str(a.classes), f"{a.top1:.2f}", top1, f"{a.top5:.2f}", top5)
     console.print(table)
     if out is not None:
-        with replacing(out) as temporary:
-            pq.write_table(pa.Table.from_pylist([asdict(a) for a in found], SCHEMA), temporary)
+        try:
+            with replacing(out) as temporary:
+                pq.write_table(pa.Table.from_pylist([asdict(a) for a in found], SCHEMA), temporary)
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error.strerror})") from None
         console.print(f"written: {out}", highlight=False)
 
 

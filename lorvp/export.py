@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -95,6 +96,7 @@ def command(
     """Exports a bundle as a program that runs without this package, and checks that it says the same."""
     file_name, *lines = USE[to]
     out = out or Path(file_name)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it leaves unsimplified
     method = bundle.load(folder)
     deviation = export(method, to, out)
     console.print(f"written: {out}, {out.stat().st_size / 2**20:.2f} MiB", highlight=False)

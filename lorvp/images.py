@@ -36,7 +36,7 @@ def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -
             if image.mode != "RGB":  # which would only copy it
                 image = image.convert("RGB")
             return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if resize else image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's formats each raise their own kinds
         raise UserError(f"{name or str(file)!r}: not a readable image ({error})") from None
 
 

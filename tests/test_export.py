@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import digits_values
@@ -82,6 +80,8 @@ def run(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """The two lines that the command prints."""
     if file.suffix == ".pt2":
         return torch.export.load(file).module()
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(file)
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -126,6 +126,7 @@ def test_half_precision_is_exported_as_fp32(precision, tmp_path):
 def test_mlflow_loads_it_and_it_says_what_it_is(tmp_path):
     """MLflow refuses files that may hold pickles."""
     import mlflow.pytorch
+    import onnx
 
     method = tuned()
     export.export(method, "torch-export", tmp_path / "model.pt2")

@@ -125,14 +125,28 @@ class Method(nn.Module):
         }
 
     def load_tuned(self, tuned: dict[str, torch.Tensor]) -> None:
-        """Puts `tuned()` of the same method back. Raises RuntimeError when names or shapes differ."""
-        missing, unexpected = self.load_state_dict(tuned, strict=False)
-        missing = [name for name in missing if self._tunes(name)]
+        """Puts `tuned()` of the same method back.
+
+        Raises RuntimeError naming what differs (names, shapes, dtypes), and for source classes that there are not.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if self._tunes(name)}
+        missing, unexpected = sorted(own.keys() - tuned.keys()), sorted(tuned.keys() - own.keys())
         if missing or unexpected:
             raise RuntimeError(f"not the same method: missing {missing}, unexpected {unexpected}")
+        for name, tensor in tuned.items():
+            if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+                raise RuntimeError(f"{name} is {_kind(tensor)}, and should be {_kind(own[name])}")
+        index = tuned.get("mapping.index")
+        if index is not None and not ((index >= 0) & (index < self.backbone.source_classes)).all():
+            raise RuntimeError(f"mapping.index has others than the backbone's {self.backbone.source_classes} classes")
+        self.load_state_dict(tuned, strict=False)
 
     def _tunes(self, name: str) -> bool:
         return self.config.trains_backbone or not name.startswith("backbone.")
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
