@@ -63,6 +63,7 @@ SMALL = (
     (r"resnet18|vit_small_patch16_224", "lorvp_tiny_vit_32"),
     ("vit_tiny_patch16_224", "lorvp_tiny_32"),
 )
+NAMED = ((r"runs/NAME( \.\.\.)?", "runs/quickstart"),)
 LITTLE = (
     ("20_000, 256, 224, 10_000, 3", "64, 4, 32, 40, 1"),
     ("1_281_167", "1_000"),
@@ -70,7 +71,8 @@ LITTLE = (
 )
 WAYS = {
     # the form of a command, and commands that are named in passing
-    r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*|python -m lorvp\.data prepare": Options(),
+    r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*": Options(),
+    r"python -m lorvp\.data prepare|python -m lorvp\.evaluate|python -m sweeps\.ood": Options(),
     r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/test_mapping.py -k order"),
     # data; a few images stand in for the datasets
     r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
@@ -84,7 +86,10 @@ WAYS = {
     # sweeps
     r"python sweeps/launch\.py sweeps/quickstart\.yaml": By("test_docs.py::place"),
     r"python sweeps/launch\.py .* --set cluster=mine\.yaml .*": By("test_adding.py::test_a_profile"),
-    r"python sweeps/launch\.py sweeps/quickstart\.yaml .*(\.\.\. --\w+|on_slurm.*)": SESSION,
+    r"python sweeps/launch\.py .*(\.\.\. --\w+|on_slurm.*)": SESSION,
+    r"python sweeps/launch\.py sweeps/quickstart\.yaml .*name=bias.*": Here(
+        "confirmation: up to", "--dry-run --no-estimate"
+    ),
     r"python sweeps/launch\.py sweeps/compare\.yaml .*imagenette.*": Here("GPU-hours", "--dry-run"),
     r"python sweeps/launch\.py sweeps/lorvp_imagenet\.yaml": By("test_sweep.py::test_imagenet_sweep_on_a_small_folder"),
     r"python sweeps/launch\.py sweeps/\w+\.yaml": By("test_spec.py::test_sweeps_that_come_with_the_project"),
@@ -92,6 +97,11 @@ WAYS = {
     r"python -m sweeps\.schema": By("test_adding.py::test_editors_learn_the_new_names"),
     # what was found
     r"python -m lorvp\.predict .*": Here("probability", "", ((r"runs/\S+/bundle", "BUNDLE"),)),
+    r"python -m sweeps\.report .*": Here("report.html"),
+    r"python -m sweeps\.ood .*": Here("digits", words=NAMED),
+    r"python -m sweeps\.tables .*": Here("| LoR-VP", words=NAMED),
+    r"python -m lorvp\.export .*": By("test_export.py::test_the_command"),
+    r"mlflow models serve .*": By("test_registry.py::test_a_served_model_takes_a_jpeg"),
     r"python -m lorvp\.evaluate .*": By("test_evaluate.py::test_evaluation_of_a_bundle"),
     r"mlflow ui.*": By("test_docs.py::test_mlflow_on_another_port"),
     # a session on SLURM
@@ -111,6 +121,7 @@ PYTHON = """
 import mlflow, numpy as np
 mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
 images = np.zeros((2, 20, 24, 3), np.uint8)
+jpeg_bytes = open("photo.jpg", "rb").read()
 """
 """What a page's Python may count on."""
 
@@ -134,10 +145,10 @@ def way(command: str) -> By | Here | Options | None:
     return next((each for pattern, each in WAYS.items() if re.fullmatch(pattern, command)), None)
 
 
-def program(command: str) -> Path:
-    """The file of a python command's module or script."""
+def program(command: str) -> Path | None:
+    """The file of a python command's module or script; None for other commands."""
     name = re.match(r"python (?:-m (\S+)|(\S+\.py))", command)
-    return CHECKOUT / (name[2] or f"{name[1].replace('.', '/')}.py")
+    return CHECKOUT / (name[2] or f"{name[1].replace('.', '/')}.py") if name else None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -149,13 +160,14 @@ def test_every_command_is_run(command):
         source = (TESTS / file).read_text()
         assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
         read = [page for page in PAGES if page.name in source and command in map(recipe, commands(page))]
-        assert read or program(command).stem in source
+        assert read or program(command) is None or program(command).stem in source
 
 
 @pytest.mark.parametrize(
     "command", [command for command in COMMANDS if re.match("python (-m (lorvp|sweeps)|sweeps/)", command)]
 )
 def test_every_option_exists(command):
+    assert program(command).exists()
     source = program(command).read_text()
     for option in re.findall(r"--([a-z-]+)", command):
         assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source
@@ -218,7 +230,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Place:
     place = Place(tmp_path_factory.mktemp("place") / "project", images)
     said = place.run(f"python sweeps/launch.py sweeps/quickstart.yaml {SHORT}")
     place.bundle = re.search(r"best prompt: (\S+)", said)[1]
-    place.model = re.search(r"as a model:\s+(\S+)", said)[1]
     return place
 
 
@@ -250,18 +261,18 @@ def test_shortened(command, found, request, images, tmp_path):
     "page", [page for page in PAGES if any(map(is_python, commands(page)))], ids=lambda page: page.stem
 )
 def test_the_python_of_a_page(page, place):
-    """All of it as one program, from top to bottom; `images` are there, and MLflow is told where it is."""
+    """All of it as one program, from top to bottom; what it may count on is in PYTHON."""
     lines = [line for line in commands(page) if is_python(line)]
     program = "\n".join([PYTHON, *lines, "print('through')"])
-    program = re.sub(r"runs/[^\"']*/bundle", place.bundle, re.sub(r"runs:/[^\"']*", place.model, program))
+    program = re.sub(r"runs/[^\"']*/bundle", place.bundle, program)
     assert "through" in place.run(shlex.join(["python", "-c", program]))
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
-    """README.md's, as it stands there but for a shorter sweep and where SLURM lies."""
-    typed = commands(CHECKOUT / "README.md")
+    """docs/cluster.md's, as it stands there but for a shorter sweep and where SLURM lies."""
+    typed = commands(CHECKOUT / "docs" / "cluster.md")
     typed = typed[typed.index("make slurm-up") : typed.index("make slurm-down") + 1]
     place = Place(tmp_path / "project", images)
     slurm = Path(tempfile.mkdtemp(prefix="lorvp-slurm-"))
