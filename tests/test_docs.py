@@ -84,7 +84,7 @@ WAYS = {
     r"python -m lorvp\.data prepare (image_folder|csv_list) .*": By("test_adding.py::test_a_dataset"),
     r"python -m lorvp\.data list data": Here("GiB"),
     # sweeps
-    r"python sweeps/launch\.py sweeps/quickstart\.yaml": By("test_docs.py::place"),
+    r"python sweeps/launch\.py sweeps/quickstart\.yaml( --resume)?": By("test_docs.py::place"),
     r"python sweeps/launch\.py .* --set cluster=mine\.yaml .*": By("test_adding.py::test_a_profile"),
     r"python sweeps/launch\.py .*(\.\.\. --\w+|on_slurm.*)": SESSION,
     r"python sweeps/launch\.py sweeps/quickstart\.yaml .*name=bias.*": Here(
