@@ -11,7 +11,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -129,14 +128,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
     folder = Path(folder)
     description = describe(folder)
     check_tensors(folder, description)
+    config = TrialConfig.model_validate(description["config"])
+    source, class_names = description["source"], description["class_names"]
     try:
-        config = TrialConfig.model_validate(description["config"])
-        source, class_names = description["source"], description["class_names"]
         tuned = load_file(folder / TENSORS)
         backbone = Backbone(config.backbone, source["precision"], config.backbone_speed)
         method = methods.make(config, backbone, len(class_names))
         method.load_tuned(tuned)
-    except (ValidationError, KeyError, OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: a bundle whose parts are missing or don't fit together ({reason})") from None
     if backbone.digest != source["digest"]:

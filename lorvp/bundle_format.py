@@ -15,13 +15,30 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, StrictStr, ValidationError
+
+from lorvp.config import TrialConfig
 from lorvp.errors import UserError
+from lorvp.explain import explain
 
 FORMAT_VERSION = 2
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 PICTURE, EXAMPLE, PROMPTED = "prompt.png", "example.png", "example_prompted.png"
+
+
+class _Source(BaseModel):
+    digest: StrictStr
+    precision: Literal["fp32", "bf16", "fp16"]
+
+
+class _Description(BaseModel):
+    """What must be in the JSON for a bundle to be loaded; there is more in it."""
+
+    config: TrialConfig
+    class_names: Annotated[list[StrictStr], Field(min_length=1)]
+    source: _Source
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -30,10 +47,15 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
         version = description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a prompt bundle ({type(error).__name__})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
+    try:
+        _Description.model_validate(description)
+    except ValidationError as error:
+        location, message = explain(error, _Description)
+        raise UserError(f"{path}: {'.'.join(map(str, location))}: {message}") from None
     return description
 
 
