@@ -1,0 +1,59 @@
+"""What the report's figures have in common: colours that print in grey, tables as pictures, PNG."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+DARKER_IS_BETTER = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.95, 0, 256)), "darker_is_better")
+"""Falls evenly in lightness, so that it says the same in grey; its light end can still be seen on white."""
+INK, GREY, CONTROL = "#00224e", "#777777", "#b35900"
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dvph"
+DPI = 110
+SMALL = 9
+"""Points of the smallest text: 14 pixels."""
+
+
+def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches, of one plot."""
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def png(figure: Figure) -> bytes:
+    """All of the figure, whatever reaches beyond its edges."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def ink_on(colour: tuple[float, ...]) -> str:
+    """Black or white: what can be read on a colour (red, green, blue from 0 to 1)."""
+    return "black" if lightness(colour) > 0.5 else "white"
+
+
+def lightness(colour: tuple[float, ...]) -> float:
+    """Of a colour in grey, from 0 to 1 (Rec. 601)."""
+    return float(np.dot(colour[:3], (0.299, 0.587, 0.114)))
+
+
+def control_line(plot: Axes, top1: float | None) -> None:
+    if top1 is not None:
+        plot.axhline(top1, color=CONTROL, linestyle="-.", label=f"control, {top1:.2f} %")
+
+
+def picture_of(table: Table) -> Figure:
+    """A table as a terminal shows it."""
+    console = Console(file=io.StringIO(), width=400, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    figure = Figure((1, 1))  # grows with its text when it is written
+    figure.text(0, 1, text, family="monospace", fontsize=SMALL, va="top", linespacing=1.4, parse_math=False)
+    return figure

@@ -1,0 +1,265 @@
+"""The report's figures of the space: where its good configs lie, and which of its axes matter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from sweeps.comparison import val_top1
+from sweeps.drawing import DARKER_IS_BETTER, GREY, INK, SMALL, ink_on, one_plot
+from sweeps.leaderboard import Entry, number
+from sweeps.outcome import Outcome
+from sweeps.spec import Axis, Scalar, Spec
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+MAPPING = "label_mapping"
+RATES = ("optimizer.prompt_lr", "optimizer.lr")
+"""The learning rates that a heat map takes first."""
+RANK = "prompt.rank"
+MOST_VALUES = 12
+"""An int axis with more is shown as if it were continuous."""
+BINS = 6
+"""Cells of a heat map along a continuous axis."""
+WIDEST = 3
+"""Heat maps side by side."""
+ABSENT = -0.12
+"""Where parallel coordinates show that a trial has not this axis."""
+FEWEST = 4
+"""Trials to tell an axis's importance from."""
+BEST_TRIALS = 5
+"""At least so many count as the best then, as Optuna advises, but no more than half."""
+
+
+class Scale:
+    """Where the values of an axis lie in a figure: listed one by one, or from 0 to 1 between the axis's ends, by their
+    logarithm where these are a decade or more apart. A trial that has not the axis has None there.
+    """
+
+    def __init__(self, axis: Axis, found: Iterable[Scalar]) -> None:
+        values, found = axis.values(), list(found)
+        few = values is not None and (axis.choice is not None or len(values) <= MOST_VALUES)
+        there = [value for value in found if value is not None]
+        self._listed = list(dict.fromkeys([*values, *there])) if few else None
+        self._absent = None in found and None not in (self._listed or ())
+        if self._listed is None:
+            self._low, self._high = (axis.uniform or axis.log_uniform or axis.integers)[:2]
+            self._log = self._low > 0 and self._high >= 10 * self._low
+
+    def cells(self) -> list[str]:
+        """What to write beside each cell along the axis."""
+        if self._listed is not None:
+            names = [number(value) for value in self._listed]
+        else:
+            edges = [f"{self._value(i / BINS):.2g}" for i in range(BINS + 1)]
+            names = [f"{low}\nto {high}" for low, high in zip(edges, edges[1:], strict=False)]
+        return names + ["-"] * self._absent
+
+    def cell(self, value: Scalar) -> int:
+        """Which of the cells a value is in."""
+        if self._absent and value is None:
+            return len(self.cells()) - 1
+        return self._listed.index(value) if self._listed is not None else min(int(self.place(value) * BINS), BINS - 1)
+
+    def place(self, value: Scalar) -> float:
+        """Along the axis, from 0 to 1."""
+        if self._absent and value is None:
+            return ABSENT
+        if self._listed is not None:
+            return self._listed.index(value) / (len(self._listed) - 1) if len(self._listed) > 1 else 0.5
+        low, high, value = map(math.log, (self._low, self._high, value)) if self._log else (self._low, self._high, value)
+        return (value - low) / (high - low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places along the axis, and what to write there."""
+        if self._listed is not None:
+            ticks = [(self.place(value), number(value)) for value in self._listed]
+        else:
+            ticks = [(place, f"{self._value(place):.2g}") for place in (0, 0.25, 0.5, 0.75, 1)]
+        return ticks + [(ABSENT, "-")] * self._absent
+
+    def _value(self, place: float) -> float:
+        if self._log:
+            return self._low * (self._high / self._low) ** place
+        return self._low + place * (self._high - self._low)
+
+
+def scale(spec: Spec, name: str, entries: Iterable[Entry]) -> Scale:
+    return Scale(spec.space[name], [entry.params.get(name) for entry in entries])
+
+
+def heat_map(outcome: Outcome) -> Figure | None:
+    """The best val accuracy by learning rate and rank, a panel for each label mapping."""
+    spec, entries = outcome.spec, [entry for entry in outcome.board.searched() if entry.results]
+    rates = [name for name in spec.space if name.endswith("lr")]
+    rate = next((name for name in RATES if name in rates), rates[0] if rates else None)
+    rank = RANK if RANK in spec.space else None
+    if (rate is None and rank is None) or not entries:
+        return None
+    sides = [(name, scale(spec, name, entries) if name else None) for name in (rank, rate)]
+    panels = defaultdict(list)
+    for entry in entries:
+        panels[entry.trial.config.label_mapping].append(entry)
+    columns = min(WIDEST, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    tall, wide = (len(side.cells()) if side else 1 for _, side in sides)
+    figure = Figure((1.2 + columns * max(2.6, 0.75 * wide), 0.6 + rows * (1 + 0.5 * tall)), layout="constrained")
+    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    best = [val_top1(entry) for entry in entries]
+    colours = Normalize(min(best), max(best))
+    for plot, (mapping, found) in zip(plots, sorted(panels.items()), strict=False):
+        plot.set_title(mapping, fontsize=10)
+        _cells(plot, found, sides, colours)
+    for plot in plots[len(panels) :]:
+        plot.set_axis_off()
+    mappable = ScalarMappable(colours, DARKER_IS_BETTER)
+    figure.colorbar(mappable, ax=list(plots), label="best val top-1 (%)", shrink=0.9)
+    return figure
+
+
+def _cells(plot: Axes, entries: list[Entry], sides: list[tuple[str | None, Scale | None]], colours: Normalize) -> None:
+    """A panel: the best of each cell's finished trials, or with a star of those that did not; and how many."""
+    found = defaultdict(list)
+    for entry in entries:
+        found[tuple(side.cell(entry.params.get(name)) if side else 0 for name, side in sides)].append(entry)
+    values = np.full([len(side.cells()) if side else 1 for _, side in sides], np.nan)
+    for (row, column), trials in found.items():
+        finished = [entry for entry in trials if entry.finished]
+        best = values[row, column] = max(map(val_top1, finished or trials))
+        text = f"{best:.1f}{'' if finished else '*'}\n({len(trials)})"
+        ink = ink_on(DARKER_IS_BETTER(colours(best)))
+        plot.text(column, row, text, ha="center", va="center", color=ink, fontsize=SMALL)
+    plot.imshow(values, cmap=DARKER_IS_BETTER, norm=colours, aspect="auto", origin="lower")
+    for (name, side), ticks, label in zip(
+        sides, (plot.set_yticks, plot.set_xticks), (plot.set_ylabel, plot.set_xlabel), strict=True
+    ):
+        names = side.cells() if side else []
+        ticks(range(len(names)), names, fontsize=SMALL)
+        label(name or "", fontsize=SMALL)
+
+
+def parallel(outcome: Outcome) -> Figure | None:
+    """A line for each trial through its values on the axes, to its objective."""
+    spec, entries = outcome.spec, [entry for entry in outcome.board.searched() if entry.results]
+    finished = [entry for entry in reversed(entries) if entry.finished]  # the best last, on top
+    if not finished:
+        return None
+    sign = 1 if spec.mode == "max" else -1
+    objective = [sign * entry.score(spec) for entry in finished]
+    low, high = min(objective), max(objective)
+    scales = {name: scale(spec, name, entries) for name in spec.space}
+
+    def line(entry: Entry, end: list[float]) -> list[tuple[int, float]]:
+        places = [side.place(entry.params.get(name)) for name, side in scales.items()]
+        return list(enumerate([*places, *end]))
+
+    figure, plot = one_plot(1.6 * (len(scales) + 1) + 1.5, 4.5)
+    given_up = LineCollection(
+        [line(entry, []) for entry in entries if not entry.finished],
+        colors=GREY,
+        linestyles="dotted",
+        linewidths=0.8,
+        alpha=0.5,
+    )
+    plot.add_collection(given_up)
+    ends = [(value - low) / (high - low) if high > low else 0.5 for value in objective]
+    lines = LineCollection(
+        [line(entry, [end]) for entry, end in zip(finished, ends, strict=True)],
+        cmap=DARKER_IS_BETTER if sign > 0 else DARKER_IS_BETTER.reversed(),
+        linewidths=np.linspace(0.8, 2.5, len(finished)),
+    )
+    lines.set_array(objective)
+    plot.add_collection(lines)
+    last = [(0, f"{low:.4g}"), (1, f"{high:.4g}")] if high > low else [(0.5, f"{low:.4g}")]
+    for x, ticks in enumerate([*(side.ticks() for side in scales.values()), last]):
+        plot.axvline(x, color="black", linewidth=0.8)
+        for y, text in ticks:
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+            plot.text(x + 0.03, y, text, va="center", fontsize=SMALL, bbox=box, zorder=3)
+    names = [*spec.short_names().values(), spec.objective]
+    plot.set(xlim=(-0.1, len(scales) + 0.4), ylim=(ABSENT - 0.06, 1.06), yticks=[])
+    plot.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names])
+    plot.spines[:].set_visible(False)
+    figure.colorbar(lines, label=spec.objective, pad=0.02)
+    return figure
+
+
+def importance(outcome: Outcome) -> Figure | None:
+    """How much each axis has to do with being among the best of the finished trials."""
+    entries = [entry for entry in outcome.board.searched() if entry.finished]
+    found = importances(outcome.spec, entries)
+    if found is None:
+        return None
+    names = outcome.spec.short_names()
+    having = {name: sum(name in entry.params for entry in entries) for name in found}
+    some = {name: f" ({count} trials)" if count < len(entries) else "" for name, count in having.items()}
+    figure, plot = one_plot(7, 1.2 + 0.35 * len(found))
+    bars = plot.barh([f"{names[name]}{some[name]}" for name in found], list(found.values()), color=INK)
+    plot.bar_label(bars, fmt="%.2f", padding=3, fontsize=SMALL)
+    plot.invert_yaxis()
+    plot.margins(x=0.12)
+    plot.set_xlabel(f"importance, together 1: the best {_best(len(entries))} of {len(entries)} finished trials")
+    return figure
+
+
+def importances(spec: Spec, entries: list[Entry]) -> dict[str, float] | None:
+    """Of each axis that a trial has, largest first, together 1; None where these trials say nothing of it.
+
+    By PED-ANOVA: how far the best trials' values on an axis are from all trials' values there. An axis that exists
+    under a condition is judged among the trials that have it, weighted by how many of all and of the best these are
+    (conditional PED-ANOVA, arXiv:2601.20800); with fANOVA, Optuna would leave such an axis out.
+    """
+    import optuna  # which takes seconds to import
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    if len(entries) < FEWEST:
+        return None
+    distributions = {name: _distribution(axis, name, entries) for name, axis in spec.space.items()}
+    silent = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(direction="maximize")
+    finally:
+        optuna.logging.set_verbosity(silent)
+    study.add_trials(
+        [
+            optuna.create_trial(
+                params=entry.params,
+                distributions={name: distributions[name] for name in entry.params},
+                value=entry.score(spec),
+            )
+            for entry in entries
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are few trials: the figure says how many
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=_best(len(entries)) / len(entries))
+        found = get_param_importances(study, evaluator=evaluator, normalize=False)
+    total = sum(found.values())
+    return {name: value / total for name, value in found.items()} if total > 0 else None
+
+
+def _best(trials: int) -> int:
+    return min(trials // 2, max(BEST_TRIALS, trials // 10))
+
+
+def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistribution:
+    """As Optuna has it; a choice has the values as the trials spell them."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if axis.choice is not None:
+        return CategoricalDistribution(list(dict.fromkeys(entry.params[name] for entry in entries if name in entry.params)))
+    if axis.integers is not None:
+        return IntDistribution(axis.integers[0], axis.values()[-1], step=(*axis.integers, 1)[2])
+    return FloatDistribution(*(axis.uniform or axis.log_uniform), log=axis.log_uniform is not None)
