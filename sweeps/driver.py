@@ -21,7 +21,7 @@ from cluster.relay import Relay
 from cluster.slurm import requeue_this_job
 from lorvp.bundle_format import EXAMPLE
 from lorvp.errors import UserError
-from sweeps import confirm
+from sweeps import confirm, report
 from sweeps.comparison import Comparison
 from sweeps.follow import Follower
 from sweeps.leaderboard import Leaderboard
@@ -94,6 +94,9 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
     if best is None:
         tracker.try_to(lambda: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
+    page = report.write(outcome)
+    files += [page, page.with_name(report.PICTURES)]
+    say(f"report:      {page}")
     bundle = best.bundle
     say(f"best prompt: {bundle}")
     models: list[str] = []

@@ -123,7 +123,9 @@ def budget(outcome: Outcome) -> Figure | None:
         label = "best so far" if value is None else f"{spec.short_names()[spec.search.equal]} {number(value)}"
         seconds, top1 = zip(*points, strict=True)
         places = list(range(0, len(points), max(1, len(points) // 8)))
-        plot.step(seconds, top1, where="post", linestyle=line, marker=marker, markevery=places, markersize=5, label=label)
+        plot.step(
+            seconds, top1, where="post", linestyle=line, marker=marker, markevery=places, markersize=5, label=label
+        )
     control_line(plot, _control(outcome))
     plot.set(xlabel=f"{_device(spec)[1]} of the search, all its trials together", ylabel="best val top-1 so far (%)")
     plot.grid(alpha=0.3)
@@ -201,7 +203,9 @@ def _confirmed_gain(outcome: Outcome) -> Figure | None:
             reach = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
             style = {"color": INK if name == "val" else GREY, "marker": marker, "linestyle": "none", "capsize": 5}
             plot.errorbar([place + aside], [found.mean], yerr=reach, label=None if place else name, **style)
-            plot.annotate(f"{found.mean:+.2f}", (place + aside, found.mean), (7, 3), textcoords="offset points", fontsize=SMALL)
+            plot.annotate(
+                f"{found.mean:+.2f}", (place + aside, found.mean), (7, 3), textcoords="offset points", fontsize=SMALL
+            )
     plot.axhline(0, color=CONTROL, linestyle="-.", label="control")
     plot.set_xlim(-0.6, len(rows) - 0.3)
     values = [f"\n{number(row.value)}" if row.value is not None else "" for row in rows]
@@ -221,7 +225,9 @@ def prompts(outcome: Outcome) -> Figure | None:
         return None
     figure = Figure((11.5, 3.1 * len(read)), layout="constrained")
     for row, (entry, spectrum, reason) in zip(figure.subfigures(len(read), squeeze=False)[:, 0], read, strict=True):
-        params = ", ".join(f"{name} {number(entry.params.get(axis))}" for axis, name in outcome.spec.short_names().items())
+        params = ", ".join(
+            f"{name} {number(entry.params.get(axis))}" for axis, name in outcome.spec.short_names().items()
+        )
         title = textwrap.shorten(f"{entry.trial.name}, val top-1 {val_top1(entry):.2f} %: {params}", 130)
         row.suptitle(title, fontsize=10, parse_math=False)
         if spectrum is None:
@@ -251,7 +257,9 @@ def _prompt(bundle: Path) -> tuple[dict | None, str]:
 
 def _spectrum(plot: Axes, singular_values: list[list[float]]) -> None:
     for values, name, line, marker in zip(singular_values, ("red", "green", "blue"), LINES, MARKERS, strict=False):
-        plot.plot(range(1, len(values) + 1), values, color=name, linestyle=line, marker=marker, markersize=4, label=name)
+        plot.plot(
+            range(1, len(values) + 1), values, color=name, linestyle=line, marker=marker, markersize=4, label=name
+        )
     plot.set_title("singular values", fontsize=SMALL)
     plot.xaxis.get_major_locator().set_params(integer=True)
     plot.tick_params(labelsize=SMALL)

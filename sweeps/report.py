@@ -36,7 +36,11 @@ def write(outcome: Outcome) -> Path:
         temporary.mkdir()
         for name, part in PARTS.items():
             made = part.make(outcome)
-            section: dict[str, Any] = {"name": name, "title": part.title, "text": part.caption if made else part.otherwise}
+            section: dict[str, Any] = {
+                "name": name,
+                "title": part.title,
+                "text": part.caption if made else part.otherwise,
+            }
             if made:
                 picture = png(picture_of(made) if isinstance(made, Table) else made)
                 (temporary / f"{name}.png").write_bytes(picture)

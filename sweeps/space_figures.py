@@ -78,7 +78,9 @@ class Scale:
             return ABSENT
         if self._listed is not None:
             return self._listed.index(value) / (len(self._listed) - 1) if len(self._listed) > 1 else 0.5
-        low, high, value = map(math.log, (self._low, self._high, value)) if self._log else (self._low, self._high, value)
+        low, high, value = (
+            map(math.log, (self._low, self._high, value)) if self._log else (self._low, self._high, value)
+        )
         return (value - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
@@ -259,7 +261,9 @@ def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistributi
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if axis.choice is not None:
-        return CategoricalDistribution(list(dict.fromkeys(entry.params[name] for entry in entries if name in entry.params)))
+        return CategoricalDistribution(
+            list(dict.fromkeys(entry.params[name] for entry in entries if name in entry.params))
+        )
     if axis.integers is not None:
         return IntDistribution(axis.integers[0], axis.values()[-1], step=(*axis.integers, 1)[2])
     return FloatDistribution(*(axis.uniform or axis.log_uniform), log=axis.log_uniform is not None)
