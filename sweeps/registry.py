@@ -10,6 +10,7 @@ import io
 import os
 import tempfile
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,14 @@ def register(client: MlflowClient, uri: str, run_id: str, name: str, bundle: Pat
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow's own, about what it will change
             logged = Model.log(artifact_path=None, name=MODEL, flavor=_Flavours, bundle=bundle)
-            found = mlflow.register_model(logged.model_uri, name, tags={TRIAL: trial})
+            with suppress(mlflow.MlflowException):  # it is there
+                client.create_registered_model(name)
+            source = f"models:/{logged.model_id}"
+            found = client.create_model_version(name, source, run_id, {TRIAL: trial}, model_id=logged.model_id)
         metrics = describe(bundle)["metrics"]
         for key in ("val_top1", "test_top1"):
-            client.set_model_version_tag(name, found.version, key, f"{metrics[key]:.2f}")
+            if metrics[key] is not None:
+                client.set_model_version_tag(name, found.version, key, f"{metrics[key]:.2f}")
     client.update_model_version(name, found.version, (bundle / CARD).read_text())
     client.set_registered_model_alias(name, ALIAS, found.version)
     return f"models:/{name}@{ALIAS}"
