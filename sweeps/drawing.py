@@ -7,8 +7,10 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import FuncNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +18,9 @@ DARKER_IS_BETTER = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.
 """Falls evenly in lightness, so that it says the same in grey; its light end can still be seen on white."""
 INK, GREY, CONTROL = "#00224e", "#777777", "#b35900"
 LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dvph"
+NEAR_THE_TOP = 90.0
+"""Once an accuracy in percent is as high, a figure of it is stretched there: from tick to tick the error halves."""
+TICKS = FixedLocator([0, 50, 80, 90, 95, 98, 99, 99.5, 100])
 DPI = 110
 SMALL = 9
 """Points of the smallest text: 14 pixels."""
@@ -42,6 +47,33 @@ def ink_on(colour: tuple[float, ...]) -> str:
 def lightness(colour: tuple[float, ...]) -> float:
     """Of a colour in grey, from 0 to 1 (Rec. 601)."""
     return float(np.dot(colour[:3], (0.299, 0.587, 0.114)))
+
+
+def _stretch(percent: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(100.5 - np.asarray(percent), 1e-6))  # finite at 100, and on the canvas beyond
+
+
+def _unstretch(stretched: np.ndarray) -> np.ndarray:
+    return 100.5 - np.exp(-np.asarray(stretched))
+
+
+def stretch(plot: Axes, best: float) -> None:
+    """Makes room for the differences that count on an upright axis of accuracies, of which `best` is the highest."""
+    if best >= NEAR_THE_TOP:
+        plot.set_yscale("function", functions=(_stretch, _unstretch))
+        plot.yaxis.set_major_locator(TICKS)
+        plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def stretched_colours(low: float, high: float) -> Normalize:
+    """The same for the colours of accuracies."""
+    return FuncNorm((_stretch, _unstretch), low, high) if high >= NEAR_THE_TOP else Normalize(low, high)
+
+
+def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]) -> None:
+    mappable = ScalarMappable(colours, DARKER_IS_BETTER)
+    ticks = {"ticks": TICKS, "format": "{x:g}"} if isinstance(colours, FuncNorm) else {}
+    figure.colorbar(mappable, ax=plots, label=label, **ticks)
 
 
 def control_line(plot: Axes, top1: float | None) -> None:

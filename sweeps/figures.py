@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from lorvp.bundle_format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.comparison import FIGURES as COMPARED
 from sweeps.comparison import val_top1
-from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, control_line, one_plot
+from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, control_line, one_plot, stretch
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
 from sweeps.space_figures import heat_map, importance, parallel
@@ -33,9 +34,9 @@ MOST_NUMBERS = 20
 PROMPTS = 3
 STYLES = {
     State.FINISHED: {"color": INK, "linestyle": "-", "linewidth": 1.0, "alpha": 0.7},
-    State.STOPPED: {"color": GREY, "linestyle": "--", "linewidth": 0.8, "alpha": 0.35},
+    State.STOPPED: {"color": GREY, "linestyle": "--", "linewidth": 0.8, "alpha": 0.6},
     State.FAILED: {"color": CONTROL, "linestyle": ":", "linewidth": 1.2, "alpha": 0.9},
-    None: {"color": GREY, "linestyle": "-.", "linewidth": 0.8, "alpha": 0.35},
+    None: {"color": GREY, "linestyle": "-.", "linewidth": 0.8, "alpha": 0.6},
 }
 """Of a trial's learning curve, by how it ended."""
 
@@ -97,6 +98,7 @@ def curves(outcome: Outcome) -> Figure | None:
     if rung := max((r["epoch"] for entry in entries for r in entry.results if not r["whole"]), default=0):
         plot.axvspan(0.5, rung + 0.5, color="black", alpha=0.06, label="at a rung: smaller images or fewer")
     plot.set(xlabel="epoch", ylabel="val top-1 (%)")
+    stretch(plot, max(result["val_top1"] for entry in entries for result in entry.results))
     plot.xaxis.get_major_locator().set_params(integer=True)
     plot.grid(alpha=0.3)
     plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
@@ -128,6 +130,7 @@ def budget(outcome: Outcome) -> Figure | None:
         )
     control_line(plot, _control(outcome))
     plot.set(xlabel=f"{_device(spec)[1]} of the search, all its trials together", ylabel="best val top-1 so far (%)")
+    stretch(plot, max(points[-1][1] for points in steps.values()))
     plot.grid(alpha=0.3)
     plot.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
@@ -186,7 +189,12 @@ def gain(outcome: Outcome) -> Figure | None:
         plot.set_xticks(range(len(gains)), [name for _, name in gains], rotation=90, fontsize=SMALL)
     else:
         plot.set_xlabel(f"the {len(gains)} trials that finished, best first")
-    plot.set_ylabel("val top-1 less the control's (points)")
+    label = "val top-1 less the control's (points)"
+    if max(abs(points) for points, _ in gains) > 10:  # one that learnt nothing would hide all the others
+        plot.set_yscale("symlog", linthresh=1)
+        plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        label += ",\nlogarithmic beyond 1"
+    plot.set_ylabel(label)
     return figure
 
 
@@ -302,7 +310,7 @@ PARTS = {
         "Learning rate and rank",
         heat_map,
         "In each cell the best val top-1, of the trials in brackets. With a star: none of them finished, so that is what "
-        "they had reached when they ended. '-': without this axis.",
+        "they had reached when they ended. 'none': without this axis.",
         "The space has neither a learning rate nor a rank, or no trial has a result.",
     ),
     "curves": Part(
@@ -314,8 +322,8 @@ PARTS = {
     "parallel": Part(
         "Parallel coordinates",
         parallel,
-        "Each line is a trial of the search, darker and thicker the better; dotted ones did not finish. '-': without "
-        "this axis.",
+        "Each line is a trial of the search, darker and thicker the better; dotted ones did not finish. 'none': "
+        "without this axis.",
         NOTHING,
     ),
     "importance": Part(

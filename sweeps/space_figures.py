@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sweeps.comparison import val_top1
-from sweeps.drawing import DARKER_IS_BETTER, GREY, INK, SMALL, ink_on, one_plot
+from sweeps.drawing import DARKER_IS_BETTER, GREY, INK, SMALL, colour_bar, ink_on, one_plot, stretched_colours
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
 from sweeps.spec import Axis, Scalar, Spec
@@ -36,6 +35,7 @@ WIDEST = 3
 """Heat maps side by side."""
 ABSENT = -0.12
 """Where parallel coordinates show that a trial has not this axis."""
+NONE = "none"
 FEWEST = 4
 """Trials to tell an axis's importance from."""
 BEST_TRIALS = 5
@@ -64,7 +64,7 @@ class Scale:
         else:
             edges = [f"{self._value(i / BINS):.2g}" for i in range(BINS + 1)]
             names = [f"{low}\nto {high}" for low, high in zip(edges, edges[1:], strict=False)]
-        return names + ["-"] * self._absent
+        return names + [NONE] * self._absent
 
     def cell(self, value: Scalar) -> int:
         """Which of the cells a value is in."""
@@ -89,7 +89,7 @@ class Scale:
             ticks = [(self.place(value), number(value)) for value in self._listed]
         else:
             ticks = [(place, f"{self._value(place):.2g}") for place in (0, 0.25, 0.5, 0.75, 1)]
-        return ticks + [(ABSENT, "-")] * self._absent
+        return ticks + [(ABSENT, NONE)] * self._absent
 
     def _value(self, place: float) -> float:
         if self._log:
@@ -119,14 +119,13 @@ def heat_map(outcome: Outcome) -> Figure | None:
     figure = Figure((1.2 + columns * max(2.6, 0.75 * wide), 0.6 + rows * (1 + 0.5 * tall)), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).ravel()
     best = [val_top1(entry) for entry in entries]
-    colours = Normalize(min(best), max(best))
+    colours = stretched_colours(min(best), max(best))
     for plot, (mapping, found) in zip(plots, sorted(panels.items()), strict=False):
         plot.set_title(mapping, fontsize=10)
         _cells(plot, found, sides, colours)
     for plot in plots[len(panels) :]:
         plot.set_axis_off()
-    mappable = ScalarMappable(colours, DARKER_IS_BETTER)
-    figure.colorbar(mappable, ax=list(plots), label="best val top-1 (%)", shrink=0.9)
+    colour_bar(figure, colours, "best val top-1 (%)", list(plots))
     return figure
 
 
@@ -157,33 +156,26 @@ def parallel(outcome: Outcome) -> Figure | None:
     finished = [entry for entry in reversed(entries) if entry.finished]  # the best last, on top
     if not finished:
         return None
-    sign = 1 if spec.mode == "max" else -1
-    objective = [sign * entry.score(spec) for entry in finished]
-    low, high = min(objective), max(objective)
     scales = {name: scale(spec, name, entries) for name in spec.space}
 
-    def line(entry: Entry, end: list[float]) -> list[tuple[int, float]]:
-        places = [side.place(entry.params.get(name)) for name, side in scales.items()]
-        return list(enumerate([*places, *end]))
+    def line(entry: Entry, *end: float) -> list[tuple[int, float]]:
+        return list(enumerate([*(side.place(entry.params.get(name)) for name, side in scales.items()), *end]))
 
-    figure, plot = one_plot(1.6 * (len(scales) + 1) + 1.5, 4.5)
-    given_up = LineCollection(
-        [line(entry, []) for entry in entries if not entry.finished],
-        colors=GREY,
-        linestyles="dotted",
-        linewidths=0.8,
-        alpha=0.5,
+    objective = np.array([entry.score(spec) if spec.mode == "max" else -entry.score(spec) for entry in finished])
+    low, high = objective.min(), objective.max()
+    norm = stretched_colours(low, high) if spec.mode == "max" else Normalize(low, high)
+    ends = norm(objective)
+    figure, plot = one_plot(1.6 * (len(scales) + 1), 4.5)
+    given_up = [line(entry) for entry in entries if not entry.finished]
+    plot.add_collection(LineCollection(given_up, colors=GREY, linestyles="dotted", linewidths=0.9, alpha=0.7))
+    plot.add_collection(
+        LineCollection(
+            [line(entry, end) for entry, end in zip(finished, ends, strict=True)],
+            colors=DARKER_IS_BETTER(ends if spec.mode == "max" else 1 - ends),
+            linewidths=np.linspace(0.8, 2.5, len(finished)),
+        )
     )
-    plot.add_collection(given_up)
-    ends = [(value - low) / (high - low) if high > low else 0.5 for value in objective]
-    lines = LineCollection(
-        [line(entry, [end]) for entry, end in zip(finished, ends, strict=True)],
-        cmap=DARKER_IS_BETTER if sign > 0 else DARKER_IS_BETTER.reversed(),
-        linewidths=np.linspace(0.8, 2.5, len(finished)),
-    )
-    lines.set_array(objective)
-    plot.add_collection(lines)
-    last = [(0, f"{low:.4g}"), (1, f"{high:.4g}")] if high > low else [(0.5, f"{low:.4g}")]
+    last = [(place, number(float(norm.inverse(place)))) for place in ((0, 0.25, 0.5, 0.75, 1) if high > low else (0,))]
     for x, ticks in enumerate([*(side.ticks() for side in scales.values()), last]):
         plot.axvline(x, color="black", linewidth=0.8)
         for y, text in ticks:
@@ -193,7 +185,6 @@ def parallel(outcome: Outcome) -> Figure | None:
     plot.set(xlim=(-0.1, len(scales) + 0.4), ylim=(ABSENT - 0.06, 1.06), yticks=[])
     plot.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names])
     plot.spines[:].set_visible(False)
-    figure.colorbar(lines, label=spec.objective, pad=0.02)
     return figure
 
 
