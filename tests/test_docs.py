@@ -80,7 +80,7 @@ WAYS = {
         "3 classes", "--partial --size 32", (("/data/ILSVRC2012", "IMAGENET"),)
     ),
     r"python -m lorvp\.data prepare tiny-imagenet .*": By("test_sources.py::test_tiny_imagenet"),
-    r"python -m lorvp\.data prepare image_folder .*IMAGENETTE.*": Here("3 classes"),
+    r"python -m lorvp\.data prepare image_folder .*IMAGENETTE.*": By("test_docs.py::place"),
     r"python -m lorvp\.data prepare (image_folder|csv_list) .*": By("test_adding.py::test_a_dataset"),
     r"python -m lorvp\.data list data": Here("GiB"),
     # sweeps
@@ -99,7 +99,7 @@ WAYS = {
     r"python -m lorvp\.predict .*": Here("probability", "", ((r"runs/\S+/bundle", "BUNDLE"),)),
     r"python -m sweeps\.report .*": Here("report.html"),
     r"python -m sweeps\.ood .*": Here("digits", words=NAMED),
-    r"python -m sweeps\.tables .*": Here("| LoR-VP", words=NAMED),
+    r"python -m sweeps\.tables .*": Here("| network |", words=NAMED),
     r"python -m lorvp\.export .*": By("test_export.py::test_the_command"),
     r"mlflow models serve .*": By("test_registry.py::test_a_served_model_takes_a_jpeg"),
     r"python -m lorvp\.evaluate .*": By("test_evaluate.py::test_evaluation_of_a_bundle"),
@@ -226,8 +226,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Place:
-    """Where the quickstart, shortened, has been."""
+    """Where the quickstart, shortened, has been, and the photos of docs/comparison.md are prepared."""
     place = Place(tmp_path_factory.mktemp("place") / "project", images)
+    for prepare in (command for command in COMMANDS if "--source IMAGENETTE" in command):
+        assert "3 classes" in place.run(prepare)
     said = place.run(f"python sweeps/launch.py sweeps/quickstart.yaml {SHORT}")
     place.bundle = re.search(r"best prompt: (\S+)", said)[1]
     return place
