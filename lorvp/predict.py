@@ -59,7 +59,7 @@ def command(
     """Prints the likeliest classes of images."""
     method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
     table = Table("image", "class", "probability", box=None)
-    table.columns[-1].justify = "right"
+    table.columns[0].overflow, table.columns[-1].justify = "fold", "right"
     for found in list(predict(method, paths, top)):  # all of them, or the error alone
         for place, (name, probability) in enumerate(found.classes):
             table.add_row("" if place else str(found.image), name, f"{probability:.4f}")
