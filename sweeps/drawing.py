@@ -19,8 +19,8 @@ DARKER_IS_BETTER = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.
 INK, GREY, CONTROL = "#00224e", "#777777", "#b35900"
 LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dvph"
 NEAR_THE_TOP = 90.0
-"""Once an accuracy in percent is as high, a figure of it is stretched there: from tick to tick the error halves."""
-TICKS = FixedLocator([0, 50, 80, 90, 95, 98, 99, 99.5, 100])
+"""Once an accuracy in percent is as high, its axis is stretched there: each half of the error takes as much room."""
+TICKS = FixedLocator([0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100])
 DPI = 110
 SMALL = 9
 """Points of the smallest text: 14 pixels."""
@@ -57,10 +57,13 @@ def _unstretch(stretched: np.ndarray) -> np.ndarray:
     return 100.5 - np.exp(-np.asarray(stretched))
 
 
-def stretch(plot: Axes, best: float) -> None:
-    """Makes room for the differences that count on an upright axis of accuracies, of which `best` is the highest."""
-    if best >= NEAR_THE_TOP:
+def stretch(plot: Axes, low: float, high: float) -> None:
+    """Gives an upright axis of accuracies from `low` to `high` room for the differences that count."""
+    if high >= NEAR_THE_TOP:
+        ends = _stretch(np.array([low, high]))
+        margin = 0.05 * (ends[1] - ends[0]) or 0.1
         plot.set_yscale("function", functions=(_stretch, _unstretch))
+        plot.set_ylim(*_unstretch(ends + np.array([-margin, margin])))
         plot.yaxis.set_major_locator(TICKS)
         plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
@@ -76,9 +79,21 @@ def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]
     figure.colorbar(mappable, ax=plots, label=label, **ticks)
 
 
-def control_line(plot: Axes, top1: float | None) -> None:
-    if top1 is not None:
-        plot.axhline(top1, color=CONTROL, linestyle="-.", label=f"control, {top1:.2f} %")
+def of_accuracies(plot: Axes, drawn: list[float], control: float | None, label: str) -> None:
+    """Completes a plot with these accuracies upright: the control as a line across, and a legend beside it."""
+    if control is not None:
+        plot.axhline(control, color=CONTROL, linestyle="-.", label=f"control, {control:.2f} %")
+        drawn = [*drawn, control]
+    stretch(plot, min(drawn), max(drawn))
+    plot.set_ylabel(label)
+    plot.grid(alpha=0.3)
+    legend_beside(plot)
+
+
+def legend_beside(plot: Axes) -> None:
+    legend = plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
 
 
 def picture_of(table: Table) -> Figure:

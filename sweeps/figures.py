@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorvp.bundle_format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.comparison import FIGURES as COMPARED
 from sweeps.comparison import val_top1
-from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, control_line, one_plot, stretch
+from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, legend_beside, of_accuracies, one_plot
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
 from sweeps.space_figures import heat_map, importance, parallel
@@ -78,30 +79,30 @@ def curves(outcome: Outcome) -> Figure | None:
     if not entries:
         return None
     figure, plot = one_plot(9, 5)
-    counts = {state: sum(_state(entry) == state for entry in entries) for state in STYLES}
-    best, labelled = outcome.board.best(), set()
+    counts, best = Counter(map(_state, entries)), outcome.board.best()
+    crowd = min(1.0, max(0.25, MOST_ROWS / len(entries)))
+    labels = {state: f"{state or 'unfinished'} ({count})" for state, count in counts.items()}
     for entry in entries:
         state = _state(entry)
-        label = None if state in labelled else f"{state or 'unfinished'} ({counts[state]})"
-        labelled.add(state)
-        style = STYLES[state]
+        style = STYLES[state] | {"alpha": crowd * STYLES[state]["alpha"], "label": labels.pop(state, None)}
+        if len(entry.results) == 1:
+            style |= {"marker": "."}
+        if state == State.FAILED:
+            style |= {"marker": "x", "markevery": [-1]}
+        epochs, top1 = zip(*((result["epoch"], result["val_top1"]) for result in entry.results), strict=True)
+        plot.plot(epochs, top1, gid=entry.trial.name, **style)
         if entry is best:
-            style, label = {"color": "black", "linewidth": 2.5, "marker": "o", "zorder": 4}, f"best, {entry.trial.name}"
-            labelled.discard(state)
-        elif state == State.FAILED:
-            style = style | {"marker": "x", "markevery": [-1]}
-        elif len(entry.results) == 1:
-            style = style | {"marker": "."}
-        epochs = [result["epoch"] for result in entry.results]
-        plot.plot(epochs, [result["val_top1"] for result in entry.results], label=label, gid=entry.trial.name, **style)
-    control_line(plot, _control(outcome))
-    if rung := max((r["epoch"] for entry in entries for r in entry.results if not r["whole"]), default=0):
+            plot.plot(
+                epochs, top1, color="black", linewidth=2.5, marker="o", zorder=4, label=f"best, {entry.trial.name}"
+            )
+    if rung := max(
+        (result["epoch"] for entry in entries for result in entry.results if not result["whole"]), default=0
+    ):
         plot.axvspan(0.5, rung + 0.5, color="black", alpha=0.06, label="at a rung: smaller images or fewer")
-    plot.set(xlabel="epoch", ylabel="val top-1 (%)")
-    stretch(plot, max(result["val_top1"] for entry in entries for result in entry.results))
+    plot.set_xlabel("epoch")
     plot.xaxis.get_major_locator().set_params(integer=True)
-    plot.grid(alpha=0.3)
-    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
+    drawn = [result["val_top1"] for entry in entries for result in entry.results]
+    of_accuracies(plot, drawn, _control(outcome), "val top-1 (%)")
     return figure
 
 
@@ -128,11 +129,9 @@ def budget(outcome: Outcome) -> Figure | None:
         plot.step(
             seconds, top1, where="post", linestyle=line, marker=marker, markevery=places, markersize=5, label=label
         )
-    control_line(plot, _control(outcome))
-    plot.set(xlabel=f"{_device(spec)[1]} of the search, all its trials together", ylabel="best val top-1 so far (%)")
-    stretch(plot, max(points[-1][1] for points in steps.values()))
-    plot.grid(alpha=0.3)
-    plot.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    plot.set_xlabel(f"{_device(spec)[1]} of the search, all its trials together")
+    drawn = [best for points in steps.values() for _, best in points]
+    of_accuracies(plot, drawn, _control(outcome), "best val top-1 so far (%)")
     return figure
 
 
@@ -178,23 +177,22 @@ def gain(outcome: Outcome) -> Figure | None:
         return None
     gains = sorted(((val_top1(entry) - control, entry.trial.name) for entry in finished), reverse=True)
     figure, plot = one_plot(max(5, min(11, 2 + 0.32 * len(gains))), 4.5)
-    bars = plot.bar(range(len(gains)), [points for points, _ in gains], color=INK)
-    for bar, (points, _) in zip(bars, gains, strict=True):
-        bar.set(**({"facecolor": "white", "edgecolor": INK, "hatch": "////"} if points < 0 else {}))
-    if len(gains) <= MOST_NUMBERS:
-        plot.bar_label(bars, fmt="%+.1f", fontsize=SMALL, padding=2)
-        plot.margins(y=0.1)
-    plot.axhline(0, color=CONTROL, linestyle="-.")
-    if len(gains) <= MOST_NAMES:
-        plot.set_xticks(range(len(gains)), [name for _, name in gains], rotation=90, fontsize=SMALL)
-    else:
-        plot.set_xlabel(f"the {len(gains)} trials that finished, best first")
     label = "val top-1 less the control's (points)"
     if max(abs(points) for points, _ in gains) > 10:  # one that learnt nothing would hide all the others
         plot.set_yscale("symlog", linthresh=1)
         plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         label += ",\nlogarithmic beyond 1"
     plot.set_ylabel(label)
+    colours = [INK if points > 0 else GREY for points, _ in gains]
+    bars = plot.bar(range(len(gains)), [points for points, _ in gains], color=colours)
+    plot.axhline(0, color=CONTROL, linestyle="-.")
+    if len(gains) <= MOST_NUMBERS:
+        plot.bar_label(bars, fmt="%+.1f", fontsize=SMALL, padding=2)
+        plot.margins(y=0.1)
+    if len(gains) <= MOST_NAMES:
+        plot.set_xticks(range(len(gains)), [name for _, name in gains], rotation=90, fontsize=SMALL)
+    else:
+        plot.set_xlabel(f"the {len(gains)} trials that finished, best first")
     return figure
 
 
@@ -211,16 +209,15 @@ def _confirmed_gain(outcome: Outcome) -> Figure | None:
             reach = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
             style = {"color": INK if name == "val" else GREY, "marker": marker, "linestyle": "none", "capsize": 5}
             plot.errorbar([place + aside], [found.mean], yerr=reach, label=None if place else name, **style)
-            plot.annotate(
-                f"{found.mean:+.2f}", (place + aside, found.mean), (7, 3), textcoords="offset points", fontsize=SMALL
-            )
+            side = "right" if aside < 0 else "left"
+            plot.text(place + 1.5 * aside, found.mean, f"{found.mean:+.2f}", ha=side, va="bottom", fontsize=SMALL)
     plot.axhline(0, color=CONTROL, linestyle="-.", label="control")
     plot.set_xlim(-0.6, len(rows) - 0.3)
     values = [f"\n{number(row.value)}" if row.value is not None else "" for row in rows]
     labels = [f"{row.choice.trial}{value}" for row, value in zip(rows, values, strict=True)]
     plot.set_xticks(range(len(rows)), labels, fontsize=SMALL, rotation=30 if len(rows) > 4 else 0)
     plot.set_ylabel("top-1 less the control's (points)")
-    plot.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    legend_beside(plot)
     return figure
 
 
@@ -228,7 +225,7 @@ def prompts(outcome: Outcome) -> Figure | None:
     """The prompts of the best trials: as pictures, by singular values, and on an image."""
     finished = [entry for entry in [outcome.best(), *outcome.board.searched()] if entry and entry.finished]
     best = list({entry.trial.name: entry for entry in finished}.values())[:PROMPTS]
-    read = [(entry, *_prompt(entry.trial.newest().bundle)) for entry in best]
+    read = [(entry, *_prompt(entry.bundle)) for entry in best]
     if all(spectrum is None for _, spectrum, _ in read):
         return None
     figure = Figure((11.5, 3.1 * len(read)), layout="constrained")
@@ -243,7 +240,7 @@ def prompts(outcome: Outcome) -> Figure | None:
             continue
         plots = row.subplots(1, 4)
         _spectrum(plots[1], spectrum["singular_values"])
-        bundle = entry.trial.newest().bundle
+        bundle = entry.bundle
         largest = f"the prompt: grey is 0,\nfull contrast ±{spectrum['largest']:.3g}"
         for plot, name, what in (
             (plots[0], PICTURE, largest),
@@ -302,21 +299,22 @@ PARTS = {
     "gain": Part(
         "Gain over the control",
         gain,
-        "Points of top-1 beyond the control: of each trial that finished (val); where there is a confirmation, the mean "
-        "over seeds with its 95 % t interval.",
+        "Points of top-1 beyond the control: of each trial that finished (val); where there is a confirmation, the "
+        "mean over seeds with its 95 % t interval.",
         "There is no control that finished, or nothing to hold against it.",
     ),
     "heat_map": Part(
         "Learning rate and rank",
         heat_map,
-        "In each cell the best val top-1, of the trials in brackets. With a star: none of them finished, so that is what "
-        "they had reached when they ended. 'none': without this axis.",
+        "In each cell the best val top-1, of the trials in brackets. With a star: none of them finished, so that is "
+        "what they had reached when they ended. 'none': without this axis.",
         "The space has neither a learning rate nor a rank, or no trial has a result.",
     ),
     "curves": Part(
         "Learning curves",
         curves,
-        "Val top-1 after each epoch of the search's trials; a cross is where a trial failed.",
+        "Val top-1 after each epoch of the search's trials; a cross is where a trial failed. Once 90 % is reached, "
+        "each half of the error takes as much room.",
         NOTHING,
     ),
     "parallel": Part(
@@ -345,8 +343,8 @@ PARTS = {
         "The best prompts",
         prompts,
         "The prompts of the best trials, their singular values in each colour, and an image without and with them.",
-        "None of the best trials' bundles says anything of a prompt on the image: their methods have none, or they were "
-        "written by an older version.",
+        "None of the best trials' bundles says anything of a prompt on the image: their methods have none, or they "
+        "were written by an older version.",
     ),
     "failures": Part("Failures", failures, "Every trial that failed, by cause.", "No trial failed."),
 }

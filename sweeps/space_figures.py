@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +24,9 @@ from sweeps.spec import Axis, Scalar, Spec
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-MAPPING = "label_mapping"
-RATES = ("optimizer.prompt_lr", "optimizer.lr")
-"""The learning rates that a heat map takes first."""
-RANK = "prompt.rank"
+RATES = tuple(f"optimizer.{group}lr" for group in ("prompt_", "", "tokens_", "backbone_", "head_"))
+RANKS = ("prompt.rank", "optimizer.galore.rank")
+"""A heat map is of the first of these that are axes."""
 MOST_VALUES = 12
 """An int axis with more is shown as if it were continuous."""
 BINS = 6
@@ -40,6 +40,8 @@ FEWEST = 4
 """Trials to tell an axis's importance from."""
 BEST_TRIALS = 5
 """At least so many count as the best then, as Optuna advises, but no more than half."""
+Cell = tuple[int, int]
+"""Row and column."""
 
 
 class Scale:
@@ -63,7 +65,7 @@ class Scale:
             names = [number(value) for value in self._listed]
         else:
             edges = [f"{self._value(i / BINS):.2g}" for i in range(BINS + 1)]
-            names = [f"{low}\nto {high}" for low, high in zip(edges, edges[1:], strict=False)]
+            names = [f"{low}\nto {high}" for low, high in pairwise(edges)]
         return names + [NONE] * self._absent
 
     def cell(self, value: Scalar) -> int:
@@ -98,56 +100,55 @@ class Scale:
 
 
 def scale(spec: Spec, name: str, entries: Iterable[Entry]) -> Scale:
-    return Scale(spec.space[name], [entry.params.get(name) for entry in entries])
+    """Of an axis; where the space has none of that name, of one that everything has the same place on."""
+    return Scale(spec.space.get(name, Axis(choice=[None])), [entry.params.get(name) for entry in entries])
 
 
 def heat_map(outcome: Outcome) -> Figure | None:
     """The best val accuracy by learning rate and rank, a panel for each label mapping."""
     spec, entries = outcome.spec, [entry for entry in outcome.board.searched() if entry.results]
-    rates = [name for name in spec.space if name.endswith("lr")]
-    rate = next((name for name in RATES if name in rates), rates[0] if rates else None)
-    rank = RANK if RANK in spec.space else None
-    if (rate is None and rank is None) or not entries:
+    rank, rate = (next((name for name in names if name in spec.space), "") for names in (RANKS, RATES))
+    if not (rank or rate) or not entries:
         return None
-    sides = [(name, scale(spec, name, entries) if name else None) for name in (rank, rate)]
-    panels = defaultdict(list)
+    upright, across = scale(spec, rank, entries), scale(spec, rate, entries)
+    panels: dict[str, dict[Cell, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
-        panels[entry.trial.config.label_mapping].append(entry)
+        cell = upright.cell(entry.params.get(rank)), across.cell(entry.params.get(rate))
+        panels[entry.trial.config.label_mapping][cell].append(entry)
+    best = [_best_of(trials) for cells in panels.values() for trials in cells.values()]
+    colours = stretched_colours(min(best), max(best))
     columns = min(WIDEST, len(panels))
     rows = math.ceil(len(panels) / columns)
-    tall, wide = (len(side.cells()) if side else 1 for _, side in sides)
-    figure = Figure((1.2 + columns * max(2.6, 0.75 * wide), 0.6 + rows * (1 + 0.5 * tall)), layout="constrained")
+    width, height = max(2.6, 0.75 * len(across.cells())), 1 + 0.5 * len(upright.cells())
+    figure = Figure((1.2 + columns * width, 0.6 + rows * height), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).ravel()
-    best = [val_top1(entry) for entry in entries]
-    colours = stretched_colours(min(best), max(best))
     for plot, (mapping, found) in zip(plots, sorted(panels.items()), strict=False):
+        _panel(plot, found, (len(upright.cells()), len(across.cells())), colours)
         plot.set_title(mapping, fontsize=10)
-        _cells(plot, found, sides, colours)
+        plot.set_xlabel(rate, fontsize=SMALL)
+        plot.set_ylabel(rank, fontsize=SMALL)
+        plot.set_xticks(range(len(across.cells())), across.cells(), fontsize=SMALL)
+        plot.set_yticks(range(len(upright.cells())), upright.cells(), fontsize=SMALL)
     for plot in plots[len(panels) :]:
         plot.set_axis_off()
     colour_bar(figure, colours, "best val top-1 (%)", list(plots))
     return figure
 
 
-def _cells(plot: Axes, entries: list[Entry], sides: list[tuple[str | None, Scale | None]], colours: Normalize) -> None:
-    """A panel: the best of each cell's finished trials, or with a star of those that did not; and how many."""
-    found = defaultdict(list)
-    for entry in entries:
-        found[tuple(side.cell(entry.params.get(name)) if side else 0 for name, side in sides)].append(entry)
-    values = np.full([len(side.cells()) if side else 1 for _, side in sides], np.nan)
+def _panel(plot: Axes, found: dict[Cell, list[Entry]], shape: Cell, colours: Normalize) -> None:
+    values = np.full(shape, np.nan)
     for (row, column), trials in found.items():
-        finished = [entry for entry in trials if entry.finished]
-        best = values[row, column] = max(map(val_top1, finished or trials))
-        text = f"{best:.1f}{'' if finished else '*'}\n({len(trials)})"
+        best = values[row, column] = _best_of(trials)
+        star = "" if any(entry.finished for entry in trials) else "*"
         ink = ink_on(DARKER_IS_BETTER(colours(best)))
+        text = f"{best:.1f}{star}\n({len(trials)})"
         plot.text(column, row, text, ha="center", va="center", color=ink, fontsize=SMALL)
     plot.imshow(values, cmap=DARKER_IS_BETTER, norm=colours, aspect="auto", origin="lower")
-    for (name, side), ticks, label in zip(
-        sides, (plot.set_yticks, plot.set_xticks), (plot.set_ylabel, plot.set_xlabel), strict=True
-    ):
-        names = side.cells() if side else []
-        ticks(range(len(names)), names, fontsize=SMALL)
-        label(name or "", fontsize=SMALL)
+
+
+def _best_of(trials: list[Entry]) -> float:
+    """The best val top-1 of those that finished; of all, if none did."""
+    return max(map(val_top1, [entry for entry in trials if entry.finished] or trials))
 
 
 def parallel(outcome: Outcome) -> Figure | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import cycle
 
 import numpy as np
+from pydantic import ValidationError
 
 from cluster.folder import Cause, State, TrialFolder
 from lorvp.config import TrialConfig
@@ -62,14 +64,17 @@ class _Clock:
 def _points(spec: Spec, count: int) -> list[TrialConfig]:
     """So many different configs of the space."""
     random, found = np.random.default_rng(0), {}
-    while len(found) < count:
+    for _ in range(100 * count):
         point: dict[str, Scalar] = {}
         for name, axis in spec.ordered_axes().items():
             if active(axis, point):
                 point[name] = _drawn(axis, random)
-        config = spec.trial_config(point)
-        found.setdefault(config.content_hash(), config)
-    return list(found.values())
+        with suppress(ValidationError):  # values that don't go together
+            config = spec.trial_config(point)
+            found.setdefault(config.content_hash(), config)
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"the space of {spec.name} has hardly {count} different trials, only {len(found)} were found")
 
 
 def _drawn(axis: Axis, random: np.random.Generator) -> Scalar:
