@@ -16,6 +16,7 @@ test: check
 check: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/mypy
 
 # A real SLURM of three nodes on this machine, to try a sweep on; needs root and the packages in tests/slurm_sim.py.
 slurm-up: $(INSTALLED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import timm
 import torch
@@ -44,7 +45,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, precision: str, speed: SpeedConfig | None = None) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
-        self.model = _create(config)
+        self.model: Any = _create(config)  # a timm model
         self.model.requires_grad_(False)
         self.model.eval()
         known = self.model.pretrained_cfg
@@ -125,7 +126,7 @@ class Backbone(nn.Module):
             raise RuntimeError(f"the frozen backbone moved during training: {', '.join(moved[:5])}")
 
 
-def _create(config: BackboneConfig) -> nn.Module:
+def _create(config: BackboneConfig) -> Any:
     if not timm.is_model(config.name.split(".")[0]):
         close = timm.list_models(f"*{config.name.split('.')[0].split('_')[0]}*")[:5]
         raise UserError(

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -54,11 +54,11 @@ def main() -> None:
     """Benchmarks of a trial."""
 
 
-def rate(trial: published.Trial, loader: DataLoader) -> float:
+def rate(trial: published.Trial, loader: DataLoader, images: int) -> float:
     """Images per second of one pass, by the public code's loop."""
     start = time.perf_counter()
     trial.epoch(loader)
-    return len(loader.dataset) / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start)
 
 
 def light(backbone: Backbone, batch: int, steps: int) -> float:
@@ -104,7 +104,7 @@ def step(
     device, count = ours.backbone.mean.device, batch_size * steps
     plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
     switched_off = replace(ours, backbone=Backbone(config.backbone, ours.precision, PLAIN).to(device))
-    pixels = ours.splits.train.pixels.permute(0, 2, 3, 1).numpy()
+    pixels = ours.splits.train.read(range(count)).permute(0, 2, 3, 1).numpy()
     photos = published.Photos(pixels, np.arange(count) % CLASSES, image_size)
     workers = len(os.sched_getaffinity(0))
     loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
@@ -112,7 +112,7 @@ def step(
     turns: dict[str, Callable[[], float]] = {
         "ours": partial(kept, True, partial(trained, config, ours)),
         "plain": partial(kept, False, partial(trained, config, switched_off)),
-        "published": partial(kept, False, partial(rate, theirs, loader)),
+        "published": partial(kept, False, partial(rate, theirs, loader, count)),
         "light": partial(kept, True, partial(light, ours.backbone, batch_size, steps)),
     }
     for key in SpeedConfig.model_fields if levers else ():
@@ -265,7 +265,7 @@ def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, flo
     return (frozen + max(itertools.accumulate(changes))) / 2**20, result.optimizer_state_mib
 
 
-def take_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """The rate of each in every round; one round before them is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):

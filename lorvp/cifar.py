@@ -39,7 +39,10 @@ def _cifar(root: Path, archive: str, folder: str, meta: str, batches: dict[str, 
         def member(name: str) -> bytes:
             try:
                 with tarfile.open(root / archive) as tar:
-                    return tar.extractfile(f"{folder}/{name}").read()
+                    file = tar.extractfile(f"{folder}/{name}")
+                    if file is None:
+                        raise KeyError("not a file")
+                    return file.read()
             except (KeyError, tarfile.TarError, EOFError, OSError) as error:
                 raise UserError(f"{root / archive}: {folder}/{name} can't be read ({error})") from None
     else:

@@ -9,7 +9,7 @@ the cosine (Radford et al. 2021), and RLM, FLM, ILM and FM map from those. open_
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -39,7 +39,7 @@ class ZeroShot(nn.Module):
         return SCALE * F.normalize(images, dim=1) @ self.texts.to(images.dtype).T
 
 
-def add_zero_shot(model: nn.Module, path: Path) -> int:
+def add_zero_shot(model: Any, path: Path) -> int:
     """Puts the weights of `path` behind a timm image tower's projection, in place; how many classes they are.
 
     Raises UserError for a file that isn't one, and for weights of another width.

@@ -93,6 +93,12 @@ class DatasetConfig(Part):
     exact: bool = Field(False, description="only images that PIL has resized to L; no resizing on the device")
 
     @property
+    def folder(self) -> Path:
+        """`root`, of a dataset that lies in one."""
+        assert self.root is not None  # by _has_root
+        return self.root
+
+    @property
     def title(self) -> str:
         """What to call it: the folder's name, or its own."""
         return self.name if self.root is None else self.root.name

@@ -33,6 +33,8 @@ _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 _decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
 
+Indices = Sequence[int] | np.ndarray
+
 
 @dataclass(frozen=True)
 class ArrayImages:
@@ -54,7 +56,7 @@ class ArrayImages:
         """Of what `read` gives, without the labels: equal ones have equal images."""
         return self.known_digest or _digest(self.pixels.shape, self.pixels.cpu().contiguous().numpy().data)
 
-    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
         """The images at `indices` as (len(indices), 3, H, W) uint8, if `pin` in memory that a GPU can copy from."""
         chosen = self.pixels[torch.as_tensor(indices)]
         return chosen.pin_memory() if pin and not chosen.is_cuda else chosen
@@ -82,7 +84,7 @@ class FolderImages:
         files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, found, strict=True)]
         return _digest(self.size, repr(files).encode())
 
-    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`. Raises UserError for an unreadable file."""
         return _decoded((self.paths[i] for i in indices), len(indices), self.size, pin)
 
@@ -108,7 +110,7 @@ class StoreImages:
         """As `ArrayImages.digest`, by the store's checksums."""
         return _digest((self.size, [part.checksum for part in self.split.files.parts]), self.rows.data)
 
-    def read(self, indices: Sequence[int], pin: bool = False) -> torch.Tensor:
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
         """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
         rows = self.rows[indices]
         if self.split.image_size is None:
@@ -244,7 +246,7 @@ def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Image
     if config.name == "digits":
         return train
     if config.name == "store":
-        opened = store.Store.open(config.crop_root or config.root)
+        opened = store.Store.open(config.crop_root or config.folder)
         if opened.description.native:
             return train
         check_size(opened, large, wanted="dataset.crop_root needs")
@@ -312,7 +314,7 @@ def _check_header(path: Path) -> None:
 
 def _image_folder(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """`root`/train and `root`/test or, as in ImageNet's layout, `root`/val as the test set; or `root` undivided."""
-    root = config.root
+    root = config.folder
     if not (root / "train").is_dir():
         return image_folder(root, image_size), None
     test = root / "test" if (root / "test").is_dir() else root / "val"
@@ -322,8 +324,10 @@ def _image_folder(config: DatasetConfig, image_size: int) -> tuple[Images, Image
 def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
     # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
-    package = Path(importlib.util.find_spec("sklearn").origin).parent
-    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     grey = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
     pixels = grey[:, None].repeat(1, 3, 1, 1)
     return ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))), None
@@ -331,7 +335,7 @@ def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | No
 
 def _store(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
     """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
-    opened = store.Store.open(config.root)
+    opened = store.Store.open(config.folder)
     check_size(opened, image_size, config.exact)
     if "train" not in opened.splits:
         raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")

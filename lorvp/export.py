@@ -155,6 +155,7 @@ def _write_onnx(method: Method, path: Path) -> None:
             dynamic_shapes={"images": {0: "N"}},  # its name; that it is dynamic the program knows
             verbose=False,
         )
+    assert onnx is not None  # without dynamo it may be
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about(method).items()}
     onnx.model.metadata_props.update(texts)
     onnx.save(path, external_data=False)

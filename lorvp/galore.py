@@ -78,7 +78,7 @@ class GaLore(torch.optim.Optimizer):
             for parameter in self.param_groups[index]["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update_and_free, index))
 
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes none
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -90,6 +90,7 @@ class GaLore(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         state, gradient = self.state[parameter], parameter.grad.float()
         matrix = gradient.flatten(1) if gradient.ndim > 1 else gradient[None]
         low_rank = min(matrix.shape) > group["rank"]

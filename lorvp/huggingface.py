@@ -113,7 +113,9 @@ def _columns(file: Path) -> tuple[str, str, list[str]]:
 
 
 def _rows(files: list[Path], split: str, image: str, label: str) -> Rows:
-    labels, names, counts = [], [], [0]
+    labels: list[np.ndarray] = []
+    names: list[str] = []
+    counts = [0]
     for file in files:
         parquet = file.suffix == ".parquet"
         table = _parquet(file).read(columns=[label, f"{image}.path"]) if parquet else _arrow(file)

@@ -26,7 +26,8 @@ def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -
     Without `resize` the image must have that size. Raises UserError naming the file, or `name`, when it can't be read.
     """
     try:
-        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
+            image: Image.Image = opened
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
                 raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb")
             if not resize and image.size != (size, size):

@@ -112,12 +112,12 @@ def greedy_matching(counts: torch.Tensor) -> torch.Tensor:
     cells = counts.flatten().nonzero().flatten()
     values = counts.flatten()[cells]
     # stable: equal counts stay in row-major order
-    cells = cells[torch.sort(values, descending=True, stable=True).indices].cpu().numpy()
-    rows, columns = np.divmod(cells, classes)
+    in_order = cells[torch.sort(values, descending=True, stable=True).indices].cpu().numpy()
+    rows, columns = np.divmod(in_order, classes)
     index = np.full(classes, -1, dtype=np.int64)
     row_free = np.ones(source_classes, dtype=bool)
     step = 4096
-    for start in range(0, len(cells), step):
+    for start in range(0, len(in_order), step):
         r, c = rows[start : start + step], columns[start : start + step]
         open_pairs = row_free[r] & (index[c] < 0)
         for row, column in zip(r[open_pairs].tolist(), c[open_pairs].tolist(), strict=True):

@@ -16,10 +16,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from zlib_ng import zlib_ng
 
 from lorvp import images, store
@@ -93,7 +96,8 @@ def make_image(task: Task, row: int) -> StoredImage:
     size, rows = task.description.image_size, task.rows
     if rows.pixels is not None:
         pixels = np.ascontiguousarray(rows.pixels[row])
-        return StoredImage(images.resized(pixels, size) if task.resize else pixels, zlib_ng.crc32(pixels))
+        resized = images.resized(pixels, size) if task.resize and size else pixels
+        return StoredImage(resized, zlib_ng.crc32(pixels))
     name = repr(str(Path(rows.root or "", rows.names[row])))
     try:
         file = rows.file(row)
@@ -109,7 +113,9 @@ def done_before(task: Task) -> Done | None:
     if not task.path.exists():
         return None
     skipped = task.path.with_suffix(".skipped.json")
-    values = json.loads(skipped.read_text()) if skipped.exists() else {"kept": [True] * len(task), "problems": []}
+    values: dict[str, Any] = {"kept": [True] * len(task), "problems": []}
+    if skipped.exists():
+        values = json.loads(skipped.read_text())
     try:
         file = store.open_file(task.path)
         rows = sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
@@ -149,7 +155,7 @@ def prepare(
     description = Description(
         dataset=name or dataset,
         image_size=size,
-        transform=images.transform(size) if resize and not encoded else "",
+        transform=images.transform(size) if resize and size and not encoded else "",
         class_names=tuple(source.class_names),
         source=digest(source),
     )
@@ -199,18 +205,18 @@ def plan(folder: Path, split: str, rows: Rows, description: Description, resize:
     size = description.image_size
     sizes = rows.sizes if size is None else np.full(len(rows), 3 * size**2)
     ends = np.flatnonzero(np.diff(np.cumsum(sizes) // PART_BYTES, append=-1)) + 1
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends[:-1].tolist()]
     return [
         Task(folder / f"{split}-{number:05}.arrow", rows.part(start, end), description, resize)
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for number, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True))
     ]
 
 
 def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progress) -> list[Done]:
     """Makes the files that are not there yet, several at a time. Raises UserError when they can't be written."""
-    done = [done_before(task) for task in tasks]
-    bar.advance(bar.task_ids[0], sum(len(before.kept) for before in done if before))
-    todo = [number for number, before in enumerate(done) if before is None]
+    done = {number: before for number, task in enumerate(tasks) if (before := done_before(task))}
+    bar.advance(bar.task_ids[0], sum(len(before.kept) for before in done.values()))
+    todo = [number for number in range(len(tasks)) if number not in done]
     with (
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
         ThreadPoolExecutor(1) as reader,
@@ -225,12 +231,13 @@ def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progr
             number = running.pop(finished)
             with written(tasks[number].path.parent):
                 done[number] = finished.result()
-            if done[number].file:  # what the disk has is read beside the decoding, which leaves the disk idle
-                verified.append(reader.submit(store.verify_file, tasks[number].path.parent, done[number].file))
+            file = done[number].file
+            if file:  # what the disk has is read beside the decoding, which leaves the disk idle
+                verified.append(reader.submit(store.verify_file, tasks[number].path.parent, file))
             bar.advance(bar.task_ids[0], len(tasks[number]))
         for each in verified:
             each.result()
-    return done
+    return [done[number] for number in range(len(tasks))]
 
 
 def problems(done: list[Done], skip_unreadable: bool) -> list[str]:
@@ -267,7 +274,7 @@ def digest(source: Source) -> str:
         for name in rows.names:
             seen.update(f"{name}\0".encode(errors="surrogateescape"))
         if rows.pixels is not None:
-            seen.update(np.ascontiguousarray(rows.pixels))
+            seen.update(np.ascontiguousarray(rows.pixels).data)
     return seen.hexdigest()
 
 
@@ -300,9 +307,6 @@ def progress_bar(total: int) -> Progress:
     return bar
 
 
-class SpeedColumn(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: object) -> str:
-        return f"{task.speed:,.0f} images/s" if task.speed else ""
+class SpeedColumn(ProgressColumn):
+    def render(self, task: progress.Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "")

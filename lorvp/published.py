@@ -7,10 +7,11 @@ matching with ours, which is faster than the published one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -42,8 +43,9 @@ class Trial:
         device, size = self.mean.device, backbone.image_size
         self.b = torch.zeros(3, size, rank, device=device, requires_grad=True)
         self.a = torch.randn(3, rank, size, device=device).mul_(0.01).requires_grad_()
-        self.mapping: nn.Module = MAPPINGS[mapping](backbone.source_classes, backbone.features, classes).to(device)
-        groups = [{"params": [self.b, self.a], "lr": prompt_lr}, {"params": list(self.mapping.parameters())}]
+        self.mapping: Any = MAPPINGS[mapping](backbone.source_classes, backbone.features, classes).to(device)
+        prompt: dict[str, Any] = {"params": [self.b, self.a], "lr": prompt_lr}
+        groups = [prompt, {"params": list(self.mapping.parameters())}]
         self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)

@@ -39,7 +39,9 @@ class Rows:
 
     def file(self, row: int) -> bytes:
         """An encoded image. Raises OSError where its file can't be read."""
-        return Path(self.root, self.names[row]).read_bytes() if self.cells is None else self.cells[self.first + row]
+        if self.cells is not None:
+            return self.cells[self.first + row]
+        return Path(self.root or "", self.names[row]).read_bytes()
 
     def part(self, start: int, stop: int) -> Rows:
         """Some of them, to be sent to another process."""
@@ -54,7 +56,7 @@ class Rows:
             return np.full(len(self), self.pixels[0].nbytes)
         if self.cells is not None:
             return self.cells.sizes()
-        return np.array([_size(os.path.join(self.root, name)) for name in self.names])
+        return np.array([_size(os.path.join(self.root or "", name)) for name in self.names])
 
 
 def _size(path: str) -> int:

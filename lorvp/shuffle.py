@@ -23,8 +23,8 @@ def hashes(numbers: np.ndarray, *seeds: int) -> np.ndarray:
     """A uniform uint64 for each of `numbers` (Steele et al. 2014, splitmix64)."""
     state = np.zeros(len(numbers), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for value in (*(np.uint64(seed) for seed in seeds), numbers.astype(np.uint64)):
-            state = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
+        for value in (*seeds, numbers):
+            state = (state ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state ^= state >> np.uint64(31)

@@ -130,7 +130,10 @@ def _member(kit: Path, name: str) -> Iterator[IO[bytes]]:
             yield file
     else:
         with tarfile.open(kit) as tar:
-            yield tar.extractfile(f"{DEVKIT}/{name}")
+            member = tar.extractfile(f"{DEVKIT}/{name}")
+            if member is None:
+                raise KeyError(f"{name} is not a file")
+            yield member
 
 
 def only_test(root: Path) -> Source:

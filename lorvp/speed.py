@@ -7,6 +7,7 @@ Each gives what the plain backbone gives, within the rounding of the precision, 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -64,7 +65,7 @@ class ClassTokenBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.block = block
+        self.block: Any = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         block, attention = self.block, self.block.attn
@@ -80,7 +81,7 @@ class ClassTokenBlock(nn.Module):
         return x + block.ls2(block.mlp(block.norm2(x)))
 
 
-def accelerate(model: nn.Module, config: SpeedConfig, image_size: int) -> SplitConv | None:
+def accelerate(model: Any, config: SpeedConfig, image_size: int) -> SplitConv | None:
     """Makes a frozen timm model in eval mode faster, in place; its first layer, if that was split."""
     if config.fold_batchnorm:
         fold_batchnorm(model, image_size)
@@ -135,9 +136,10 @@ def fold_batchnorm(model: nn.Module, image_size: int) -> int:
         once = [(c, n) for c, n in pairs if sum(c is conv or n is norm for conv, norm in pairs) == 1]
         plain = [(conv, conv.weight, conv.bias) for conv, _ in once]
         for conv, norm in once:
-            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()  # BatchNormAct2d
+            inner: Any = norm
+            rest = nn.Sequential(inner.drop, inner.act) if hasattr(norm, "act") else nn.Identity()  # BatchNormAct2d
             model.set_submodule(norms[norm], rest)
         if torch.allclose(model(probe), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             return len(once)

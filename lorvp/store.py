@@ -230,6 +230,7 @@ class Split:
     def read(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The images at `rows` as (len(rows), H, W, 3) uint8, in `out` if that is given: the only copy."""
         size = self.image_size
+        assert size is not None  # encoded images are not read so
         images = np.empty((len(rows), size, size, 3), dtype=np.uint8) if out is None else out
         in_part = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(in_part):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,7 +58,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def lorvp_tiny_32(pretrained: bool = False, **kwargs) -> ByobNet:
+def lorvp_tiny_32(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """ByobNet of two basic blocks on a strided 3x3 stem; 10 classes, 128 features, input (N, 3, 32, 32)."""
     return build_model_with_cfg(
         ByobNet,
@@ -70,9 +71,9 @@ def lorvp_tiny_32(pretrained: bool = False, **kwargs) -> ByobNet:
 
 
 @register_model
-def lorvp_tiny_vit_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def lorvp_tiny_vit_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Four blocks of width 96 and 3 heads on patches of 8 px; 10 classes, 96 features, input (N, 3, 32, 32)."""
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     return build_model_with_cfg(VisionTransformer, "lorvp_tiny_vit_32", pretrained, **shape | kwargs)
 
 
@@ -116,13 +117,14 @@ def main() -> None:
     images, labels = read_split(options.data / "train")
     test_images, test_labels = read_split(options.data / "test")
 
-    model = timm.create_model(options.model).to(memory_format=torch.channels_last)
+    model: Any = timm.create_model(options.model).to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(model.default_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
         return model(((batch / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
 
     steps_per_epoch = len(images) // batch_size
+    optimizer: torch.optim.Optimizer
     if resnet:
         optimizer = torch.optim.SGD(model.parameters(), lr=peak_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     else:

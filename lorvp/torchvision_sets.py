@@ -8,7 +8,7 @@ UCF101 is not among them: torchvision reads its videos only. Its middle frames, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def _gtsrb(split: str, root: Path) -> Loaded:
     return [str(i) for i in range(43)], found
 
 
-def _files(read: Callable[[str, Path], Loaded], splits: dict[str, Iterable[str]], root: Path) -> Source:
+def _files(read: Callable[[str, Path], Loaded], splits: dict[str, list[str]], root: Path) -> Source:
     class_names: list[str] = []
     rows = {}
     for split, parts in splits.items():

@@ -128,6 +128,8 @@ class Training:
         self.order: int | None = None
         """Which epoch's order of the data the epoch that was begun takes; None between two epochs."""
         self.next_order = 1
+        self.trained_for = 0.0
+        """Seconds of the epoch under way, without its validation."""
         if resume_from is None:
             self._enter(config.rung(1))
         else:
@@ -176,7 +178,7 @@ class Training:
 
     # -- an epoch
 
-    def begin(self, order: int) -> None:
+    def begin(self, order: int | None) -> None:
         """Begins an epoch on that order of the data, or goes on with the one that was begun."""
         self.start = time.perf_counter()
         rung = self.config.rung(len(self.results) + 1)
@@ -200,16 +202,22 @@ class Training:
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """What is left of the epoch: this process's share of images, ready for `step`, of labels, and of how many."""
-        order = pipeline.epoch_order(len(self.splits.train), self.config.order_seed, self.order)
+        number = self._begun()
+        order = pipeline.epoch_order(len(self.splits.train), self.config.order_seed, number)
         size, share = self.config.batch_size, (self.rank, self.processes)
         rest = order[self.steps_done * size :]
         given = pipeline.batches(self.splits.train, size, rest, self.device, share)
         for start, (pixels, labels) in zip(range(len(order) - len(rest), len(order), size), given, strict=True):
             places = np.arange(start, min(start + size, len(order)))
             if self.config.dataset.crop_flip:
-                draws = shuffle.uniform(places[share[0] :: share[1]], 3, self.config.order_seed, self.order)
+                draws = shuffle.uniform(places[share[0] :: share[1]], 3, self.config.order_seed, number)
                 pixels = pipeline.crop_and_flip(pixels, self.loaded.backbone.image_size, draws)
             yield self.prepare(pixels), labels, len(places)
+
+    def _begun(self) -> int:
+        """`order`, within an epoch."""
+        assert self.order is not None
+        return self.order
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """A batch from the data as the trial takes it."""
@@ -250,7 +258,7 @@ class Training:
             train_loss = distributed.total(self.total_loss).item() / len(self.splits.train)
         else:
             train_loss = self._evaluate(self.splits.train)[0]
-        epoch = len(self.results) + 1
+        epoch, order = len(self.results) + 1, self._begun()
         if not math.isfinite(train_loss):
             raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
         # A step that fp16 skipped did not use up its place in the schedule; known only here, without a
@@ -282,7 +290,7 @@ class Training:
             time=time.time(),
             parameters=self.parameters(),
             optimizer_state_mib=sum(map(state_bytes, self.optimizers.values())) / 2**20,
-            order=self.order,
+            order=order,
             packed=packed,
             whole=self.rung is None,
             test_loss=test_loss,
@@ -291,7 +299,7 @@ class Training:
         )
         self.results.append(result)  # with `best`, and not before: the test set may have been left half-way
         self.best, self.steps_taken = best, self.steps_taken + taken
-        self.next_order, self.order = self.order + 1, None
+        self.next_order, self.order = order + 1, None
         self.save()
         return result
 

@@ -94,6 +94,7 @@ def _gradient(config: TrialConfig, loaded: Loaded, images: datasets.Images) -> t
     for pixels, labels in pipeline.batches(images, config.batch_size, device=device):
         features = backbone(backbone.prepare(pixels), "features", added)
         F.cross_entropy(F.linear(features, *head), labels, reduction="sum").backward()
+    assert added.grad is not None
     return added.grad
 
 

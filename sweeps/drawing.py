@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -75,7 +76,7 @@ def stretched_colours(low: float, high: float) -> Normalize:
 
 def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]) -> None:
     mappable = ScalarMappable(colours, DARKER_IS_BETTER)
-    ticks = {"ticks": TICKS, "format": "{x:g}"} if isinstance(colours, FuncNorm) else {}
+    ticks: dict[str, Any] = {"ticks": TICKS, "format": "{x:g}"} if isinstance(colours, FuncNorm) else {}
     figure.colorbar(mappable, ax=plots, label=label, **ticks)
 
 
@@ -93,14 +94,15 @@ def of_accuracies(plot: Axes, drawn: list[float], control: float | None, label: 
 def legend_beside(plot: Axes) -> None:
     legend = plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
     for handle in legend.legend_handles:
-        handle.set_alpha(1)
+        if handle is not None:
+            handle.set_alpha(1)
 
 
 def picture_of(table: Table) -> Figure:
     """A table as a terminal shows it."""
-    console = Console(file=io.StringIO(), width=400, markup=False, emoji=False, highlight=False)
-    console.print(table)
-    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    file = io.StringIO()
+    Console(file=file, width=400, markup=False, emoji=False, highlight=False).print(table)
+    text = "\n".join(line.rstrip() for line in file.getvalue().splitlines())
     figure = Figure((1, 1))  # grows with its text when it is written
     figure.text(0, 1, text, family="monospace", fontsize=SMALL, va="top", linespacing=1.4, parse_math=False)
     return figure

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 from rich.table import Table
 
@@ -33,7 +33,7 @@ MOST_NAMES = 40
 MOST_NUMBERS = 20
 """Bars with their value above."""
 PROMPTS = 3
-STYLES = {
+STYLES: dict[State | None, dict[str, Any]] = {
     State.FINISHED: {"color": INK, "linestyle": "-", "linewidth": 1.0, "alpha": 0.7},
     State.STOPPED: {"color": GREY, "linestyle": "--", "linewidth": 0.8, "alpha": 0.6},
     State.FAILED: {"color": CONTROL, "linestyle": ":", "linewidth": 1.2, "alpha": 0.9},
@@ -100,7 +100,7 @@ def curves(outcome: Outcome) -> Figure | None:
     ):
         plot.axvspan(0.5, rung + 0.5, color="black", alpha=0.06, label="at a rung: smaller images or fewer")
     plot.set_xlabel("epoch")
-    plot.xaxis.get_major_locator().set_params(integer=True)
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = [result["val_top1"] for entry in entries for result in entry.results]
     of_accuracies(plot, drawn, _control(outcome), "val top-1 (%)")
     return figure
@@ -123,7 +123,7 @@ def budget(outcome: Outcome) -> Figure | None:
         return None
     figure, plot = one_plot(9, 4.5)
     for (value, points), line, marker in zip(steps.items(), cycle(LINES), cycle(MARKERS), strict=False):
-        label = "best so far" if value is None else f"{spec.short_names()[spec.search.equal]} {number(value)}"
+        label = "best so far" if value is None else f"{spec.short_names()[spec.search.equal or '']} {number(value)}"
         seconds, top1 = zip(*points, strict=True)
         places = list(range(0, len(points), max(1, len(points) // 8)))
         plot.step(
@@ -197,17 +197,27 @@ def gain(outcome: Outcome) -> Figure | None:
 
 
 def _confirmed_gain(outcome: Outcome) -> Figure | None:
-    control = outcome.comparison.control
-    rows = [row for row in outcome.comparison.rows if control and row.difference(control, val_top1)]
-    rows = [row for row in rows if not row.choice.control]
+    comparison = outcome.comparison
+    control = comparison.control if comparison else None
+    if comparison is None or control is None:
+        return None
+    rows = [row for row in comparison.rows if not row.choice.control and row.difference(control, val_top1)]
     if not rows:
         return None
     figure, plot = one_plot(max(6, 2 + 1.2 * len(rows)), 4.5)
     for (name, figured), marker, aside in zip(COMPARED.items(), MARKERS, (-0.1, 0.1), strict=False):
         for place, row in enumerate(rows):
             found = row.difference(control, figured)
-            reach = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
-            style = {"color": INK if name == "val" else GREY, "marker": marker, "linestyle": "none", "capsize": 5}
+            if found is None:
+                continue
+            ends = None if found.low is None or found.high is None else (found.low, found.high)
+            reach = [[found.mean - ends[0]], [ends[1] - found.mean]] if ends else None
+            style: dict[str, Any] = {
+                "color": INK if name == "val" else GREY,
+                "marker": marker,
+                "linestyle": "none",
+                "capsize": 5,
+            }
             plot.errorbar([place + aside], [found.mean], yerr=reach, label=None if place else name, **style)
             side = "right" if aside < 0 else "left"
             plot.text(place + 1.5 * aside, found.mean, f"{found.mean:+.2f}", ha=side, va="bottom", fontsize=SMALL)
@@ -266,7 +276,7 @@ def _spectrum(plot: Axes, singular_values: list[list[float]]) -> None:
             range(1, len(values) + 1), values, color=name, linestyle=line, marker=marker, markersize=4, label=name
         )
     plot.set_title("singular values", fontsize=SMALL)
-    plot.xaxis.get_major_locator().set_params(integer=True)
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
     plot.tick_params(labelsize=SMALL)
     plot.set_ylim(bottom=0)
     plot.legend(fontsize=SMALL, frameon=False)

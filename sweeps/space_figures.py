@@ -53,10 +53,10 @@ class Scale:
         values, found = axis.values(), list(found)
         few = values is not None and (axis.choice is not None or len(values) <= MOST_VALUES)
         there = [value for value in found if value is not None]
-        self._listed = list(dict.fromkeys([*values, *there])) if few else None
+        self._listed = list(dict.fromkeys([*(values or []), *there])) if few else None
         self._absent = None in found and None not in (self._listed or ())
         if self._listed is None:
-            self._low, self._high = (axis.uniform or axis.log_uniform or axis.integers)[:2]
+            self._low, self._high = axis.bounds
             self._log = self._low > 0 and self._high >= 10 * self._low
 
     def cells(self) -> list[str]:
@@ -257,5 +257,6 @@ def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistributi
             list(dict.fromkeys(entry.params[name] for entry in entries if name in entry.params))
         )
     if axis.integers is not None:
-        return IntDistribution(axis.integers[0], axis.values()[-1], step=(*axis.integers, 1)[2])
-    return FloatDistribution(*(axis.uniform or axis.log_uniform), log=axis.log_uniform is not None)
+        return IntDistribution(axis.integers[0], (axis.values() or axis.integers)[-1], step=(*axis.integers, 1)[2])
+    low, high = axis.bounds
+    return FloatDistribution(low, high, log=axis.log_uniform is not None)

@@ -6,7 +6,8 @@ the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ class Method(nn.Module):
     the same mapping start from the same head.
     """
 
+    class_names: Sequence[str]
+    """Of a loaded bundle: what each of its logits stands for."""
     reads_frozen = False
     """Whether it trains the label mapping alone: what the backbone says of an image is then always the same."""
 
@@ -35,7 +38,7 @@ class Method(nn.Module):
         self.classes = classes
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)
+            self.mapping: Any = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)
         self.counts: torch.Tensor | None = None
         """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
@@ -73,7 +76,7 @@ class Method(nn.Module):
 
     def count(self, labels: torch.Tensor) -> None:
         """Counts what was just seen in training, images of these classes (n,), for the next mapping."""
-        if self._tops:
+        if self._tops and self.counts is not None:
             count(self.counts, torch.cat(self._tops), labels)
             self.forget()
 

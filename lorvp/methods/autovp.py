@@ -41,6 +41,7 @@ class _ScaledFrame(_Frame):
         return F.grid_sample(placed, grid, align_corners=True)
 
     def _scale(self) -> torch.Tensor:
+        assert self.scale is not None
         return self.scale.clamp(SMALLEST, LARGEST)
 
 

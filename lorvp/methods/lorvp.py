@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ class LoRVP(Method):
         super().__init__(config, backbone, classes)
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.prompt = self.make_prompt()
+            self.prompt: Any = self.make_prompt()
 
     def make_prompt(self) -> Prompt:
         return plugins.load("prompts", self.config.prompt.kind)(self.config.prompt, self.backbone.image_size)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformer, window_partition, window_reverse
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -76,7 +77,7 @@ class VPT(Method):
             tokens = self.project(tokens)
         return drop(tokens.expand(images, *tokens.shape), self.config.tokens.dropout)
 
-    def _in_vit(self, model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+    def _in_vit(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         x = embedded(model, x)
         own, count = model.num_prefix_tokens, self.tokens.shape[1]
         for layer, block in enumerate(model.blocks):
@@ -86,7 +87,7 @@ class VPT(Method):
             x = block(x)
         return model.norm(torch.cat([x[:, :own], x[:, own + count :]], dim=1))  # no pooling sees them
 
-    def _in_swin(self, model: SwinTransformer, x: torch.Tensor) -> torch.Tensor:
+    def _in_swin(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         x = model.patch_embed(x)
         tokens = self._layer(0, x.shape[0]).to(x.dtype)
         for stage in model.layers:
@@ -99,13 +100,13 @@ class VPT(Method):
         return model.norm(x)
 
 
-def token_start(model: nn.Module, width: int) -> float:
+def token_start(model: Any, width: int) -> float:
     """Tokens start uniform in +- this, as published: Xavier's bound for a patch of pixels and that width."""
     rows, columns = model.patch_embed.patch_size
     return math.sqrt(6 / (3 * rows * columns + width))
 
 
-def embedded(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+def embedded(model: Any, x: torch.Tensor) -> torch.Tensor:
     """Normalised images as the tokens that the first block takes."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
@@ -115,9 +116,7 @@ def drop(tokens: torch.Tensor, share: float) -> torch.Tensor:
     return F.dropout(tokens, share, training=torch.is_grad_enabled())
 
 
-def _swin_block(
-    block: SwinTransformerBlock, x: torch.Tensor, tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _swin_block(block: Any, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block of Swin on (N, H, W, C), with tokens (N, p, C) that take part in the attention of every window."""
     n, height, width, channels = x.shape
     count = tokens.shape[1]
@@ -140,7 +139,7 @@ def _swin_block(
     return x + block.mlp(block.norm2(x)), tokens + block.mlp(block.norm2(tokens))
 
 
-def _window_attention(block: SwinTransformerBlock, x: torch.Tensor, count: int) -> torch.Tensor:
+def _window_attention(block: Any, x: torch.Tensor, count: int) -> torch.Tensor:
     """Attention within windows (windows of all images, p + area, C); tokens have no place, so no bias and no mask."""
     attention = block.attn
     query, key, value = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

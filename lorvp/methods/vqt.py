@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -47,7 +48,7 @@ class VQT(Method):
         answers: list[torch.Tensor] = []
         stream = torch.no_grad if self.added() is None else nullcontext
 
-        def asked(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+        def asked(model: Any, x: torch.Tensor) -> torch.Tensor:
             with stream():
                 x = embedded(model, x)
             for layer, block in enumerate(model.blocks):
@@ -70,14 +71,14 @@ class VQT(Method):
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
 
-    def start_epoch(self, epoch: int, *sources: object) -> None:
+    def start_epoch(self, epoch: int, *sources: Any) -> None:
         super().start_epoch(epoch, *sources)
         if self.config.tokens.keep and epoch == self.config.epochs // 2 + 1:
             norms = self.mapping.head.weight.detach().norm(dim=0)
             count = max(1, round(self.config.tokens.keep * len(norms)))
             self.kept.zero_()[norms.topk(count).indices] = 1
 
-    def _answer(self, layer: int, block: Block | ClassTokenBlock, x: torch.Tensor) -> torch.Tensor:
+    def _answer(self, layer: int, block: Any, x: torch.Tensor) -> torch.Tensor:
         """What a layer whose input is x (N, tokens, d) makes of its queries: (N, q, d)."""
         block = block.block if isinstance(block, ClassTokenBlock) else block
         attention = block.attn
