@@ -240,9 +240,8 @@ def prompts(outcome: Outcome) -> Figure | None:
         return None
     figure = Figure((11.5, 3.1 * len(read)), layout="constrained")
     for row, (entry, spectrum, reason) in zip(figure.subfigures(len(read), squeeze=False)[:, 0], read, strict=True):
-        params = ", ".join(
-            f"{name} {number(entry.params.get(axis))}" for axis, name in outcome.spec.short_names().items()
-        )
+        names = outcome.spec.short_names()
+        params = ", ".join(f"{names[axis]} {number(value)}" for axis, value in entry.params.items())
         title = textwrap.shorten(f"{entry.trial.name}, val top-1 {val_top1(entry):.2f} %: {params}", 130)
         row.suptitle(title, fontsize=10, parse_math=False)
         if spectrum is None:
@@ -337,10 +336,10 @@ PARTS = {
     "importance": Part(
         "Importance of each axis",
         importance,
-        "Optuna's PED-ANOVA on the trials of the search that finished at full length: how far the best trials' values "
-        "differ from all trials'. An axis that exists under a condition counts among the trials that have it. A search "
-        "that had turned to good values early makes an axis look less important than it is.",
-        "Too few trials finished to tell (4 are needed), or the best of them are like all.",
+        "How much of the differences between the trials of the search that finished each axis explains by itself "
+        "(Optuna's fANOVA, of the objective). An axis that only some of them have, as its condition says, is judged "
+        "among these. Of few trials, or of a search that soon turned to good values, it says little.",
+        "Too few trials finished to tell (4 are needed), or all did as well.",
     ),
     "budget": Part(
         "Accuracy against time",

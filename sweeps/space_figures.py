@@ -38,8 +38,6 @@ ABSENT = -0.12
 NONE = "none"
 FEWEST = 4
 """Trials to tell an axis's importance from."""
-BEST_TRIALS = 5
-"""At least so many count as the best then, as Optuna advises, but no more than half."""
 Cell = tuple[int, int]
 """Row and column."""
 
@@ -190,62 +188,56 @@ def parallel(outcome: Outcome) -> Figure | None:
 
 
 def importance(outcome: Outcome) -> Figure | None:
-    """How much each axis has to do with being among the best of the finished trials."""
+    """How much of the finished trials' differences each axis explains."""
     entries = [entry for entry in outcome.board.searched() if entry.finished]
     found = importances(outcome.spec, entries)
-    if found is None:
+    if not found:
         return None
     names = outcome.spec.short_names()
-    having = {name: sum(name in entry.params for entry in entries) for name in found}
-    some = {name: f" ({count} trials)" if count < len(entries) else "" for name, count in having.items()}
+    counts = {name: sum(name in entry.params for entry in entries) for name in found}
+    labels = [f"{names[name]} ({count} trials)" for name, count in counts.items()]
     figure, plot = one_plot(7, 1.2 + 0.35 * len(found))
-    bars = plot.barh([f"{names[name]}{some[name]}" for name in found], list(found.values()), color=INK)
+    bars = plot.barh(labels, list(found.values()), color=INK)
     plot.bar_label(bars, fmt="%.2f", padding=3, fontsize=SMALL)
     plot.invert_yaxis()
-    plot.margins(x=0.12)
-    plot.set_xlabel(f"importance, together 1: the best {_best(len(entries))} of {len(entries)} finished trials")
+    plot.set(xlim=(0, 1.1), xlabel=f"share of the variance of {outcome.spec.objective}")
     return figure
 
 
-def importances(spec: Spec, entries: list[Entry]) -> dict[str, float] | None:
-    """Of each axis that a trial has, largest first, together 1; None where these trials say nothing of it.
+def importances(spec: Spec, entries: list[Entry]) -> dict[str, float]:
+    """The share of the objective's variance that each axis explains by itself, largest first.
 
-    By PED-ANOVA: how far the best trials' values on an axis are from all trials' values there. An axis that exists
-    under a condition is judged among the trials that have it, weighted by how many of all and of the best these are
-    (conditional PED-ANOVA, arXiv:2601.20800); with fANOVA, Optuna would leave such an axis out.
+    By fANOVA, a forest of trees (Hutter et al. 2014). Optuna's looks at no axis that some trial has not; so one that
+    exists under a condition is judged among the trials that have it, beside the axes that all of these have. Left out
+    are axes that too few trials have to tell, or trials that are all as good.
     """
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name in spec.space:
+        groups[tuple(i for i, entry in enumerate(entries) if name in entry.params)].append(name)
+    found: dict[str, float] = {}
+    for places, names in groups.items():
+        having = [entries[i] for i in places]
+        if len(having) >= FEWEST and len({entry.score(spec) for entry in having}) > 1:
+            shares = _shares(spec, having)
+            found |= {name: float(shares[name]) for name in names}
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def _shares(spec: Spec, entries: list[Entry]) -> dict[str, float]:
+    """Of the axes that all these trials have."""
     import optuna  # which takes seconds to import
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    if len(entries) < FEWEST:
-        return None
-    distributions = {name: _distribution(axis, name, entries) for name, axis in spec.space.items()}
-    silent = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(direction="maximize")
-    finally:
-        optuna.logging.set_verbosity(silent)
-    study.add_trials(
-        [
-            optuna.create_trial(
-                params=entry.params,
-                distributions={name: distributions[name] for name in entry.params},
-                value=entry.score(spec),
-            )
-            for entry in entries
-        ]
-    )
+    axes = {name: axis for name, axis in spec.space.items() if all(name in entry.params for entry in entries)}
+    distributions = {name: _distribution(axis, name, entries) for name, axis in axes.items()}
+    study = optuna.create_study()
+    for entry in entries:
+        params = {name: entry.params[name] for name in axes}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=entry.score(spec)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are few trials: the figure says how many
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=_best(len(entries)) / len(entries))
-        found = get_param_importances(study, evaluator=evaluator, normalize=False)
-    total = sum(found.values())
-    return {name: value / total for name, value in found.items()} if total > 0 else None
-
-
-def _best(trials: int) -> int:
-    return min(trials // 2, max(BEST_TRIALS, trials // 10))
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of normalize
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), normalize=False)
 
 
 def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistribution:
@@ -253,9 +245,7 @@ def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistributi
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if axis.choice is not None:
-        return CategoricalDistribution(
-            list(dict.fromkeys(entry.params[name] for entry in entries if name in entry.params))
-        )
+        return CategoricalDistribution(list(dict.fromkeys(entry.params[name] for entry in entries)))
     if axis.integers is not None:
         return IntDistribution(axis.integers[0], (axis.values() or axis.integers)[-1], step=(*axis.integers, 1)[2])
     low, high = axis.bounds
