@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-DARKER_IS_BETTER = ListedColormap(matplotlib.colormaps["cividis"].colors[243::-1], "darker_is_better")
+DARKER_IS_BETTER = ListedColormap(matplotlib.colormaps["cividis"](np.arange(243, -1, -1)), "darker_is_better")
 """Falls evenly in lightness, so that it says the same in grey; its light end can still be seen on white."""
 INK, GREY, CONTROL = "#00224e", "#777777", "#b35900"
 LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dvph"
