@@ -151,7 +151,8 @@ class Tracker:
             return existing.experiment_id
         local = self.uri.startswith("sqlite:")
         artifacts = (self.spec.output / "mlartifacts").as_uri() if local else None  # a server knows where it keeps them
-        return self.client.create_experiment(name, artifact_location=artifacts)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the page of training runs, not of chats
+        return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
     def _runs(self, query: str) -> list[Run]:
         runs: list[Run] = []
@@ -186,10 +187,15 @@ class Tracker:
             name = f"control-{trial.name}" if control else trial.name
             run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
             values = flatten(config.canonical())
-            params = [Param(short, str(values[key])) for key, short in self._param_names.items() if key in values]
+            params = [Param(short, _short(values[key])) for key, short in self._param_names.items() if key in values]
             self.client.log_batch(run.info.run_id, params=params)
             self.runs[trial.name] = run
         return self.runs[trial.name]
+
+
+def _short(value: Any) -> str:
+    """A parameter as MLflow's table has room for it; a bundle has the whole."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def tracking_uri(spec: Spec) -> str:

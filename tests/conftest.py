@@ -36,11 +36,13 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_process_left() -> Iterator[None]:
-    """What a failed test has started does not disturb the next ones."""
+    """What a failed test has started does not disturb the next ones; what several tests share was there before."""
+    before = set(psutil.Process().children())
     yield
-    for process in psutil.Process().children(recursive=True):
+    for process in set(psutil.Process().children()) - before:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
 
 
 def digits_values(**changes: Any) -> dict[str, Any]:
@@ -108,8 +110,9 @@ def imagenette(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 class Server:
     """A real MLflow server on loopback, that can go away and come back."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str = "") -> None:
         self.folder = folder
+        self.store = store or f"sqlite:///{folder}/mlflow.db"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -117,7 +120,7 @@ class Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "log", "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

@@ -1,0 +1,218 @@
+"""What a user sees of a sweep in MLflow's pages, by a real browser.
+
+Screenshots go to the folder that LORVP_SCREENSHOTS names, else to one that is named at the end;
+`LORVP_SCREENSHOTS=docs/images pytest tests/test_browser.py` makes the README's again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import synthetic
+from conftest import Server
+
+from sweeps import launch, spec_file
+from sweeps.leaderboard import Leaderboard
+from sweeps.outcome import Outcome
+from sweeps.spec import Spec
+from sweeps.tracking import Tracker
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")]
+QUICKSTART = Path(launch.__file__).parent / "quickstart.yaml"
+NO_ASSISTANT = """
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+"""
+TICKS = ".du-bois-light-tree-checkbox"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator:
+    """Of somebody who is here for the first time."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(20_000)
+    context.add_init_script(NO_ASSISTANT)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = Path(os.environ.get("LORVP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    yield folder
+    print(f"screenshots: {folder}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep like the quickstart, on fewer images."""
+    output = tmp_path_factory.mktemp("finished")
+    changes = ["search.trials=8", "trial.dataset.max_per_class=40", f"output={output}"]
+    command = [sys.executable, launch.__file__, str(QUICKSTART), *(f"--set={change}" for change in changes)]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the page with the sweep's runs."""
+    store = f"sqlite:///{finished.parent / 'mlflow.db'}"
+    experiment = mlflow.MlflowClient(store).get_experiment_by_name("lorvp").experiment_id
+    server = Server(tmp_path_factory.mktemp("server"), store)
+    server.start()
+    yield f"{server.uri}/#/experiments/{experiment}/runs"
+    server.stop()
+
+
+def opened(page, runs: str) -> None:
+    page.goto("about:blank")  # else only what is behind the # changes, and the page stays as it is
+    page.goto(runs)
+    page.get_by_role("link", name="quickstart").first.wait_for()
+
+
+def expand(page) -> None:
+    page.locator(".ag-cell[col-id*='Run Name'] button").first.click()
+
+
+def names(page, wanted: Callable[[list[str]], bool]) -> list[str]:
+    """The table's runs from top to bottom, once they are as they should be, or ten seconds later."""
+    deadline = time.monotonic() + 10
+    while True:
+        cells = page.locator(".ag-cell[col-id*='Run Name'] a").evaluate_all(
+            "links => links.map(link => [Number(link.closest('.ag-row').getAttribute('row-index')), link.innerText])"
+        )
+        found = [name for _, name in sorted(cells)]
+        if wanted(found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def tick_columns(page, *columns: str) -> None:
+    page.get_by_test_id("column-selection-dropdown").first.click()
+    for column in columns:
+        page.get_by_placeholder("Search columns").fill(column)
+        node = page.locator(".du-bois-light-tree-treenode").filter(has=page.get_by_text(column, exact=True))
+        node.locator(TICKS).first.click()
+    page.keyboard.press("Escape")
+
+
+def picture_is_shown(page, folder: str, name: str) -> None:
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text(folder, exact=True).click()
+    page.get_by_text(name, exact=True).click()
+    page.wait_for_function(
+        "[...document.images].some(image => image.src.startsWith('blob:') && image.naturalWidth > 100)"
+    )
+
+
+def test_the_sweep_expands_to_its_trials(page, runs, finished):
+    opened(page, runs)
+    assert names(page, bool) == ["quickstart"]
+    expand(page)
+    board = Leaderboard.read(spec_file.recorded(finished)[1])
+    trials = {f"{'control-' * entry.control}{entry.trial.name}" for entry in board.entries}
+    assert set(names(page, lambda found: len(found) > len(trials))) == {"quickstart"} | trials
+
+
+def test_sorting_shows_the_best_first(page, runs, finished, screenshots):
+    opened(page, runs)
+    tick_columns(
+        page, "Dataset", "Source", "Models", "label_mapping", "rank", "prompt_lr", "best_val_top1", "test_top1"
+    )
+    page.get_by_test_id("sort-header-best_val_top1").click()
+    board = Leaderboard.read(spec_file.recorded(finished)[1])
+    best = max(entry.best()["val_top1"] for entry in board.entries)
+    first = {entry.trial.name for entry in board.entries if entry.best()["val_top1"] == best}
+    assert names(page, lambda found: found[0].removeprefix("control-") in first)[0].removeprefix("control-") in first
+    page.screenshot(path=screenshots / "mlflow-trials.png", clip={"x": 198, "y": 90, "width": 1060, "height": 500})
+
+
+def test_pictures_are_among_the_artifacts(page, runs, finished):
+    opened(page, runs)
+    page.get_by_role("link", name="quickstart").first.click()
+    picture_is_shown(page, "report", "leaderboard.png")
+    best = Outcome.read(finished).best().trial.name
+    opened(page, runs)
+    expand(page)
+    page.get_by_role("link", name=best).first.click()
+    page.wait_for_url(re.compile("runs/[0-9a-f]{32}"))
+    picture_is_shown(page, "bundle", "prompt.png")
+
+
+def test_comparing_runs_draws_parallel_coordinates(page, runs, finished, screenshots):
+    opened(page, runs)
+    expand(page)
+    trials = len(Leaderboard.read(spec_file.recorded(finished)[1]).entries)
+    names(page, lambda found: len(found) > trials)
+    boxes = page.locator(".ag-row input[type=checkbox]").filter(visible=True)
+    for i in range(1, trials + 1):  # the first is the sweep
+        boxes.nth(i).check(force=True)
+    page.get_by_role("button", name="Compare").click()
+    page.locator(".parcoords").first.wait_for(state="attached")
+    assert f"Comparing {trials} Runs" in page.locator("h1, h2").first.inner_text()
+    drawn = page.locator(".parcoords .axis").count()
+    assert drawn >= 3
+    page.screenshot(path=screenshots / "mlflow-compare.png", clip={"x": 198, "y": 50, "width": 1060, "height": 540})
+
+
+def test_500_trials_are_there_in_five_seconds(browser, tmp_path):
+    spec = recorded_synthetic(tmp_path)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    experiment = mlflow.MlflowClient(store).get_experiment_by_name("lorvp").experiment_id
+    server = Server(tmp_path, store)
+    server.start()
+    try:
+        took = [seconds_to_trials(browser, f"{server.uri}/#/experiments/{experiment}/runs", spec.name) for _ in range(3)]
+    finally:
+        server.stop()
+    print(f"500 trials: {', '.join(f'{seconds:.1f}' for seconds in took)} s")
+    assert sorted(took)[1] < 5, took
+
+
+def seconds_to_trials(browser, address: str, sweep: str) -> float:
+    """Of a new visitor, until the sweep's trials are in the table."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.add_init_script(NO_ASSISTANT)
+    page = context.new_page()
+    start = time.monotonic()
+    page.goto(address)
+    page.get_by_role("link", name=sweep).first.wait_for()
+    expand(page)
+    shown = names(page, lambda found: len(found) > 10)
+    took = time.monotonic() - start
+    context.close()
+    assert len(shown) > 10
+    return took
+
+
+def recorded_synthetic(folder: Path) -> Spec:
+    """A sweep of 500 trials that nobody trained, sent to MLflow as a driver sends it."""
+    changes = [f"output={folder}", "search.trials=500", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    spec = spec_file.load(QUICKSTART, changes)
+    trials = synthetic.make(spec, 500, stopped=200, failed=10)
+    tracker = Tracker(spec, "synthetic", QUICKSTART.read_text())
+    for trial in trials:
+        tracker.record(trial, trial.results(), control=False)
+        tracker.end(trial, trial.ended(), control=False)
+    return spec
