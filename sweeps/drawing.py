@@ -93,16 +93,15 @@ def of_accuracies(plot: Axes, drawn: list[float], control: float | None, label: 
 
 def legend_beside(plot: Axes) -> None:
     legend = plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
+    for handle in filter(None, legend.legend_handles):
+        handle.set_alpha(1)
 
 
 def picture_of(table: Table) -> Figure:
     """A table as a terminal shows it."""
-    file = io.StringIO()
-    Console(file=file, width=400, markup=False, emoji=False, highlight=False).print(table)
-    text = "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+    shown = io.StringIO()
+    Console(file=shown, width=400, markup=False, emoji=False, highlight=False).print(table)
+    text = "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
     figure = Figure((1, 1))  # grows with its text when it is written
     figure.text(0, 1, text, family="monospace", fontsize=SMALL, va="top", linespacing=1.4, parse_math=False)
     return figure

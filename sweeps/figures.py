@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from cluster.folder import State
 from lorvp.bundle_format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.comparison import FIGURES as COMPARED
-from sweeps.comparison import val_top1
+from sweeps.comparison import Comparison, val_top1
 from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, legend_beside, of_accuracies, one_plot
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
@@ -33,6 +34,11 @@ MOST_NAMES = 40
 MOST_NUMBERS = 20
 """Bars with their value above."""
 PROMPTS = 3
+SPLITS: list[dict[str, Any]] = [
+    {"color": INK, "marker": "o", "linestyle": "none"},
+    {"color": GREY, "marker": "s", "linestyle": "none"},
+]
+"""Of val and test."""
 STYLES: dict[State | None, dict[str, Any]] = {
     State.FINISHED: {"color": INK, "linestyle": "-", "linewidth": 1.0, "alpha": 0.7},
     State.STOPPED: {"color": GREY, "linestyle": "--", "linewidth": 0.8, "alpha": 0.6},
@@ -92,17 +98,14 @@ def curves(outcome: Outcome) -> Figure | None:
         epochs, top1 = zip(*((result["epoch"], result["val_top1"]) for result in entry.results), strict=True)
         plot.plot(epochs, top1, gid=entry.trial.name, **style)
         if entry is best:
-            plot.plot(
-                epochs, top1, color="black", linewidth=2.5, marker="o", zorder=4, label=f"best, {entry.trial.name}"
-            )
-    if rung := max(
-        (result["epoch"] for entry in entries for result in entry.results if not result["whole"]), default=0
-    ):
+            label = f"best, {entry.trial.name}"
+            plot.plot(epochs, top1, color="black", linewidth=2.5, marker="o", zorder=4, label=label)
+    results = [result for entry in entries for result in entry.results]
+    if rung := max((result["epoch"] for result in results if not result["whole"]), default=0):
         plot.axvspan(0.5, rung + 0.5, color="black", alpha=0.06, label="at a rung: smaller images or fewer")
     plot.set_xlabel("epoch")
     plot.xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn = [result["val_top1"] for entry in entries for result in entry.results]
-    of_accuracies(plot, drawn, _control(outcome), "val top-1 (%)")
+    of_accuracies(plot, [result["val_top1"] for result in results], _control(outcome), "val top-1 (%)")
     return figure
 
 
@@ -123,12 +126,11 @@ def budget(outcome: Outcome) -> Figure | None:
         return None
     figure, plot = one_plot(9, 4.5)
     for (value, points), line, marker in zip(steps.items(), cycle(LINES), cycle(MARKERS), strict=False):
-        label = "best so far" if value is None else f"{spec.short_names()[spec.search.equal or '']} {number(value)}"
+        equal = spec.search.equal
+        label = f"{spec.short_names()[equal]} {number(value)}" if equal else "best so far"
+        style: dict[str, Any] = {"linestyle": line, "marker": marker, "markevery": max(1, len(points) // 8)}
         seconds, top1 = zip(*points, strict=True)
-        places = list(range(0, len(points), max(1, len(points) // 8)))
-        plot.step(
-            seconds, top1, where="post", linestyle=line, marker=marker, markevery=places, markersize=5, label=label
-        )
+        plot.step(seconds, top1, where="post", label=label, markersize=5, **style)
     plot.set_xlabel(f"{_device(spec)[1]} of the search, all its trials together")
     drawn = [best for points in steps.values() for _, best in points]
     of_accuracies(plot, drawn, _control(outcome), "best val top-1 so far (%)")
@@ -170,7 +172,7 @@ def _device(spec: Spec) -> tuple[int, str]:
 def gain(outcome: Outcome) -> Figure | None:
     """How far each config is from the control: of the confirmation, where there is one."""
     if outcome.comparison:
-        return _confirmed_gain(outcome)
+        return _confirmed_gain(outcome.comparison)
     control = _control(outcome)
     finished = [entry for entry in outcome.board.searched() if entry.finished]
     if control is None or not finished:
@@ -178,7 +180,8 @@ def gain(outcome: Outcome) -> Figure | None:
     gains = sorted(((val_top1(entry) - control, entry.trial.name) for entry in finished), reverse=True)
     figure, plot = one_plot(max(5, min(11, 2 + 0.32 * len(gains))), 4.5)
     label = "val top-1 less the control's (points)"
-    if max(abs(points) for points, _ in gains) > 10:  # one that learnt nothing would hide all the others
+    sizes = [abs(points) for points, _ in gains]
+    if max(sizes) > 10 * max(1, median(sizes)):  # one that learnt nothing would hide all the others
         plot.set_yscale("symlog", linthresh=1)
         plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         label += ",\nlogarithmic beyond 1"
@@ -196,31 +199,24 @@ def gain(outcome: Outcome) -> Figure | None:
     return figure
 
 
-def _confirmed_gain(outcome: Outcome) -> Figure | None:
-    comparison = outcome.comparison
-    control = comparison.control if comparison else None
-    if comparison is None or control is None:
+def _confirmed_gain(comparison: Comparison) -> Figure | None:
+    control = comparison.control
+    if control is None:
         return None
     rows = [row for row in comparison.rows if not row.choice.control and row.difference(control, val_top1)]
     if not rows:
         return None
     figure, plot = one_plot(max(6, 2 + 1.2 * len(rows)), 4.5)
-    for (name, figured), marker, aside in zip(COMPARED.items(), MARKERS, (-0.1, 0.1), strict=False):
-        for place, row in enumerate(rows):
-            found = row.difference(control, figured)
-            if found is None:
+    for (name, figured), style, aside in zip(COMPARED.items(), SPLITS, (-0.1, 0.1), strict=True):
+        found = [row.difference(control, figured) for row in rows]
+        for place, each in enumerate(found):
+            if each is None:
                 continue
-            ends = None if found.low is None or found.high is None else (found.low, found.high)
-            reach = [[found.mean - ends[0]], [ends[1] - found.mean]] if ends else None
-            style: dict[str, Any] = {
-                "color": INK if name == "val" else GREY,
-                "marker": marker,
-                "linestyle": "none",
-                "capsize": 5,
-            }
-            plot.errorbar([place + aside], [found.mean], yerr=reach, label=None if place else name, **style)
+            reach = None if each.low is None or each.high is None else [[each.mean - each.low], [each.high - each.mean]]
+            label = name if each is found[0] else None
+            plot.errorbar([place + aside], [each.mean], yerr=reach, label=label, capsize=5, **style)
             side = "right" if aside < 0 else "left"
-            plot.text(place + 1.5 * aside, found.mean, f"{found.mean:+.2f}", ha=side, va="bottom", fontsize=SMALL)
+            plot.text(place + 1.5 * aside, each.mean, f"{each.mean:+.2f}", ha=side, va="bottom", fontsize=SMALL)
     plot.axhline(0, color=CONTROL, linestyle="-.", label="control")
     plot.set_xlim(-0.6, len(rows) - 0.3)
     values = [f"\n{number(row.value)}" if row.value is not None else "" for row in rows]
@@ -260,7 +256,7 @@ def prompts(outcome: Outcome) -> Figure | None:
     return figure
 
 
-def _prompt(bundle: Path) -> tuple[dict | None, str]:
+def _prompt(bundle: Path) -> tuple[dict[str, Any] | None, str]:
     """What a bundle says of its prompt; or None, and why it says nothing."""
     try:
         spectrum = describe(bundle).get("prompt")

@@ -31,6 +31,8 @@ MOST_VALUES = 12
 """An int axis with more is shown as if it were continuous."""
 BINS = 6
 """Cells of a heat map along a continuous axis."""
+LONGEST = 16
+"""Letters of a value in parallel coordinates."""
 WIDEST = 3
 """Heat maps side by side."""
 ABSENT = -0.12
@@ -49,9 +51,11 @@ class Scale:
 
     def __init__(self, axis: Axis, found: Iterable[Scalar]) -> None:
         values, found = axis.values(), list(found)
-        few = values is not None and (axis.choice is not None or len(values) <= MOST_VALUES)
-        there = [value for value in found if value is not None]
-        self._listed = list(dict.fromkeys([*(values or []), *there])) if few else None
+        self._listed: list[Scalar] | None = None
+        if values is not None and (axis.choice is not None or len(values) <= MOST_VALUES):
+            self._listed = list(dict.fromkeys([*values, *(value for value in found if value is not None)]))
+            if all(isinstance(value, int | float) for value in self._listed):
+                self._listed.sort()
         self._absent = None in found and None not in (self._listed or ())
         if self._listed is None:
             self._low, self._high = axis.bounds
@@ -86,7 +90,7 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Places along the axis, and what to write there."""
         if self._listed is not None:
-            ticks = [(self.place(value), number(value)) for value in self._listed]
+            ticks = [(self.place(value), _short(number(value))) for value in self._listed]
         else:
             ticks = [(place, f"{self._value(place):.2g}") for place in (0, 0.25, 0.5, 0.75, 1)]
         return ticks + [(ABSENT, NONE)] * self._absent
@@ -95,6 +99,10 @@ class Scale:
         if self._log:
             return self._low * (self._high / self._low) ** place
         return self._low + place * (self._high - self._low)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def scale(spec: Spec, name: str, entries: Iterable[Entry]) -> Scale:
@@ -164,7 +172,7 @@ def parallel(outcome: Outcome) -> Figure | None:
     low, high = objective.min(), objective.max()
     norm = stretched_colours(low, high) if spec.mode == "max" else Normalize(low, high)
     ends = norm(objective)
-    figure, plot = one_plot(1.6 * (len(scales) + 1), 4.5)
+    figure, plot = one_plot(min(13, 1.6 * (len(scales) + 1)), 4.5)
     given_up = [line(entry) for entry in entries if not entry.finished]
     plot.add_collection(LineCollection(given_up, colors=GREY, linestyles="dotted", linewidths=0.9, alpha=0.7))
     plot.add_collection(
@@ -246,7 +254,8 @@ def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistributi
 
     if axis.choice is not None:
         return CategoricalDistribution(list(dict.fromkeys(entry.params[name] for entry in entries)))
-    if axis.integers is not None:
-        return IntDistribution(axis.integers[0], (axis.values() or axis.integers)[-1], step=(*axis.integers, 1)[2])
     low, high = axis.bounds
+    if axis.integers is not None:
+        step = axis.integers[2] if len(axis.integers) > 2 else 1
+        return IntDistribution(int(low), int(high) - (int(high) - int(low)) % step, step=step)
     return FloatDistribution(low, high, log=axis.log_uniform is not None)

@@ -63,7 +63,8 @@ class _Clock:
 
 def _points(spec: Spec, count: int) -> list[TrialConfig]:
     """So many different configs of the space."""
-    random, found = np.random.default_rng(0), {}
+    random = np.random.default_rng(0)
+    found: dict[str, TrialConfig] = {}
     for _ in range(100 * count):
         point: dict[str, Scalar] = {}
         for name, axis in spec.ordered_axes().items():
@@ -81,8 +82,8 @@ def _drawn(axis: Axis, random: np.random.Generator) -> Scalar:
     if values := axis.values():
         return values[random.integers(len(values))]
     if axis.log_uniform:
-        return float(np.exp(random.uniform(*np.log(axis.log_uniform))))
-    return float(random.uniform(*axis.uniform))
+        return float(np.exp(random.uniform(*np.log(axis.bounds))))
+    return float(random.uniform(*axis.bounds))
 
 
 def _train(
