@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, Locator, MaxNLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +20,7 @@ INK, GREY, CONTROL = "#00224e", "#777777", "#b35900"
 LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dvph"
 NEAR_THE_TOP = 90.0
 """Once an accuracy in percent is as high, its axis is stretched there: each half of the error takes as much room."""
-TICKS = FixedLocator([0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100])
+TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100)
 DPI = 110
 SMALL = 9
 """Points of the smallest text: 14 pixels."""
@@ -58,6 +57,10 @@ def _unstretch(stretched: np.ndarray) -> np.ndarray:
     return 100.5 - np.exp(-np.asarray(stretched))
 
 
+def _ticks(low: float, high: float) -> Locator:
+    return FixedLocator(TICKS) if sum(low <= tick <= high for tick in TICKS) > 2 else MaxNLocator(5)
+
+
 def stretch(plot: Axes, low: float, high: float) -> None:
     """Gives an upright axis of accuracies from `low` to `high` room for the differences that count."""
     if high >= NEAR_THE_TOP:
@@ -65,7 +68,7 @@ def stretch(plot: Axes, low: float, high: float) -> None:
         margin = 0.05 * (ends[1] - ends[0]) or 0.1
         plot.set_yscale("function", functions=(_stretch, _unstretch))
         plot.set_ylim(*_unstretch(ends + np.array([-margin, margin])))
-        plot.yaxis.set_major_locator(TICKS)
+        plot.yaxis.set_major_locator(_ticks(low, high))
         plot.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
@@ -76,8 +79,8 @@ def stretched_colours(low: float, high: float) -> Normalize:
 
 def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]) -> None:
     mappable = ScalarMappable(colours, DARKER_IS_BETTER)
-    ticks: dict[str, Any] = {"ticks": TICKS, "format": "{x:g}"} if isinstance(colours, FuncNorm) else {}
-    figure.colorbar(mappable, ax=plots, label=label, **ticks)
+    ticks = _ticks(colours.vmin or 0.0, colours.vmax or 100.0)
+    figure.colorbar(mappable, ax=plots, label=label, ticks=ticks, format="{x:g}")
 
 
 def of_accuracies(plot: Axes, drawn: list[float], control: float | None, label: str) -> None:

@@ -38,6 +38,8 @@ WIDEST = 3
 ABSENT = -0.12
 """Where parallel coordinates show that a trial has not this axis."""
 NONE = "none"
+TREES = 32
+"""Of fANOVA: half of Optuna's own number, in half of the time."""
 FEWEST = 4
 """Trials to tell an axis's importance from."""
 Cell = tuple[int, int]
@@ -245,7 +247,7 @@ def _shares(spec: Spec, entries: list[Entry]) -> dict[str, float]:
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=entry.score(spec)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of normalize
-        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), normalize=False)
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=TREES, seed=0), normalize=False)
 
 
 def _distribution(axis: Axis, name: str, entries: list[Entry]) -> BaseDistribution:
