@@ -163,16 +163,15 @@ def test_pictures_are_among_the_artifacts(page, runs, finished):
 def test_comparing_runs_draws_parallel_coordinates(page, runs, finished, screenshots):
     opened(page, runs)
     expand(page)
-    trials = len(Leaderboard.read(spec_file.recorded(finished)[1]).entries)
-    names(page, lambda found: len(found) > trials)
-    boxes = page.locator(".ag-row input[type=checkbox]").filter(visible=True)
-    for i in range(1, trials + 1):  # the first is the sweep
-        boxes.nth(i).check(force=True)
+    entries = len(Leaderboard.read(spec_file.recorded(finished)[1]).entries)
+    rows = names(page, lambda found: len(found) > entries)
+    trials = [place for place, name in enumerate(rows) if name != "quickstart" and not name.startswith("control-")]
+    for place in trials:
+        page.locator(f".ag-row[row-index='{place}'] input[type=checkbox]").filter(visible=True).check(force=True)
     page.get_by_role("button", name="Compare").click()
     page.locator(".parcoords").first.wait_for(state="attached")
-    assert f"Comparing {trials} Runs" in page.locator("h1, h2").first.inner_text()
-    drawn = page.locator(".parcoords .axis").count()
-    assert drawn >= 3
+    assert f"Comparing {len(trials)} Runs" in page.locator("h1, h2").first.inner_text()
+    assert page.locator(".parcoords .axis").count() >= 3
     page.screenshot(path=screenshots / "mlflow-compare.png", clip={"x": 198, "y": 50, "width": 1060, "height": 540})
 
 
@@ -183,11 +182,13 @@ def test_500_trials_are_there_in_five_seconds(browser, tmp_path):
     server = Server(tmp_path, store)
     server.start()
     try:
-        took = [seconds_to_trials(browser, f"{server.uri}/#/experiments/{experiment}/runs", spec.name) for _ in range(3)]
+        address = f"{server.uri}/#/experiments/{experiment}/runs"
+        visits = [seconds_to_trials(browser, address, spec.name) for _ in range(7)]
+        took = visits[2:]  # MLflow's own job runners still start beside the first ones
     finally:
         server.stop()
     print(f"500 trials: {', '.join(f'{seconds:.1f}' for seconds in took)} s")
-    assert sorted(took)[1] < 5, took
+    assert sorted(took)[2] < 5, took
 
 
 def seconds_to_trials(browser, address: str, sweep: str) -> float:
