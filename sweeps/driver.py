@@ -94,9 +94,12 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
     if best is None:
         tracker.try_to(lambda: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
-    page = report.write(outcome)
-    files += [page, page.with_name(report.PICTURES)]
-    say(f"report:      {page}")
+    try:
+        page = report.write(outcome)
+        files += [page, page.with_name(report.PICTURES)]
+        say(f"report:      {page}")
+    except Exception as error:  # a figure that can't be drawn shall not cost the sweep its model
+        say(f"no report: {type(error).__name__}: {error}", style="red")
     bundle = best.bundle
     say(f"best prompt: {bundle}")
     models: list[str] = []

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorvp import cli
+from lorvp.errors import UserError
 from lorvp.files import replacing
 from sweeps.drawing import picture_of, png
 from sweeps.figures import PARTS
@@ -90,7 +91,11 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="the folder of a sweep that has ended")],
 ) -> None:
     """Writes report.html and report/*.png into a sweep's folder."""
-    console.print(f"written: {write(Outcome.read(folder))}", highlight=False)
+    outcome = Outcome.read(folder)
+    try:
+        console.print(f"written: {write(outcome)}", highlight=False)
+    except OSError as error:
+        raise UserError(f"{folder}: the report can't be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

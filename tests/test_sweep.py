@@ -159,6 +159,8 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
         "control",
         "difference: val",
         "triage said",
+        "report:",
+        "try it:      python -m lorvp.predict",
         "mlflow ui --backend-store-uri",
     ):
         assert phrase in output
