@@ -6,6 +6,8 @@ and on the features. `MAPPINGS` names them.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,8 +18,13 @@ from lorvp.errors import UserError
 class LabelMapping(nn.Module):
     """Downstream logits from the backbone's output. `reads` says which output, `recount` when the map is made anew."""
 
-    reads = "logits"  # or "features"
-    recount = "never"  # or "once": before the first epoch, without the prompt; "epoch": before each, with the prompt
+    reads: Literal["logits", "features"] = "logits"
+    recount: Literal["never", "once", "epoch"] = "never"
+    """once: before the first epoch, without the prompt; epoch: before each, with the prompt."""
+    index: torch.Tensor
+    """Of one that picks, as all that recount do: the source class of each class, (classes,) int64."""
+    head: nn.Linear
+    """Of one that learns."""
 
     def __init__(self, source_classes: int, features: int, classes: int) -> None:
         super().__init__()
@@ -37,7 +44,6 @@ class _Index(LabelMapping):
                 f"a one-to-one label mapping needs a source class for each of the {classes} classes, and the backbone "
                 f"has {source_classes}: label_mapping must be lp or fm"
             )
-        self.index: torch.Tensor
         self.register_buffer("index", torch.randperm(source_classes)[:classes])
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:

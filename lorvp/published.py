@@ -43,7 +43,7 @@ class Trial:
         device, size = self.mean.device, backbone.image_size
         self.b = torch.zeros(3, size, rank, device=device, requires_grad=True)
         self.a = torch.randn(3, rank, size, device=device).mul_(0.01).requires_grad_()
-        self.mapping: Any = MAPPINGS[mapping](backbone.source_classes, backbone.features, classes).to(device)
+        self.mapping = MAPPINGS[mapping](backbone.source_classes, backbone.features, classes).to(device)
         prompt: dict[str, Any] = {"params": [self.b, self.a], "lr": prompt_lr}
         groups = [prompt, {"params": list(self.mapping.parameters())}]
         self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)

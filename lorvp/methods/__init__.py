@@ -7,7 +7,6 @@ the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +37,7 @@ class Method(nn.Module):
         self.classes = classes
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.mapping: Any = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)
+            self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)
         self.counts: torch.Tensor | None = None
         """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
@@ -154,6 +153,6 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
     """The method of `config`. Raises UserError for a backbone that it can't work on."""
-    parts = [plugins.load("methods", name) for name in config.methods]
-    kind = type(config.method, tuple(parts), {}) if len(parts) > 1 else parts[0]
+    parts: list[type[Method]] = [plugins.load("methods", name) for name in config.methods]
+    kind: type[Method] = type(config.method, tuple(parts), {}) if len(parts) > 1 else parts[0]
     return kind(config, backbone, classes)

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from lorvp.config import PromptConfig
 from lorvp.methods.ilm_vp import ILMVP, _Frame
-from lorvp.prompts import Prompt
 
 SMALLEST, LARGEST = 0.1, 5.0
 
@@ -48,7 +47,9 @@ class _ScaledFrame(_Frame):
 class AutoVP(ILMVP):
     """A frame around an image of learned scale (Tsao et al. 2024, IBM/AutoVP, section 3)."""
 
-    def make_prompt(self) -> Prompt:
+    prompt: _ScaledFrame
+
+    def make_prompt(self) -> _ScaledFrame:
         return _ScaledFrame(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:

@@ -47,7 +47,9 @@ class _Frame(Prompt):
 class ILMVP(LoRVP):
     """Padding around the shrunken image (Chen et al. 2023, OPTML-Group/ILM-VP), with any label mapping."""
 
-    def make_prompt(self) -> Prompt:
+    prompt: _Frame
+
+    def make_prompt(self) -> _Frame:
         return _Frame(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -19,10 +17,11 @@ class LoRVP(Method):
         super().__init__(config, backbone, classes)
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
-            self.prompt: Any = self.make_prompt()
+            self.prompt = self.make_prompt()
 
     def make_prompt(self) -> Prompt:
-        return plugins.load("prompts", self.config.prompt.kind)(self.config.prompt, self.backbone.image_size)
+        kind: type[Prompt] = plugins.load("prompts", self.config.prompt.kind)
+        return kind(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:
         return super().starts_plain() and not self.prompt.pattern().any()

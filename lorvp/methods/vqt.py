@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
 from lorvp.methods.vpt import drop, embedded, token_start
+from lorvp.pipeline import Batches
 from lorvp.speed import ClassTokenBlock
 
 
@@ -71,8 +73,10 @@ class VQT(Method):
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
 
-    def start_epoch(self, epoch: int, *sources: Any) -> None:
-        super().start_epoch(epoch, *sources)
+    def start_epoch(
+        self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        super().start_epoch(epoch, batches, frozen_tops)
         if self.config.tokens.keep and epoch == self.config.epochs // 2 + 1:
             norms = self.mapping.head.weight.detach().norm(dim=0)
             count = max(1, round(self.config.tokens.keep * len(norms)))
