@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import submitit
 
@@ -25,7 +25,7 @@ from lorvp.errors import TrialFailed, UserError
 from lorvp.files import write_json
 
 if TYPE_CHECKING:
-    from lorvp.training import EpochResult, Loaded
+    from lorvp.training import EpochResult, Loaded, Options
 
 HAND_OVER_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""
@@ -228,7 +228,7 @@ class Run:
         self._leaving = leaving
         print(f"trial {trial.name}", flush=True)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """How it is to be trained: where to, from where, and until when."""
         attempt = self.attempt
         return {

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import distributed as dist
@@ -19,7 +19,7 @@ from torch import nn
 from lorvp.config import TrialConfig
 
 if TYPE_CHECKING:
-    from lorvp.training import EpochResult
+    from lorvp.training import EpochResult, Loaded, Options
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another that does not answer."""
@@ -54,7 +54,9 @@ def agreed(ask: Callable[[], bool]) -> bool:
     return bool(answer)
 
 
-def train(config: TrialConfig, processes: int, **options: Any) -> Iterator[EpochResult]:
+def train(
+    config: TrialConfig, processes: int, loaded: Loaded | None = None, **options: Unpack[Options]
+) -> Iterator[EpochResult]:
     """`training.train` by so many processes, this one and others beside it, with a GPU each where there are GPUs.
 
     The results are those of one process, but for the order in which numbers are added. Raises what training raises,
@@ -63,7 +65,7 @@ def train(config: TrialConfig, processes: int, **options: Any) -> Iterator[Epoch
     from lorvp import training  # which asks this module for its share
 
     if processes == 1:
-        yield from training.train(config, **options)
+        yield from training.train(config, loaded=loaded, **options)
         return
     with tempfile.TemporaryDirectory(prefix="lorvp-") as folder:
         spawn = multiprocessing.get_context("spawn")
@@ -73,7 +75,7 @@ def train(config: TrialConfig, processes: int, **options: Any) -> Iterator[Epoch
             other.start()
         try:
             _join_group(0, processes, folder)
-            yield from training.train(config, **options)
+            yield from training.train(config, loaded=loaded, **options)
         except RuntimeError as error:
             for rank, other in enumerate(others, start=1):
                 other.join(timeout=5)

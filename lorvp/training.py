@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -83,6 +83,23 @@ def load(config: TrialConfig) -> Loaded:
     return Loaded(backbone, pipeline.kept_on_device(splits, device), precision)
 
 
+class Best(TypedDict):
+    """The best of the whole epochs so far; epoch 0 before there is one."""
+
+    epoch: int
+    score: float
+    """What it was chosen by, in percent: val or test top-1 (`select`)."""
+    tuned: dict[str, torch.Tensor]
+
+
+class Options(TypedDict, total=False):
+    """What a trial is trained with besides its config; see `Training`."""
+
+    folder: Path | None
+    resume_from: Path | None
+    should_stop: Callable[[], bool]
+
+
 class _Stop(Exception):
     """The search gave up on the trial, or its job has to leave."""
 
@@ -123,7 +140,7 @@ class Training:
         """Images of a batch that go through the backbone together, fewer where the device's memory is too small."""
 
         self.results: list[EpochResult] = []
-        self.best: dict[str, Any] = {"epoch": 0, "tuned": {}}
+        self.best = Best(epoch=0, score=0.0, tuned={})
         self.steps_taken = 0.0  # without those that fp16 skipped
         self.order: int | None = None
         """Which epoch's order of the data the epoch that was begun takes; None between two epochs."""
@@ -270,7 +287,7 @@ class Training:
         score = val_top1 if test is None else test[1]
         best = self.best
         if self.rung is None and (not best["epoch"] or score > best["score"]):
-            best = {"epoch": epoch, "score": score, "tuned": self.method.tuned()}
+            best = Best(epoch=epoch, score=score, tuned=self.method.tuned())
         if self.config.select == "val" and self.config.read_test and epoch == self.config.epochs:
             last = self.method.tuned()
             self.method.load_tuned(best["tuned"])
