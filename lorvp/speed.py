@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -65,7 +66,7 @@ class ClassTokenBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.block: Any = block
+        self.block: Any = block  # timm does not say what its parts are
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         block, attention = self.block, self.block.attn
@@ -110,7 +111,8 @@ def fold_batchnorm(model: nn.Module, image_size: int) -> int:
     """Puts each BatchNorm, which in eval mode is linear, into the convolution before it; how many there were.
 
     Which follows which is seen in a forward of one image. Where an output goes elsewhere, too, the model would be
-    another: then it is left as it was.
+    another: then it is left as it was. A BatchNorm without running statistics goes by the batch in eval mode, too, and
+    stays.
     """
     made: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # with the tensor itself, so that no other takes its place
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -122,7 +124,11 @@ def fold_batchnorm(model: nn.Module, image_size: int) -> int:
         if id(inputs[0]) in made:
             pairs.append((made[id(inputs[0])][1], norm))
 
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+    }
     if not norms:
         return 0
     hooks = [norm.register_forward_pre_hook(note_input) for norm in norms]
@@ -136,10 +142,13 @@ def fold_batchnorm(model: nn.Module, image_size: int) -> int:
         once = [(c, n) for c, n in pairs if sum(c is conv or n is norm for conv, norm in pairs) == 1]
         plain = [(conv, conv.weight, conv.bias) for conv, _ in once]
         for conv, norm in once:
-            statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            inner: Any = norm
-            rest = nn.Sequential(inner.drop, inner.act) if hasattr(norm, "act") else nn.Identity()  # BatchNormAct2d
+            mean, variance = norm.running_mean, norm.running_var
+            assert mean is not None  # as of all in `norms`
+            assert variance is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
+            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
             model.set_submodule(norms[norm], rest)
         if torch.allclose(model(probe), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             return len(once)

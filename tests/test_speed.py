@@ -102,6 +102,16 @@ def test_what_can_not_be_folded_is_left_alone():
     assert fold_batchnorm(timm.create_model("resnet18").eval().requires_grad_(False), 64) == 20
 
 
+def test_a_batchnorm_that_goes_by_the_batch_is_not_folded():
+    norms = nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norms[0], nn.Conv2d(4, 4, 3), norms[1]).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    assert fold_batchnorm(model, 8) == 1
+    assert model[1] is norms[0]
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_benchmarks_print_their_tables():
     tiny = ["--backbone", "lorvp_tiny_32", "--image-size", "32", "--steps", "2", "--rounds", "1"]
