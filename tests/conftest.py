@@ -24,6 +24,14 @@ from lorvp.config import TrialConfig
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+LONGEST = ("test_slurm.py", "test_sweep.py", "test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that none of them is left when the others are through."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LORVP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
