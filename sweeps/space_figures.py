@@ -148,7 +148,7 @@ def _panel(plot: Axes, found: dict[Cell, list[Entry]], shape: Cell, colours: Nor
     for (row, column), trials in found.items():
         best = values[row, column] = _best_of(trials)
         star = "" if any(entry.finished for entry in trials) else "*"
-        ink = ink_on(DARKER_IS_BETTER(colours(best)))
+        ink = ink_on(DARKER_IS_BETTER(np.atleast_1d(colours(best)))[0])
         text = f"{best:.1f}{star}\n({len(trials)})"
         plot.text(column, row, text, ha="center", va="center", color=ink, fontsize=SMALL)
     plot.imshow(values, cmap=DARKER_IS_BETTER, norm=colours, aspect="auto", origin="lower")

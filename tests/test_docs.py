@@ -97,7 +97,7 @@ WAYS = {
     r"python -m sweeps\.schema": By("test_adding.py::test_editors_learn_the_new_names"),
     # what was found
     r"python -m lorvp\.predict .*": Here("probability", "", ((r"runs/\S+/bundle", "BUNDLE"),)),
-    r"python -m sweeps\.report .*": Here("report.html"),
+    r"python -m sweeps\.report .*": Here("report.html", words=NAMED),
     r"python -m sweeps\.ood .*": Here("digits", words=NAMED),
     r"python -m sweeps\.tables .*": Here("| network |", words=NAMED),
     r"python -m lorvp\.export .*": By("test_export.py::test_the_command"),
@@ -131,7 +131,12 @@ def recipe(command: str) -> str:
     if not command.startswith("make "):
         return command
     done = subprocess.run(
-        [*shlex.split(command), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        [*shlex.split(command), "--dry-run", "--no-print-directory"],
+        cwd=CHECKOUT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},  # this may be make's
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.splitlines()[-1].removeprefix(".venv/bin/").strip()
 

@@ -135,6 +135,17 @@ def test_a_heat_map_needs_one_of_its_axes(tmp_path):
     assert made("neither", {"optimizer.momentum": {"uniform": [0.1, 0.9]}}) is None
 
 
+def test_a_heat_map_of_one_trial_that_is_always_right(tmp_path):
+    class Right(Stated):
+        def of(self, config: TrialConfig, control: bool) -> Curve:
+            return Curve([100.0] * config.epochs, [STEP] * config.epochs, config.epochs)
+
+    spec = make_spec(tmp_path)
+    synthetic.make(spec, 1, curves=Right())
+    figure = PARTS["heat_map"].make(Outcome.read(spec.folder))
+    assert [text.get_text() for plot in figure.axes for text in plot.texts] == ["100.0\n(1)"]
+
+
 def test_learning_curves(sweep: Spec, outcome: Outcome):
     (plot,) = plots(outcome, "curves")
     lines = {line.get_gid(): line for line in plot.lines if line.get_gid()}

@@ -187,8 +187,10 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output
-    alive = slurm.say("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
-    assert set(alive) == {job["id"] for job in jobs.values()}
+    alive = slurm.say("squeue", "--noheader", "--array", "--states=PENDING,RUNNING", "--format=%i").split()
+    assert set(alive) == {
+        jobs[trial.name]["id"] for trial in sweep.trials() if trial.name in jobs and not trial.ended()
+    }
     kept(before, sweep)
     before = recorded(sweep)
     finish(sweep, slurm, sweep.start("--resume"), trials=2)
@@ -461,7 +463,7 @@ def test_early_stopping_ends_jobs_soon(slurm, tmp_path):
     stopped: dict[str, float] = {}
     slowest = 0.0
     while process.poll() is None:
-        jobs = slurm.say("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
+        jobs = slurm.say("squeue", "--noheader", "--array", "--states=PENDING,RUNNING", "--format=%i").split()
         for trial in sweep.trials():
             if trial.stop_reason():
                 start = stopped.setdefault(trial.name, time.monotonic())
