@@ -29,7 +29,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -46,7 +45,7 @@ _barrier: Barrier
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 @app.callback()

@@ -1,16 +1,32 @@
-"""How the package's commands end: bad input in one line on stderr, with exit code 2."""
+"""What the commands have in common: where they print, and how bad input ends them."""
 
 from __future__ import annotations
+
+import sys
 
 import typer
 from rich.console import Console
 
 from lorvp.errors import UserError
 
+NO_TERMINAL = 400
+"""Columns of a file or a pipe: no row of a table is folded there."""
+
+
+def make_console() -> Console:
+    """Of a command's output, which is as wide as its terminal."""
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else NO_TERMINAL, soft_wrap=not terminal)
+
+
+def say(error: UserError) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+
 
 def run(app: typer.Typer) -> None:
+    """Carries out a command; bad input is one line on stderr, with exit code 2."""
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        say(error)
         raise SystemExit(2) from None

@@ -6,7 +6,6 @@ With `--corruptions` also on their images blurred, noisy, as JPEG and at less co
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lorvp import bundle, cli, datasets, pipeline
@@ -32,7 +30,7 @@ TOP_K = 5
 NORMAL_95 = 1.959964
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+console = cli.make_console()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
 from torch.export import Dim, ExportedProgram
 
 from lorvp import bundle, cli
@@ -48,7 +47,7 @@ USE: dict[Format, tuple[str, str, str]] = {
 """What a program's file is called unless told, and how it is run."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 def export(method: Method, to: Format, out: Path) -> float:

@@ -10,7 +10,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lorvp import bundle, cli, images
@@ -21,7 +20,7 @@ AT_ONCE = 64
 """Images that go through the backbone together."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 @dataclass(frozen=True)

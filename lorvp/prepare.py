@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 from rich import progress
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from zlib_ng import zlib_ng
 
-from lorvp import images, store
+from lorvp import cli, images, store
 from lorvp.errors import UserError
 from lorvp.files import write_json
 from lorvp.rows import Rows, Source
@@ -38,7 +37,7 @@ ROW_BYTES = 256
 PLAN = "plan.json"
 DEFAULT_SIZE = 224
 
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ import torch
 import typer
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import TrialScheduler
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lorvp import cli, frozen, published, training
@@ -43,7 +42,7 @@ WITHIN = 0.2
 """Points of val accuracy."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) -> Spec:

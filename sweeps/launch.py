@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cluster import profile as profiles
 from cluster.code import snapshot
 from cluster.relay import Relay, make_cluster
 from cluster.slurm import sbatch_file, submit_driver
+from lorvp import cli
 from lorvp.errors import UserError
 from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
@@ -36,7 +36,7 @@ COMMAND = "lorvp-sweep"
 """What pip installs this as: a shell can complete that, as it can't `python sweeps/launch.py`."""
 
 app = typer.Typer(add_completion=Path(sys.argv[0]).name == COMMAND, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
+console = cli.make_console()
 
 
 @app.command()
@@ -95,7 +95,7 @@ def main(
 
             code = carry_out(spec, sweep_id, file.read_text(), make_relay(spec, sweep_id), leave_running, console)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        cli.say(error)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     if code == EXIT_INTERRUPTED:  # perhaps in the middle of Ray's start: its C++ part would abort the interpreter's end
         sys.stdout.flush()

@@ -6,7 +6,6 @@ These are the OOD sets of its dataset (ImageNet-R, -A, -Sketch and -V2 of ImageN
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lorvp import bundle, bundle_format, cli, datasets, evaluate
@@ -34,7 +32,7 @@ from sweeps.results import OOD
 SCHEMA = pa.schema([("model", pa.string()), *evaluate.SCHEMA, ("trial", pa.string()), ("bundle", pa.string())])
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+console = cli.make_console()
 
 
 @dataclass(frozen=True)

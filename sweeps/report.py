@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Console
 from rich.table import Table
 
 from lorvp import cli
@@ -25,7 +24,7 @@ from sweeps.outcome import Outcome
 REPORT, PICTURES = "report.html", "report"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True)
+console = cli.make_console()
 
 
 def write(outcome: Outcome) -> Path:

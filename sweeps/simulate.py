@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import random
-import sys
 import time
 import warnings
 from bisect import bisect_right
@@ -29,7 +28,6 @@ import typer
 from pydantic import ValidationError
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import TrialScheduler
-from rich.console import Console
 from rich.table import Table
 
 from cluster import profile as profiles
@@ -48,7 +46,7 @@ from sweeps.tune_trial import SCORE
 ROWS = 10
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
+console = cli.make_console()
 
 
 @app.command()

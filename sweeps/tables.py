@@ -6,7 +6,6 @@ published accuracy where `sweeps/published.yaml` has it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,6 @@ from typing import Annotated
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from rich.console import Console
 
 from lorvp import cli
 from lorvp.files import replacing
@@ -29,7 +27,7 @@ NOTES = {
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+console = cli.make_console()
 
 
 def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[str, str]:

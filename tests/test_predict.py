@@ -37,7 +37,7 @@ def test_what_it_says_is_what_the_trial_saw(tuned, image_root, tmp_path):
         assert [name for name, _ in each.classes] == [method.class_names[i] for i in row.topk(2).indices]
         assert [value for _, value in each.classes] == pytest.approx(row.topk(2).values.tolist(), abs=1e-6)
     asked = [str(tuned), *map(str, paths), "--top", "1"]
-    said = CliRunner().invoke(predict.app, asked, env={"COLUMNS": "300"})
+    said = CliRunner().invoke(predict.app, asked)
     assert said.exit_code == 0
     assert [line.split()[1] for line in said.output.splitlines()[1:]] == [each.classes[0][0] for each in found]
 

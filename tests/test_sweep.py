@@ -350,7 +350,8 @@ def test_confirmation_killed_resumed_and_made_longer(tmp_path):
     for trial in stages()["confirm"]:
         read = [result["test_top1"] is not None for result in trial.results()]
         assert read == [False] * (trial.config.epochs - 1) + [True]
-    tags = {run.data.tags["lorvp.trial"]: run.data.tags["stage"] for run in sweep.runs() if "stage" in run.data.tags}
+    runs = [run.data.tags for run in sweep.runs()]
+    tags = {run["lorvp.trial"]: run["stage"] for run in runs if "lorvp.trial" in run}
     assert tags == {trial.name: stage for stage, trials in stages().items() for trial in trials}
     rows = pq.read_table(sweep.path / "results.parquet").to_pylist()
     assert {row["trial"]: row["stage"] for row in rows} == tags
