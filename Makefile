@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test check install slurm-up slurm-down bench-slurm
+.PHONY: quickstart test check pictures install slurm-up slurm-down bench-slurm
 
 install: $(INSTALLED)
 
@@ -17,6 +17,11 @@ check: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# The README's pictures of MLflow, by Chromium; runs/screenshots has more of them.
+pictures: $(INSTALLED)
+	LORVP_SCREENSHOTS=runs/screenshots .venv/bin/python -m pytest -n 0 tests/test_browser.py
+	cp runs/screenshots/mlflow-*.png docs/images
 
 # A real SLURM of three nodes on this machine, to try a sweep on; needs root and the packages in tests/slurm_sim.py.
 slurm-up: $(INSTALLED)
