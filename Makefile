@@ -11,7 +11,8 @@ quickstart: $(INSTALLED)
 
 # Everything that this machine can run; what it can't is named with the reason.
 test: check
-	.venv/bin/python -m pytest -rs --durations=5
+	.venv/bin/python -m pytest -rs --durations=5 -m "not alone"
+	.venv/bin/python -m pytest -rs -s -n 0 -m alone
 
 check: $(INSTALLED)
 	.venv/bin/ruff check

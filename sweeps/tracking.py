@@ -34,6 +34,8 @@ PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
 STATE_TAGS = {State.FINISHED: "finished", State.STOPPED: "stopped early", State.FAILED: "failed"}
 SUMMARY = {"val_top1": "best_val_top1", "epoch": "best_epoch"}
 """What a bundle's figures are called where they stand for a trial: beside those of each epoch."""
+NO_METRICS = ("order", "packed", "whole")
+"""Of an epoch, what is no measure of it: results.parquet has these."""
 
 
 class Tracker:
@@ -81,7 +83,7 @@ class Tracker:
         metrics = [
             Metric(key, value, int(result["time"] * 1000), result["epoch"])
             for result in new
-            for key, value in epoch_metrics(result).items()
+            for key, value in _metrics(result).items()
         ]
         self.client.log_batch(run.info.run_id, metrics=metrics)
         self._epochs_sent[trial.name] = new[-1]["epoch"]
@@ -102,7 +104,7 @@ class Tracker:
             tags.append(RunTag("selection", figures["selection"]))
             now = int(time.time() * 1000)
             summary = {SUMMARY.get(key, key): figures[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")}
-            metrics = [Metric(key, value, now, 0) for key, value in summary.items() if value is not None]
+            metrics = [Metric(key, round(value, 4), now, 0) for key, value in summary.items() if value is not None]
             self.client.log_batch(run.info.run_id, metrics=metrics)
             self.client.log_artifacts(run.info.run_id, str(attempt.bundle), "bundle")
         # the state comes last: a run that has it is complete
@@ -191,6 +193,12 @@ class Tracker:
             self.client.log_batch(run.info.run_id, params=params)
             self.runs[trial.name] = run
         return self.runs[trial.name]
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """An epoch's, what the user compares by before all else: MLflow's pages begin with the first."""
+    values = {key: value for key, value in epoch_metrics(result).items() if key not in NO_METRICS}
+    return {"val_top1": values.pop("val_top1")} | values
 
 
 def _short(value: Any) -> str:

@@ -208,6 +208,7 @@ def test_comparing_runs_draws_parallel_coordinates(page, runs, finished, screens
     keep_part(page, screenshots / "mlflow-compare.png", top=50, height=540)
 
 
+@pytest.mark.alone
 def test_500_trials_are_there_in_five_seconds(browser, tmp_path):
     start = time.monotonic()
     spec = recorded_synthetic(tmp_path)
