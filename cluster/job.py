@@ -25,7 +25,8 @@ from lorvp.errors import TrialFailed, UserError
 from lorvp.files import write_json
 
 if TYPE_CHECKING:
-    from lorvp.training import EpochResult, Loaded, Options
+    from lorvp.result import EpochResult
+    from lorvp.trial import Loaded, Options
 
 HAND_OVER_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""

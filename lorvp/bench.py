@@ -37,8 +37,10 @@ from lorvp.backbone import Backbone, resolve_precision
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.datasets import ArrayImages, Splits
 from lorvp.memory import predict
+from lorvp.result import EpochResult
 from lorvp.speed import is_convolutional, keep_memory
-from lorvp.training import EpochResult, Loaded, Training, train, train_together
+from lorvp.training import train, train_together
+from lorvp.trial import Loaded, Training
 
 CLASSES = 10
 _barrier: Barrier

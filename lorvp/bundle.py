@@ -35,7 +35,7 @@ from lorvp.files import replacing
 from lorvp.methods import Method
 
 if TYPE_CHECKING:
-    from lorvp.training import EpochResult
+    from lorvp.result import EpochResult
 
 SINGULAR_VALUES = 16
 

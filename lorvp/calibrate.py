@@ -12,7 +12,8 @@ import torch
 from lorvp import frozen
 from lorvp.config import TrialConfig
 from lorvp.datasets import Splits
-from lorvp.training import load, train
+from lorvp.training import train
+from lorvp.trial import load
 
 STEPS = 20
 LONGEST = 20.0

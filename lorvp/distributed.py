@@ -19,7 +19,8 @@ from torch import nn
 from lorvp.config import TrialConfig
 
 if TYPE_CHECKING:
-    from lorvp.training import EpochResult, Loaded, Options
+    from lorvp.result import EpochResult
+    from lorvp.trial import Loaded, Options
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another that does not answer."""

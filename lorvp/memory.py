@@ -25,7 +25,7 @@ from lorvp import methods
 from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
 from lorvp.galore import state_bytes
-from lorvp.training import make_optimizer
+from lorvp.optimizers import make_optimizer
 
 CLASSES = 1000
 """Taken for a dataset that isn't there yet."""

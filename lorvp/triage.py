@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lorvp import datasets, frozen, pipeline, probe, shuffle
 from lorvp.config import TrialConfig
-from lorvp.training import Loaded
+from lorvp.trial import Loaded
 
 IMAGES = 2000
 """Of the training set that are looked at, at most: half of them for the gradient, the others for the evidence."""

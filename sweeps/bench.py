@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from lorvp import cli, frozen, published, training
 from lorvp.backbone import Backbone
 from lorvp.config import SpeedConfig
+from lorvp.result import EpochResult
 from sweeps.search import SpecSearch, make_scheduler
 from sweeps.spec import Spec
 from sweeps.tune_trial import SCORE
@@ -136,7 +137,7 @@ def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
     found = Found()
     search = SpecSearch(spec)
     scheduler: Any = make_scheduler(spec)  # it is given stand-ins for Tune's controller and trials
-    live: deque[tuple[Suggested, Iterator[training.EpochResult]]] = deque()
+    live: deque[tuple[Suggested, Iterator[EpochResult]]] = deque()
     asked = 0
     while found.best < goal and (live or asked < spec.number_of_trials()):
         while len(live) < spec.search.concurrent and asked < spec.number_of_trials():

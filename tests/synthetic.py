@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from cluster.folder import Cause, State, TrialFolder
 from lorvp.config import TrialConfig
 from lorvp.files import write_json
-from lorvp.training import EpochResult
+from lorvp.result import EpochResult
 from sweeps import confirm, spec_file
 from sweeps.curves import Curve, Curves, Family
 from sweeps.spec import Axis, Scalar, Spec, active

@@ -22,7 +22,7 @@ from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
-from lorvp.training import EpochResult
+from lorvp.result import EpochResult
 
 VIT = {"name": "lorvp_tiny_vit_32.cifar10"}
 SWIN = {

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from lorvp import datasets, frozen, probe, training
 from lorvp.backbone import Backbone
 from lorvp.calibrate import calibrate
-from lorvp.config import DatasetConfig
+from lorvp.checkpoint import CHECKPOINT
+from lorvp.config import DatasetConfig, TrialConfig
 from lorvp.methods import Method
 from lorvp.training import train
 
@@ -57,7 +58,7 @@ def test_it_is_what_the_backbone_says_and_is_computed_once(digits, cache, forwar
 
 
 def test_other_weights_images_sizes_and_statistics_are_other_files(digits, cache):
-    def names(config: training.TrialConfig, change=lambda images: images) -> set[str]:
+    def names(config: TrialConfig, change=lambda images: images) -> set[str]:
         loaded = training.load(config)
         frozen.outputs(loaded.backbone, change(loaded.splits.train), "features", 64)
         return {path.name for path in cache.glob("*.npy")}
@@ -200,7 +201,7 @@ def test_a_warm_start_is_kept_over_an_interruption(digits, cache, tmp_path):
         return calls > 4
 
     assert not list(train(config, folder=tmp_path, should_stop=stop))
-    assert [r.val_loss for r in train(config, resume_from=tmp_path / training.CHECKPOINT)] == expected
+    assert [r.val_loss for r in train(config, resume_from=tmp_path / CHECKPOINT)] == expected
 
 
 @pytest.mark.parametrize("mapping", ["flm", "ilm"])
@@ -249,7 +250,7 @@ def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forward
 
     first = list(train(streamed, folder=tmp_path, should_stop=stop))
     assert len(first) == 1
-    continued = list(train(streamed, resume_from=tmp_path / training.CHECKPOINT))
+    continued = list(train(streamed, resume_from=tmp_path / CHECKPOINT))
     assert [r.val_loss for r in continued] == [r.val_loss for r in results]
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 import lorvp
 from lorvp import datasets, pipeline
 from lorvp.bench import CLASSES, measured_peak
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import DatasetConfig
 from lorvp.memory import predict
 from lorvp.resize import resize
-from lorvp.training import CHECKPOINT, train
+from lorvp.training import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,10 +15,12 @@ from test_training import figures
 
 from lorvp import methods, plugins, training
 from lorvp.backbone import Backbone
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
-from lorvp.training import CHECKPOINT, Training, train
+from lorvp.training import train
+from lorvp.trial import Training
 
 PLAIN = dict.fromkeys(SpeedConfig.model_fields, False)
 VIT = {

@@ -12,9 +12,12 @@ from conftest import digits_values
 from test_training import MEASURED
 
 from lorvp import training
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.errors import TrialFailed
 from lorvp.pipeline import epoch_order
-from lorvp.training import CHECKPOINT, EpochResult, Training, train, train_together
+from lorvp.result import EpochResult
+from lorvp.training import train, train_together
+from lorvp.trial import Training
 
 DIVERGES = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
 

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from lorvp import datasets, distributed, pipeline, shuffle
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import DatasetConfig
 from lorvp.datasets import ArrayImages, crop_size
 from lorvp.errors import UserError
 from lorvp.resize import resize
-from lorvp.training import CHECKPOINT, train
+from lorvp.training import train
 
 
 def by_pil(images: np.ndarray, size: int) -> np.ndarray:

@@ -7,10 +7,12 @@ import torch
 from pydantic import ValidationError
 from test_training import figures
 
-from lorvp import training
+from lorvp import training, trial
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import PromptConfig
 from lorvp.plugins import load
-from lorvp.training import CHECKPOINT, Training, train
+from lorvp.training import train
+from lorvp.trial import Training
 
 SMALL = {"epochs": 2, "image_size": 16}
 FEW = {"epochs": 1, "train_share": 0.25}
@@ -23,7 +25,7 @@ def test_a_prompt_grows_by_interpolation(kind):
     for parameter in small.parameters():
         torch.nn.init.constant_(parameter, 0.5)
     shapes = {name: tensor.shape for name, tensor in large.state_dict().items()}
-    large.load_state_dict({name: training._resized(t, shapes[name]) for name, t in small.state_dict().items()})
+    large.load_state_dict({name: trial.resized(t, shapes[name]) for name, t in small.state_dict().items()})
     middle = small.pattern()[:, 0, 0]
     torch.testing.assert_close(large.pattern()[:, 0, 0], middle)
     assert large.pattern().shape == (3, 32, 32)

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import lorvp
-from lorvp import training
 from lorvp.backbone import Backbone, resolve_precision
+from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
 from lorvp.methods import Method
-from lorvp.training import CHECKPOINT, EpochResult, lr_factor, train
+from lorvp.optimizers import lr_factor, make_optimizer
+from lorvp.result import EpochResult
+from lorvp.training import train
 
 MEASURED = {"images_per_second", "peak_memory_mib", "seconds", "time"}
 
@@ -161,8 +163,8 @@ def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name
         optimizer={"name": name, "prompt_name": prompt_name, "lr": 0.01, "prompt_lr": 0.02, "prompt_weight_decay": 0.5},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    prompt = training.make_optimizer("prompt", parameters, config)
-    head = training.make_optimizer("head", parameters, config)
+    prompt = make_optimizer("prompt", parameters, config)
+    head = make_optimizer("head", parameters, config)
     assert (type(head).__name__.lower(), type(prompt).__name__.lower()) == (name, prompt_name)
     assert (prompt.param_groups[0]["lr"], prompt.param_groups[0]["weight_decay"]) == (0.02, 0.5)
     assert (head.param_groups[0]["lr"], head.param_groups[0]["weight_decay"]) == (0.01, 1e-4)
