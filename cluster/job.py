@@ -156,7 +156,8 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
                     note_pack(trial, lambda: training.best_pack(trial.config, loaded))
             begins = training.Training(trial.config, loaded, **run.options())
         except Exception as error:
-            run.fail(error)
+            with suppress(Fenced):
+                run.fail(error)
             failed = error
             return []
         runs[begins] = run

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from lorvp.config import TrialConfig
-from lorvp.errors import TrialFailed
 from lorvp.result import EpochResult
 from lorvp.trial import Figures, Loaded, Stopped, Training, evaluate, load
 
-Said = EpochResult | TrialFailed | None
-"""Of a trial: an epoch's result; or its last word, how it failed, or None when it is through or has left."""
+Said = EpochResult | Exception | None
+"""Of a trial: an epoch's result; or its last word, what failed, or None when it is through or has left."""
 
 
 def train(
@@ -38,7 +37,7 @@ def train(
     yield from training.results
     waiting = [training]
     for _, said in train_together(lambda _: [waiting.pop()] if waiting else []):
-        if isinstance(said, TrialFailed):
+        if isinstance(said, Exception):
             raise said
         if said is not None:
             yield said
@@ -70,9 +69,12 @@ def _epoch(group: list[Training], order: int | None, members: list[Training]) ->
     said: list[tuple[Training, Said]] = []
     running = list(group)
 
-    def end(training: Training, last_word: TrialFailed | None) -> None:
+    def end(training: Training, last_word: Exception | None) -> None:
         if last_word is None:
-            training.close()
+            try:
+                training.close()
+            except Exception as error:
+                last_word = error
         running.remove(training)
         members.remove(training)
         said.append((training, last_word))
@@ -82,7 +84,7 @@ def _epoch(group: list[Training], order: int | None, members: list[Training]) ->
             work()
         except Stopped:
             end(training, None)
-        except TrialFailed as error:
+        except Exception as error:
             end(training, error)
 
     def finish(training: Training, val: Figures | None) -> None:

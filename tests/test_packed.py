@@ -62,6 +62,19 @@ def test_one_that_diverges_leaves_the_others_bits_alone(digits):
     assert figures(said[first][:-1]) == figures(list(train(good)))
 
 
+@pytest.mark.parametrize("where", ["begin", "step", "finish", "close"])
+def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    loaded = training.load(digits())
+    stays, breaks = Training(digits(), loaded), Training(digits(label_mapping="fm"), loaded)
+    monkeypatch.setattr(breaks, where, full)
+    said = together([breaks, stays])
+    assert isinstance(said[breaks][-1], OSError)
+    assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
+
+
 def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
     loaded = training.load(digits())
     calls = 0
