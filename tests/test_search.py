@@ -15,8 +15,8 @@ from cluster.folder import State, TrialFolder
 from cluster.profile import Profile
 from lorvp.config import TrialConfig
 from sweeps.curves import Curve
+from sweeps.replay import Place, replay
 from sweeps.search import RecordingSearch, SpecSearch, Suggestions, make_scheduler, seconds_spent
-from sweeps.simulate import Place, replay
 from sweeps.spec import Spec
 from sweeps.tune_trial import SCORE
 

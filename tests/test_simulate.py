@@ -17,7 +17,8 @@ from cluster.profile import Profile
 from lorvp import cli
 from sweeps import simulate, spec_file
 from sweeps.curves import Family, Recorded
-from sweeps.simulate import Place, replay
+from sweeps.replay import Outcome, Place, replay
+from sweeps.search import make_scheduler
 from sweeps.spec import Spec
 
 SPEC = """\
@@ -223,8 +224,7 @@ def test_decisions_are_those_of_tune(wide, monkeypatch):
         scheduler.on_trial_result, scheduler.on_trial_complete = on_result, on_complete
         return scheduler
 
-    make_scheduler = simulate.make_scheduler
-    monkeypatch.setattr(simulate, "make_scheduler", watched)
+    monkeypatch.setattr("sweeps.replay.make_scheduler", watched)
     found = replay(wide, steady(wide), place(6))
     tune = make_scheduler(wide)
     trials: dict[str, Trial] = {}
@@ -256,7 +256,7 @@ def test_median_rule_and_losses(wide):
 
 
 def test_same_seed_same_replay(wide):
-    def run(seed: int) -> simulate.Outcome:
+    def run(seed: int) -> Outcome:
         return replay(wide, steady(wide, seed), place(4, start_up=3, failure_rate=0.2), seed)
 
     assert run(1) == run(1) != run(2)
@@ -290,7 +290,7 @@ def test_work_grows_as_the_trials_do(make, monkeypatch):
 
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None: ...
 
-    monkeypatch.setattr(simulate, "SpecSearch", Points)
+    monkeypatch.setattr("sweeps.replay.SpecSearch", Points)
     text = SPEC.replace("prompt.rank: {choice: [1, 2, 3, 4]}", "optimizer.prompt_lr: {log_uniform: [1e-3, 10]}")
 
     def work(trials: int) -> int:
