@@ -77,14 +77,26 @@ def measure(
     batch_size: int = 512,
     corruption: Corruption | None = None,
 ) -> Accuracy:
-    """The accuracy of a loaded bundle on images, corrupted at the size that its backbone takes; `where` names them.
+    """The accuracy of a loaded bundle on images, of which `where` is the name; as `hits`, which raises UserError."""
+    return accuracy(hits(method, images, where, batch_size, corruption), images, where, corruption)
+
+
+def hits(
+    method: Method,
+    images: datasets.Images,
+    where: Path,
+    batch_size: int = 512,
+    corruption: Corruption | None = None,
+) -> np.ndarray:
+    """Of each image, corrupted at the size that the backbone takes: whether its class comes first, and is among the
+    first five; (N, 2) bool.
 
     Where they have a part of the bundle's classes only, the others' logits are left out (ImageNet-R and -A, as
     published by their authors). Raises UserError for classes that the bundle doesn't know.
     """
     device = method.backbone.mean.device
     known = torch.from_numpy(class_index(images.class_names, method.class_names, where)).to(device)
-    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    found: list[torch.Tensor] = []
     done = 0
     with torch.inference_mode():
         for pixels, labels in pipeline.batches(images, batch_size, device=device):
@@ -93,19 +105,24 @@ def measure(
                 pixels = corruption(resize(pixels, method.backbone.image_size), places)
             logits = method(pixels)[:, known]
             ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
-            hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+            found.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))
             done += len(labels)
-    top1, top5 = hits.tolist()
+    return torch.cat(found).cpu().numpy()
+
+
+def accuracy(found: np.ndarray, images: datasets.Images, where: Path, corruption: Corruption | None) -> Accuracy:
+    """What `hits` come to."""
+    count, (top1, top5) = len(found), found.sum(0).tolist()
     return Accuracy(
         where.name,
         corruption.kind if corruption else None,
         corruption.strength if corruption else None,
-        done,
-        len(known),
-        100 * top1 / done,
-        *wilson(top1, done),
-        100 * top5 / done,
-        *wilson(top5, done),
+        count,
+        len(images.class_names),
+        100 * top1 / count,
+        *wilson(top1, count),
+        100 * top5 / count,
+        *wilson(top5, count),
     )
 
 
@@ -120,12 +137,25 @@ def class_index(asked: Sequence[str], known: Sequence[str], where: Path) -> np.n
     return np.array([places[name] for name in asked])
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
+def wilson(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a share of `count`, in percent."""
-    share, z2 = hits / count, NORMAL_95**2 / count
+    share, z2 = right / count, NORMAL_95**2 / count
     centre = (share + z2 / 2) / (1 + z2)
     half = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / count / 4)
     return 100 * (centre - half), 100 * (centre + half)
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Of two accuracies on the same images, (N,) bool each: in points, with its 95 % interval.
+
+    Only images on which they differ count (Agresti & Min 2005: half an image is added to each of the four cells).
+    """
+    count = len(ours)
+    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    size, up, down = count + 2, gained + 0.5, lost + 0.5
+    half = NORMAL_95 * math.sqrt((up + down) - (up - down) ** 2 / size) / size
+    centre = (up - down) / size
+    return 100 * (gained - lost) / count, max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +30,12 @@ from sweeps.leaderboard import Entry
 from sweeps.outcome import Outcome
 from sweeps.results import OOD
 
-SCHEMA = pa.schema([("model", pa.string()), *evaluate.SCHEMA, ("trial", pa.string()), ("bundle", pa.string())])
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+"""Of the best's top-1 to the control's on the same images, in points."""
+SCHEMA = pa.schema(
+    [("model", pa.string()), *evaluate.SCHEMA, ("trial", pa.string()), ("bundle", pa.string())]
+    + [(column, pa.float64()) for column in DIFFERENCE]
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = cli.make_console()
@@ -81,17 +87,20 @@ def beside(config: DatasetConfig, method: Method) -> list[Path]:
     return list(found.values())
 
 
-def evaluated(entry: Entry, method: Method, sets: Iterable[Set], batch_size: int) -> Iterator[dict[str, Any]]:
-    """A row for each set, and for each corruption of it."""
+def evaluated(
+    entry: Entry, method: Method, sets: Iterable[Set], batch_size: int
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """A row for each set, and for each corruption of it; and which of its images were right."""
     digest = bundle_format.describe(entry.bundle)["sha256"]
     for each in sets:
         for corruption in [None, *each.corruptions]:
-            accuracy = evaluate.measure(method, each.images, each.where, batch_size, corruption)
-            yield asdict(accuracy) | {"trial": entry.trial.name, "bundle": digest}
+            hits = evaluate.hits(method, each.images, each.where, batch_size, corruption)
+            accuracy = evaluate.accuracy(hits, each.images, each.where, corruption)
+            yield asdict(accuracy) | {"trial": entry.trial.name, "bundle": digest}, hits[:, 0]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The best beside the control, in percent with 95 % intervals, and the difference in points."""
+    """The best beside the control, in percent, and the difference on the same images, in points; 95 % intervals."""
     by_set: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         corruption = f"{row['corruption']} {row['strength']}" if row["corruption"] else ""
@@ -101,7 +110,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         shown.add_column(column, justify="left" if column in ("data", "corruption") else "right")
     for (data, corruption), found in by_set.items():
         best, control = found["best"], found.get("control")
-        difference = f"{best['top1'] - control['top1']:+.2f}" if control else "-"
+        difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(best[key] for key in DIFFERENCE)) if control else "-"
         cells = [f"{best['images']:,}", str(best["classes"]), top1(best), top1(control) if control else "-", difference]
         shown.add_row(data, corruption, *cells)
     return shown
@@ -132,11 +141,10 @@ def command(
         model: sets_of(entry.trial.config.dataset, methods[model], paths, corruptions)
         for model, entry in entries.items()
     }
-    rows = [
-        {"model": model} | row
-        for model, entry in entries.items()
-        for row in evaluated(entry, methods[model], sets[model], batch_size)
-    ]
+    found = {model: list(evaluated(entry, methods[model], sets[model], batch_size)) for model, entry in entries.items()}
+    for (row, ours), (_, theirs) in zip(found["best"], found.get("control", [])):  # noqa: B905  there may be no control
+        row |= dict(zip(DIFFERENCE, evaluate.paired_difference(ours, theirs), strict=True))
+    rows = [{"model": model} | row for model, of_model in found.items() for row, _ in of_model]
     with replacing(sweep / OOD) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
     console.print(table(rows))

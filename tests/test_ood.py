@@ -86,6 +86,10 @@ def test_sets_beside_a_store(on_stores: Outcome):
             assert {key: row[key] for key in expected} == expected
         assert found[0]["top1"] == pytest.approx(entry.test_top1())
         assert [row["classes"] for row in found[-2:]] == [2, 3]
+    for best, control in zip(rows[:15], rows[15:], strict=True):
+        assert best["difference"] == pytest.approx(best["top1"] - control["top1"])
+        assert best["difference_low"] <= best["difference"] <= best["difference_high"]
+        assert control["difference"] is None
 
 
 def test_sets_that_are_named(on_stores: Outcome, tmp_path: Path):
@@ -111,7 +115,7 @@ def test_a_sweep_without_a_store(tmp_path: Path):
     shown = CliRunner().invoke(ood.app, [str(folder)])
     assert shown.exit_code == 0, shown.output
     rows = rows_of(outcome)
-    assert {row["model"] for row in rows} == {"best"}
+    assert {(row["model"], row["difference"]) for row in rows} == {("best", None)}
     assert [row["data"] for row in rows] == ["digits"] * 13
     assert rows[0]["top1"] == pytest.approx(outcome.best().test_top1())
     tensors = next(path for path in outcome.best().trial.newest().bundle.iterdir() if path.suffix == ".safetensors")
