@@ -359,7 +359,7 @@ class TrialConfig(Part):
         # what has them by default has them by now
         unused = ["optimizer.name", "optimizer.lr", "optimizer.weight_decay"]
         groups = {
-            "prompt": bool({"lorvp", "ilm_vp", "autovp"} & set(self.methods)),
+            "prompt": bool(set(self.methods) - {*WITHIN, "linear_probe"}),
             "tokens": bool({"vpt", "vqt"} & set(self.methods)),
             "head": self.label_mapping in HEAD_MAPPINGS,
             "backbone": self.trains_backbone,
