@@ -219,12 +219,12 @@ def test_500_trials_are_there_in_five_seconds(browser, tmp_path):
     server.start()
     try:
         address = f"{server.uri}/#/experiments/{experiment}/runs"
-        visits = [seconds_to_trials(browser, address, spec.name) for _ in range(7)]
+        visits = [seconds_to_trials(browser, address, spec.name) for _ in range(5)]
         took = visits[2:]  # MLflow's own job runners still start beside the first ones
     finally:
         server.stop()
     print(f"500 trials: shown in {', '.join(f'{seconds:.1f}' for seconds in visits)} s; the first two don't count")
-    assert sorted(took)[2] < 5, took
+    assert sorted(took)[1] < 5, took
 
 
 def seconds_to_trials(browser, address: str, sweep: str) -> float:
