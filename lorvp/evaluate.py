@@ -59,26 +59,16 @@ SCHEMA = pa.schema(
 
 
 def evaluate(method: Method, opened: Store, batch_size: int = 512, corruption: Corruption | None = None) -> Accuracy:
-    """The accuracy of a loaded bundle on a store's test images; raises UserError as `test_images` and `measure` do."""
+    """The accuracy of a loaded bundle on a store's test images; raises UserError as `test_images` and `hits` do."""
     images = test_images(opened, method.backbone.image_size)
-    return measure(method, images, opened.folder, batch_size, corruption)
+    found = hits(method, images, opened.folder, batch_size, corruption)
+    return accuracy(found, images, opened.folder, corruption)
 
 
 def test_images(opened: Store, image_size: int) -> datasets.StoreImages:
     """What a store has to evaluate on. Raises UserError for images that were resized to another size."""
     datasets.check_size(opened, image_size)
     return datasets.stored(opened, "test" if "test" in opened.splits else "train", image_size)
-
-
-def measure(
-    method: Method,
-    images: datasets.Images,
-    where: Path,
-    batch_size: int = 512,
-    corruption: Corruption | None = None,
-) -> Accuracy:
-    """The accuracy of a loaded bundle on images, of which `where` is the name; as `hits`, which raises UserError."""
-    return accuracy(hits(method, images, where, batch_size, corruption), images, where, corruption)
 
 
 def hits(
@@ -89,7 +79,7 @@ def hits(
     corruption: Corruption | None = None,
 ) -> np.ndarray:
     """Of each image, corrupted at the size that the backbone takes: whether its class comes first, and is among the
-    first five; (N, 2) bool.
+    first five; (N, 2) bool. `where` names the images.
 
     Where they have a part of the bundle's classes only, the others' logits are left out (ImageNet-R and -A, as
     published by their authors). Raises UserError for classes that the bundle doesn't know.
