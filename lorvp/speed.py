@@ -39,8 +39,8 @@ def keep_memory(on: bool) -> None:
 class SplitConv(nn.Module):
     """A first layer, by linearity: conv(images + prompt) = conv(images) + conv(prompt), padding by zeros included.
 
-    The prompt's part is computed once for the batch, and no gradient goes through the images' part. `prompt` (3, L, L),
-    normalised without the mean, is set for one forward at a time.
+    The prompt's part is computed once for the batch. `prompt` (3, L, L), normalised without the mean, is set for one
+    forward at a time.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -59,9 +59,9 @@ class SplitConv(nn.Module):
 
 
 class AddedToAll(torch.autograd.Function):
-    """(N, C, H, W) + (1, C, H, W), where a gradient is asked for the second alone.
+    """(N, C, H, W) + (1, C, H, W), with its own way to the second one's gradient.
 
-    It is the gradients' sum over the batch, in the order in which they lie in memory: with the channels last, torch's
+    That is the gradients' sum over the batch, in the order in which they lie in memory: with the channels last, torch's
     own sum goes to a tensor whose channels come first, which takes a CPU 20 times as long.
     """
 
@@ -70,10 +70,11 @@ class AddedToAll(torch.autograd.Function):
         return images + prompt
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        images = grad if ctx.needs_input_grad[0] else None  # where a method learns how they are placed
         if grad.is_contiguous(memory_format=torch.channels_last):
-            return None, grad.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
-        return None, grad.sum(0, keepdim=True)
+            return images, grad.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
+        return images, grad.sum(0, keepdim=True)
 
 
 class ClassTokenBlock(nn.Module):

@@ -47,12 +47,15 @@ def build(name: str, speed: SpeedConfig) -> Backbone:
 
 
 def outputs(backbone: Backbone, images: torch.Tensor, added: torch.Tensor, output: str) -> list[torch.Tensor]:
-    """What a step uses: the output without and with a prompt, and the prompt's gradient."""
-    added = added.clone().requires_grad_()
+    """What a step uses: the output without and with a prompt, and the gradients of the prompt and of the images.
+
+    The images' is that of a method which learns how they are placed.
+    """
+    added, placed = added.clone().requires_grad_(), images.clone().requires_grad_()
     plain = backbone(images, output)
-    prompted = backbone(images, output, added)
+    prompted = backbone(placed, output, added)
     (prompted**2).sum().backward()
-    return [plain.detach(), prompted.detach(), added.grad]
+    return [plain.detach(), prompted.detach(), added.grad, placed.grad]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
