@@ -20,6 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from cluster.folder import End, State, TrialFolder
@@ -151,8 +152,8 @@ class Tracker:
         existing = self.client.get_experiment_by_name(name)
         if existing:
             return existing.experiment_id
-        local = self.uri.startswith("sqlite:")
-        artifacts = (self.spec.output / "mlartifacts").as_uri() if local else None  # a server knows where it keeps them
+        database = self.uri.split(":")[0].split("+")[0] in DATABASE_ENGINES  # a server knows where it keeps artifacts
+        artifacts = (self.spec.output / "mlartifacts").as_uri() if database else None
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the page of training runs, not of chats
         return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
 

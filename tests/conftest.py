@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import debian
 import numpy as np
 import psutil
 import pytest
@@ -115,16 +118,27 @@ def imagenette(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, weights
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server:
     """A real MLflow server on loopback, that can go away and come back."""
 
     def __init__(self, folder: Path, store: str = "") -> None:
         self.folder = folder
         self.store = store or f"sqlite:///{folder}/mlflow.db"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
@@ -148,7 +162,33 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.stop()
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The address of an empty database, by a PostgreSQL of this test's own, on loopback."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    debian.need([str(programs[-1]) if programs else "initdb"], ["postgresql"])
+    tools = max(Path("/usr/lib/postgresql").glob("*/bin"))
+    user = None if os.geteuid() else "postgres"  # it does not run as root
+    folder = Path(tempfile.mkdtemp(prefix="lorvp-postgres-"))  # pytest's own are closed to others
+    if user:
+        shutil.chown(folder, user)
+    data, port = folder / "data", free_port()
+    create = [tools / "initdb", "--no-sync", "--auth=trust", "--username=lorvp", data]
+    subprocess.run(create, cwd=folder, user=user, check=True, capture_output=True)
+    command = [tools / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder, "-F"]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=folder, user=user, stdout=log, stderr=log)
+    ready = [tools / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+    try:
+        while subprocess.run(ready, capture_output=True).returncode:
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield f"postgresql+psycopg2://lorvp@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)  # ends its connections
+        process.wait(timeout=30)
+        shutil.rmtree(folder)

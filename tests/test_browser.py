@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
+import debian
 import mlflow
 import pytest
 import synthetic
 from conftest import Server
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from sweeps import launch, spec_file
 from sweeps.leaderboard import Leaderboard
@@ -28,12 +30,10 @@ from sweeps.outcome import Outcome
 from sweeps.spec import Spec
 from sweeps.tracking import Tracker
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.timeout(600),  # the first test waits for the sweep
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here"),
 ]
 QUICKSTART = Path(launch.__file__).parent / "quickstart.yaml"
 NO_ASSISTANT = """
@@ -45,9 +45,9 @@ TICKS = ".du-bois-light-tree-checkbox"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    debian.need(["chromium"], ["chromium", "fonts-dejavu-core"])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -88,10 +88,8 @@ def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     """The address of the page with the sweep's runs."""
     store = f"sqlite:///{finished.parent / 'mlflow.db'}"
     experiment = mlflow.MlflowClient(store).get_experiment_by_name("lorvp").experiment_id
-    server = Server(tmp_path_factory.mktemp("server"), store)
-    server.start()
-    yield f"{server.uri}/#/experiments/{experiment}/runs"
-    server.stop()
+    with Server(tmp_path_factory.mktemp("server"), store) as server:
+        yield f"{server.uri}/#/experiments/{experiment}/runs"
 
 
 def opened(page, runs: str) -> None:
@@ -215,14 +213,10 @@ def test_500_trials_are_there_in_five_seconds(browser, tmp_path):
     print(f"500 trials: made and sent to MLflow in {time.monotonic() - start:.0f} s")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     experiment = mlflow.MlflowClient(store).get_experiment_by_name("lorvp").experiment_id
-    server = Server(tmp_path, store)
-    server.start()
-    try:
+    with Server(tmp_path, store) as server:
         address = f"{server.uri}/#/experiments/{experiment}/runs"
         visits = [seconds_to_trials(browser, address, spec.name) for _ in range(5)]
         took = visits[2:]  # MLflow's own job runners still start beside the first ones
-    finally:
-        server.stop()
     print(f"500 trials: shown in {', '.join(f'{seconds:.1f}' for seconds in visits)} s; the first two don't count")
     assert sorted(took)[1] < 5, took
 

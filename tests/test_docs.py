@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import photo
+from conftest import free_port, photo
 from doc_commands import PAGES, commands, is_python
 from slurm_sim import Simulation
 from test_slurm import installed  # noqa: F401  a fixture
@@ -322,9 +321,7 @@ def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
 @pytest.mark.slow
 def test_mlflow_on_another_port(place):
     (command,) = (command for command in COMMANDS if command.startswith("mlflow ui --port"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = place.start("python -m " + re.sub(r"--port \d+", f"--port {port} --workers 1", command))
     try:
         deadline = time.monotonic() + 60

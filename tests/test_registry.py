@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import digits_values
+from conftest import digits_values, free_port
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -117,9 +116,7 @@ def test_what_mlflow_does_not_hold_is_told_in_a_line(registered, uri):
 
 
 def test_a_served_model_takes_a_jpeg(registered, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", registered.uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--env-manager", "local"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow starts uvicorn by its name

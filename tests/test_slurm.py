@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import debian
 import psutil
 import pytest
 from slurm_sim import PACKAGES, PROFILE, TYPES, Simulation
@@ -28,28 +28,11 @@ from sweeps import launch, spec_file
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-def install() -> str:
-    """Installs what SLURM needs; why it can't, if it can't."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")):
-        return "" if os.geteuid() == 0 else "starting SLURM's nodes in namespaces needs root"
-    if os.geteuid() or not shutil.which("apt-get"):
-        return f"no SLURM here, and no root with apt-get to install {' '.join(PACKAGES)}"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-yqq", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            return f"{' '.join(command[:2])} failed: {done.stderr.strip().splitlines()[-1:]}"
-    return ""
-
-
 @pytest.fixture(scope="module")
 def installed() -> None:
-    problem = install()
-    if problem and os.environ.get("CI"):
-        pytest.fail(problem)
-    if problem:
-        pytest.skip(problem)
+    debian.need(["slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd"], PACKAGES)
+    if os.geteuid():
+        debian.missing("starting SLURM's nodes in namespaces needs root")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from conftest import Server
 from safetensors.torch import save_file
 
 import lorvp
@@ -277,14 +278,15 @@ def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
     assert all(trial.config.backbone.checkpoint == checkpoint for trial in sweep.trials())
 
 
-def test_tracking_on_a_server(tmp_path, server):
-    """Named by the usual environment variable; the trials are packed."""
+def test_tracking_on_a_server(tmp_path, tmp_path_factory, postgres):
+    """Named by the usual environment variable, and itself backed by PostgreSQL; the trials are packed."""
     text = SPEC.replace("algorithm: tpe, trials: 4", "algorithm: random, trials: 2")
     sweep = Sweep(tmp_path, text.replace("rule: asha", "rule: median") + "pack: 2\n")
-    sweep.environment["MLFLOW_TRACKING_URI"] = server.uri
-    output = sweep.run()
-    assert f"open {server.uri}" in output
-    sweep.check_complete(trials=3)
+    with Server(tmp_path_factory.mktemp("server"), postgres) as server:
+        sweep.environment["MLFLOW_TRACKING_URI"] = server.uri
+        output = sweep.run()
+        assert f"open {server.uri}" in output
+        sweep.check_complete(trials=3)
     assert len({trial.job()["id"] for trial in sweep.trials()}) < 3  # packed
     local = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     assert local.get_experiment_by_name("lorvp") is None
