@@ -104,7 +104,7 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
     say(f"best prompt: {bundle}")
     models: list[str] = []
     try:
-        all_sent &= tracker.try_to(lambda: models.append(tracker.register(bundle, best.trial.name)))
+        all_sent &= tracker.try_to(lambda: models.append(tracker.register(bundle, best.trial.name, outcome.verdict())))
     except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
         say(f"no registered model: {error}", style="yellow")
     all_sent &= tracker.try_to(lambda: tracker.close("FINISHED", files, verdict))

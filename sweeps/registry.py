@@ -29,6 +29,8 @@ from lorvp.errors import UserError
 MODEL = "best_prompt"
 ALIAS = "best"
 TRIAL = "lorvp.trial"
+MOST_CHARACTERS = 5000
+"""That MLflow's table has room for in a description."""
 PACKAGES = ("torch", "numpy", "pillow", "pandas")
 """What a served model imports, beside MLflow."""
 SIGNATURE = ModelSignature(
@@ -43,10 +45,13 @@ SIGNATURE = ModelSignature(
 )
 
 
-def register(client: MlflowClient, uri: str, run_id: str, name: str, bundle: Path, trial: str) -> str:
+def register(
+    client: MlflowClient, uri: str, run_id: str, name: str, bundle: Path, trial: str, verdict: list[str]
+) -> str:
     """Logs a bundle as the run's model, registers it as `name` and lets the alias `best` mean it; its URI.
 
-    A trial's bundle is registered once. Raises UserError where the bundle can't be loaded or exported here.
+    Its description is the bundle's card, and what the sweep found in words (`verdict`). A trial's bundle is registered
+    once. Raises UserError where the bundle can't be loaded or exported here.
     """
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     found = next((each for each in known if each.tags.get(TRIAL) == trial), None)
@@ -63,7 +68,8 @@ def register(client: MlflowClient, uri: str, run_id: str, name: str, bundle: Pat
         for key in ("val_top1", "test_top1"):
             if metrics[key] is not None:
                 client.set_model_version_tag(name, found.version, key, f"{metrics[key]:.2f}")
-    client.update_model_version(name, found.version, (bundle / CARD).read_text())
+    sweep = "\n".join(["", "## The sweep", "", *(f"- {line}" for line in verdict), ""])
+    client.update_model_version(name, found.version, ((bundle / CARD).read_text() + sweep)[:MOST_CHARACTERS])
     client.set_registered_model_alias(name, ALIAS, found.version)
     return f"models:/{name}@{ALIAS}"
 

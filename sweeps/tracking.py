@@ -112,9 +112,9 @@ class Tracker:
         self.client.log_batch(run.info.run_id, tags=tags)
         self.client.set_terminated(run.info.run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
-    def register(self, bundle: Path, trial: str) -> str:
+    def register(self, bundle: Path, trial: str, verdict: list[str]) -> str:
         """Makes a registered model of the best prompt, called as the sweep; its URI."""
-        return registry.register(self.client, self.uri, self.parent.info.run_id, self.spec.name, bundle, trial)
+        return registry.register(self.client, self.uri, self.parent.info.run_id, self.spec.name, bundle, trial, verdict)
 
     def try_to(self, send: Callable[[], None], patience: float = 60.0) -> bool:
         """Whether MLflow took it, within `patience` s: at its end, a sweep does not fail because a server is away."""

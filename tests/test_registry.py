@@ -43,7 +43,8 @@ class Registered:
         self.uri = self.register("a trial")
 
     def register(self, trial: str) -> str:
-        return registry.register(self.client, self.store, self.run_id, "digits", self.bundle, trial)
+        verdict = [f"{trial}: the difference may be none"]
+        return registry.register(self.client, self.store, self.run_id, "digits", self.bundle, trial, verdict)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_a_registered_model_says_what_it_is(registered):
     assert registered.uri == "models:/digits@best"
     version = registered.client.get_model_version_by_alias("digits", "best")
     description = json.loads((registered.bundle / "config.json").read_text())
-    assert version.description == (registered.bundle / "README.md").read_text()
+    card = (registered.bundle / "README.md").read_text()
+    assert version.description == f"{card}\n## The sweep\n\n- a trial: the difference may be none\n"
     assert version.tags["val_top1"] == f"{description['metrics']['val_top1']:.2f}"
     assert version.run_id == registered.run_id
     info = mlflow.models.get_model_info(registered.uri)
