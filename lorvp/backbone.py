@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import timm
@@ -17,7 +17,7 @@ from lorvp import clip
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
-from lorvp.speed import accelerate
+from lorvp.speed import FasterAttention, accelerate
 
 Through = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +66,9 @@ class Backbone(nn.Module):
             raise UserError(f"backbone {config.name} has no classifier, so no source classes to map from")
         self.digest = hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
         """Which weights these are: one digest of all of them, as they were loaded."""
-        self._first = accelerate(self.model, speed or SpeedConfig(), self.image_size)
+        speed = speed or SpeedConfig()
+        self._first = accelerate(self.model, speed, self.image_size)
+        self._faster_attention = speed.attention_by_products and self.dtype == torch.bfloat16
         self._frozen = self.fingerprint()
 
     def train(self, mode: bool = True) -> Backbone:
@@ -103,12 +105,23 @@ class Backbone(nn.Module):
             images = images + added
         x = (images - self.mean) / self.std
         try:
-            with nullcontext() if self.dtype == torch.float32 else torch.autocast(x.device.type, dtype=self.dtype):
+            with self.arithmetic():
                 seen = through(self.model, x) if through else self.model.forward_features(x)
                 return self.model.forward_head(seen, pre_logits=output == "features").float()
         finally:
             if self._first is not None:
                 self._first.prompt = None
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """In which the model's forward computes in the precision."""
+        device = self.mean.device.type
+        with ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(device, dtype=self.dtype))
+            if self._faster_attention and device == "cpu":
+                stack.enter_context(FasterAttention())
+            yield
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of each parameter and buffer, by name."""

@@ -72,7 +72,7 @@ def light(backbone: Backbone, batch: int, steps: int) -> float:
     x.requires_grad_()
     start = time.perf_counter()
     for _ in range(steps):
-        with torch.autocast(device.type, dtype=backbone.dtype, enabled=backbone.dtype != torch.float32):
+        with backbone.arithmetic():
             output = backbone.model.forward_head(backbone.model.forward_features(x), pre_logits=True)
         output.backward(torch.ones_like(output))
         x.grad = None

@@ -210,6 +210,7 @@ class SpeedConfig(Part):
     fold_batchnorm: bool = Field(True, description="BatchNorm in the convolution before it")
     split_first_layer: bool = Field(True, description="the prompt through the first layer once a step")
     class_token_only: bool = Field(True, description="a ViT's last block for the class token alone")
+    attention_by_products: bool = Field(True, description="on a CPU in bf16: attention by matrix products")
     keep_memory: bool = Field(True, description="on a CPU: what a step frees stays with the process, for the next")
 
 

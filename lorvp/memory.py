@@ -54,7 +54,8 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
     1,000 at most where that isn't known. Raises UserError for a backbone that can't be built.
     """
     plain = config.backbone.model_copy(update={"pretrained": False, "checkpoint": None})
-    backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, config.backbone_speed)
+    speed = config.backbone_speed.model_copy(update={"attention_by_products": False})  # which is a CPU's
+    backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, speed)
     with torch.device("meta"):  # shapes are enough; a head may be larger than this machine's memory
         method = methods.make(config, backbone, classes or min(CLASSES, backbone.source_classes))
     states = sum(_states(group, parameters, config) for group, parameters in method.groups().items())

@@ -10,15 +10,17 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from lorvp import bench
 from lorvp.backbone import Backbone
 from lorvp.config import BackboneConfig, SpeedConfig
-from lorvp.speed import ClassTokenBlock, SplitConv, accelerate, fold_batchnorm
+from lorvp.speed import AttentionByProducts, ClassTokenBlock, SplitConv, accelerate, fold_batchnorm
 
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
-KEYS = [key for key in SpeedConfig.model_fields if key != "keep_memory"]  # which is not the backbone's
+OTHERS = ("attention_by_products", "keep_memory")  # of bf16 alone, and not the backbone's
+KEYS = [key for key in SpeedConfig.model_fields if key not in OTHERS]
 BACKBONES = {
     "resnet18": {},
     "mobilenetv2_100": {"pad_type": "same"},
@@ -113,6 +115,43 @@ def test_a_batchnorm_that_goes_by_the_batch_is_not_folded():
     assert fold_batchnorm(model, 8) == 1
     assert model[1] is norms[0]
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
+def attention_and_gradients(attend, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of 5 images, whose scores reach as far as a trained model's."""
+    random = torch.Generator().manual_seed(0)
+    query, key, value, grad = torch.randn(4, 5, 3, 50, 64, generator=random).bfloat16()
+    given = [t.to(dtype).requires_grad_() for t in (3 * query, 3 * key, value)]
+    seen = attend(*given)
+    seen.backward(grad.to(dtype))
+    return [t.double() for t in (seen.detach(), *(each.grad for each in given))]
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_attention_by_products_errs_no_more_than_torchs(images, monkeypatch):
+    monkeypatch.setattr(AttentionByProducts, "CACHED", images * 4 * 3 * 50 * 50)
+    exact = attention_and_gradients(F.scaled_dot_product_attention, torch.float64)
+    torchs = attention_and_gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention_and_gradients(AttentionByProducts.apply, torch.bfloat16)
+    for mine, theirs, wanted in zip(ours, torchs, exact, strict=True):
+        assert (mine - wanted).norm() < 1.3 * (theirs - wanted).norm()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_attention_by_products_is_used_where_there_is_no_mask(name, monkeypatch):
+    calls, apply = [], AttentionByProducts.apply
+    monkeypatch.setattr(AttentionByProducts, "apply", lambda *given: calls.append(1) or apply(*given))
+    config = BackboneConfig(name=name, pretrained=False, kwargs=BACKBONES[name])
+    plain, fast = (Backbone(config, "bf16", PLAIN.model_copy(update={"attention_by_products": on})) for on in (0, 1))
+    fast.load_state_dict(plain.state_dict())
+    torch.manual_seed(0)
+    images, added = torch.rand(2, 3, 224, 224), torch.randn(3, 224, 224) * 0.1
+    expected = outputs(plain, images, added, "features")
+    assert not calls
+    for ours, theirs in zip(outputs(fast, images, added, "features"), expected, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert len(calls) == (2 * 3 if name.startswith("vit") else 0)
 
 
 @pytest.mark.slow
