@@ -65,6 +65,7 @@ def digits_values(**changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.05},
         "epochs": 3,
         "batch_size": 32,
+        "precision": "fp32",  # of which the tests know the digits, on whatever machine
     }
     return values | changes
 

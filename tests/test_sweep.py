@@ -39,6 +39,7 @@ trial:
   optimizer: {lr: 0.5, prompt_name: adam}
   epochs: 3
   batch_size: 32
+  precision: fp32
 space:
   label_mapping: {choice: [rlm, flm, ilm, lp]}
   prompt.rank: {choice: [1, 4]}
