@@ -138,13 +138,15 @@ class AttentionByProducts(torch.autograd.Function):
 
 
 class FasterAttention(TorchFunctionMode):
-    """Within it, a model's attention goes by AttentionByProducts, where it has no mask."""
+    """Within it, a model's attention goes by AttentionByProducts, where nothing but query, key and value is given."""
+
+    OPTIONS = ("dropout_p", "is_causal", "scale", "enable_gqa")
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            plain = kwargs.get("attn_mask") is None and not kwargs.get("dropout_p") and not kwargs.get("is_causal")
-            if plain and len(args) == 3:
+            plain = kwargs.get("attn_mask") is None and not any(map(kwargs.get, self.OPTIONS))
+            if plain and len(args) == 3 and args[0].dim() == 4:
                 return AttentionByProducts.apply(*args)
         return func(*args, **kwargs)
 

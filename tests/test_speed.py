@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lorvp import bench
 from lorvp.backbone import Backbone
 from lorvp.config import BackboneConfig, SpeedConfig
-from lorvp.speed import AttentionByProducts, ClassTokenBlock, SplitConv, accelerate, fold_batchnorm
+from lorvp.speed import AttentionByProducts, ClassTokenBlock, FasterAttention, SplitConv, accelerate, fold_batchnorm
 
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
 OTHERS = ("attention_by_products", "keep_memory")  # of bf16 alone, and not the backbone's
@@ -152,6 +152,16 @@ def test_attention_by_products_is_used_where_there_is_no_mask(name, monkeypatch)
     for ours, theirs in zip(outputs(fast, images, added, "features"), expected, strict=True):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
     assert len(calls) == (2 * 3 if name.startswith("vit") else 0)
+
+
+@pytest.mark.parametrize("option", [{"scale": 1.0}, {"is_causal": True}, {"attn_mask": torch.ones(50, 50).tril() > 0}])
+def test_other_attention_stays_torchs(option):
+    given = torch.randn(3, 2, 3, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = F.scaled_dot_product_attention(*given, **option)
+    with FasterAttention():
+        assert F.scaled_dot_product_attention(*given, **option).equal(expected)
+        assert F.scaled_dot_product_attention(*given[:, 0]).shape == (3, 50, 64)
+    assert not F.scaled_dot_product_attention(*given).equal(expected)
 
 
 @pytest.mark.slow
