@@ -6,6 +6,9 @@ light:      forward and backward to the input, of the same backbone, precision a
 ours:       the trial's own loop, data included (`images_per_second` of its epochs).
 published:  the loop of the public code (`lorvp/published.py`).
 
+The images are pixels in memory, as of a small set, or, with --jpegs, files like ImageNet's: the published loop decodes
+each in every epoch, ours reads a store that was made of them before.
+
 All take turns, so that what disturbs the machine disturbs all of them.
 
 python -m lorvp.bench pack: trials that share each batch, against one alone and as many processes at once.
@@ -19,26 +22,30 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from lorvp import cli, published
+from lorvp import cli, datasets, prepare, published
 from lorvp.backbone import Backbone, resolve_precision
 from lorvp.config import SpeedConfig, TrialConfig
-from lorvp.datasets import ArrayImages, Splits
+from lorvp.datasets import ArrayImages, Images, Splits
 from lorvp.memory import predict
 from lorvp.result import EpochResult
 from lorvp.speed import is_convolutional, keep_memory
+from lorvp.store import Store
 from lorvp.training import train, train_together
 from lorvp.trial import Loaded, Training
 
@@ -92,6 +99,7 @@ def step(
     backbone: Annotated[str, typer.Option(help="timm model name")] = "resnet18",
     image_size: Annotated[int, typer.Option(min=8)] = 224,
     native_size: Annotated[int, typer.Option(min=8, help="of the images before they are resized")] = 32,
+    jpegs: Annotated[bool, typer.Option("--jpegs", help="files of 500 x 375 pixels in place of those images")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     steps: Annotated[int, typer.Option(min=1, help="of a turn")] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -101,20 +109,32 @@ def step(
 ) -> None:
     """Prints images per second of ours, of the published loop and of light, and their ratios."""
     config = trial_config(backbone, image_size, batch_size, precision)
-    ours = synthetic(config, native_size, steps)
-    device, count = ours.backbone.mean.device, batch_size * steps
+    count = batch_size * steps
+    with tempfile.TemporaryDirectory(prefix="lorvp-bench-") as folder:
+        images, theirs = photos(Path(folder), count, image_size) if jpegs else pixels(count, native_size)
+        loader = DataLoader(
+            published.Photos(theirs, images.labels, image_size),
+            batch_size,
+            num_workers=len(os.sched_getaffinity(0)),
+            persistent_workers=True,
+        )
+        ours = load(config, images)
+        compare(config, ours, loader, rounds, published_precision, levers)
+
+
+def compare(
+    config: TrialConfig, ours: Loaded, loader: DataLoader, rounds: int, published_precision: str, levers: bool
+) -> None:
+    """Prints the table of `step`; `loader` has the images for the published loop."""
+    device, count = ours.backbone.mean.device, len(ours.splits.train)
     plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
     switched_off = replace(ours, backbone=Backbone(config.backbone, ours.precision, PLAIN).to(device))
-    pixels = ours.splits.train.read(range(count)).permute(0, 2, 3, 1).numpy()
-    photos = published.Photos(pixels, np.arange(count) % CLASSES, image_size)
-    workers = len(os.sched_getaffinity(0))
-    loader = DataLoader(photos, batch_size, num_workers=workers, persistent_workers=True)
     theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
     turns: dict[str, Callable[[], float]] = {
         "ours": partial(kept, True, partial(trained, config, ours)),
         "plain": partial(kept, False, partial(trained, config, switched_off)),
         "published": partial(kept, False, partial(rate, theirs, loader, count)),
-        "light": partial(kept, True, partial(light, ours.backbone, batch_size, steps)),
+        "light": partial(kept, True, partial(light, ours.backbone, config.batch_size, count // config.batch_size)),
     }
     for key in SpeedConfig.model_fields if levers else ():
         speed = PLAIN.model_copy(update={key: True})
@@ -160,17 +180,44 @@ def trial_config(backbone: str, image_size: int, batch_size: int, precision: str
     )
 
 
-def synthetic(config: TrialConfig, native_size: int, steps: int) -> Loaded:
-    """The backbone, and random images for so many steps."""
+def pixels(count: int, size: int) -> tuple[Images, np.ndarray]:
+    """Random images for us, and the same for the published loop, (N, H, W, 3) uint8."""
+    drawn = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    names = tuple(map(str, range(CLASSES)))
+    return ArrayImages(torch.from_numpy(drawn).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names), drawn
+
+
+def photos(folder: Path, count: int, size: int) -> tuple[Images, list[Path]]:
+    """A store of so many JPEGs at `size`, made in `folder`, and the JPEGs' files, in the same order."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / "images" / f"class{i % CLASSES}" / f"{i:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jpeg(random, path)
+    opened = Store.open(prepare.prepare("image_folder", folder / "images", folder, size=size))
+    images = datasets.stored(opened, "train", size)
+    return images, [folder / "images" / name for name in images.split.names]
+
+
+def jpeg(random: np.random.Generator, path: Path) -> None:
+    """Writes one of 500 x 375 pixels and 100 KB, as ImageNet's are."""
+    small = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC))
+    grain = random.normal(0, 16, (375, 500, 1))
+    Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def load(config: TrialConfig, images: Images) -> Loaded:
+    """The backbone, and the images to train on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
-    count = config.batch_size * steps
-    pixels = np.random.default_rng(0).integers(0, 256, (count, native_size, native_size, 3), dtype=np.uint8)
-    names = tuple(map(str, range(CLASSES)))
-    images = ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names)
     few = images.subset(np.arange(2))
-    backbone = Backbone(config.backbone, precision, config.speed).to(device)
-    return Loaded(backbone, Splits(images, few, few), precision)
+    return Loaded(Backbone(config.backbone, precision, config.speed).to(device), Splits(images, few, few), precision)
+
+
+def synthetic(config: TrialConfig, native_size: int, steps: int) -> Loaded:
+    """The backbone, and random images for so many steps."""
+    return load(config, pixels(config.batch_size * steps, native_size)[0])
 
 
 def title(config: TrialConfig, loaded: Loaded) -> str:

@@ -7,6 +7,8 @@ matching with ours, which is faster than the published one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +23,19 @@ from lorvp.mapping import MAPPINGS, count, greedy_matching
 
 
 class Photos(Dataset):
-    """Images (N, H, W, 3) uint8 and labels (N,), resized by PIL to (size, size), one at a time."""
+    """Images, each (H, W, 3) uint8 or a file, and labels (N,), resized by PIL to (size, size), one at a time."""
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, size: int) -> None:
-        self.pixels, self.labels = pixels, labels
+    def __init__(self, images: Sequence[np.ndarray | Path] | np.ndarray, labels: np.ndarray, size: int) -> None:
+        self.images, self.labels = images, labels
         self.transform = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[i])), int(self.labels[i])
+        given = self.images[i]
+        image = Image.open(given).convert("RGB") if isinstance(given, Path) else Image.fromarray(given)
+        return self.transform(image), int(self.labels[i])
 
 
 class Trial:

@@ -197,9 +197,11 @@ def run_search(spec: Spec, ending: Ending, console: Console) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told below, and by the follower
-    files = spec.folder / "ray"
-    shutil.rmtree(files, ignore_errors=True)  # of a driver that was killed: nothing is restored from it
-    (files / "session").mkdir(parents=True)
+    of_ray = spec.folder / "ray"
+    shutil.rmtree(of_ray, ignore_errors=True)  # of a driver that was killed, whose Ray may still write as it ends
+    of_ray.mkdir(exist_ok=True)
+    files = Path(tempfile.mkdtemp(dir=of_ray))
+    (files / "session").mkdir()
     with tempfile.TemporaryDirectory(prefix="lorvp-") as short:
         # Ray's sockets lie in its folder, and the path of a socket may be 107 bytes long: a short way there
         link = Path(short) / "ray"
@@ -241,4 +243,4 @@ def run_search(spec: Spec, ending: Ending, console: Console) -> None:
                     console.print(reason[reason.index(NOT_VALID) :], style="yellow", markup=False)
         finally:
             ray.shutdown()
-    shutil.rmtree(files, ignore_errors=True)
+    shutil.rmtree(of_ray, ignore_errors=True)

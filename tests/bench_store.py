@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from lorvp import prepare, store
+from lorvp import bench, prepare, store
 from lorvp.files import write_json
 from lorvp.store import Description, Manifest, SplitFiles, Store, StoredImage
 
@@ -44,12 +44,9 @@ def make_images(root: Path) -> None:
     """JPEGs of 500 x 375 pixels and 100 KB, as ImageNet's are."""
     random = np.random.default_rng(0)
     for i in range(FILES // 10):
-        small = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         path = root / f"class{i % 5}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC))
-        grain = random.normal(0, 16, (375, 500, 1))
-        Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
+        bench.jpeg(random, path)
         for again in range(1, 10):
             os.link(path, path.with_stem(f"{i}-{again}"))
 

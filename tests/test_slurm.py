@@ -154,7 +154,7 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     jobs = {trial.name: trial.job() for trial in sweep.trials() if trial.job()}
     for signum in (signal.SIGTERM, signal.SIGINT):
         before = recorded(sweep)
-        process = resumed(sweep)
+        process = sweep.resume()
         wait_for_epochs(sweep, process, before, more=2)
         if signum == signal.SIGTERM:  # the first after the kill: re-attached, not submitted twice
             assert jobs.items() <= {trial.name: trial.job() for trial in sweep.trials()}.items()
@@ -164,7 +164,7 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
         assert no_jobs(slurm)
         kept(before, sweep)
     before = recorded(sweep)
-    process = resumed(sweep, "--leave-running")
+    process = sweep.resume("--leave-running")
     wait_for_epochs(sweep, process, before, more=2)
     jobs = {trial.name: trial.job() for trial in sweep.trials()}
     process.send_signal(signal.SIGTERM)
@@ -179,15 +179,6 @@ def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     finish(sweep, slurm, sweep.start("--resume"), trials=2)
     kept(before, sweep)
     assert jobs == {trial.name: trial.job() for trial in sweep.trials()}
-
-
-def resumed(sweep: Sweep, *arguments: str) -> subprocess.Popen:
-    """A driver that goes on, and has begun to start Ray."""
-    process = sweep.start("--resume", *arguments)
-    while not list((sweep.path / "ray" / "session").glob(f"session_*_{process.pid}")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
-    return process
 
 
 def wait_for_epochs(sweep: Sweep, process: subprocess.Popen, before: dict[str, list], more: int) -> None:

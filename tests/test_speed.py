@@ -170,6 +170,7 @@ def test_the_benchmarks_print_their_tables():
     printed = CliRunner().invoke(bench.app, ["step", *tiny, "--levers"]).output
     for ratio in ("ours : plain", "ours : published", "ours : light", *(f"{key} : plain" for key in KEYS)):
         assert ratio in printed
+    assert "ours : published" in CliRunner().invoke(bench.app, ["step", *tiny, "--jpegs"]).output
     printed = CliRunner().invoke(bench.app, ["pack", *tiny, "--most", "2"]).output
     assert "packed 2 : packed 1" in printed
     assert "processes 2 : packed 1" in printed

@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -80,6 +83,14 @@ class Sweep:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == code, output
         return output
+
+    def resume(self, *arguments: str) -> subprocess.Popen[str]:
+        """A driver that goes on, and has begun to start Ray."""
+        process = self.start("--resume", *arguments)
+        while not list((self.path / "ray").glob(f"*/session/session_*_{process.pid}")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        return process
 
     @property
     def path(self) -> Path:
@@ -188,6 +199,26 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
         assert len(list((sweep.path / "trials" / name / "attempts").iterdir())) == 1
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A process of Ray's that has outlived its driver writes into a folder, whoever removes it."""
+    ends = threading.Event()
+
+    def keep_writing() -> None:
+        while not ends.wait(0.0005):
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "log").touch()
+
+    thread = threading.Thread(target=keep_writing)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
+
+
 def test_driver_killed_and_resumed(tmp_path):
     sweep = Sweep(tmp_path)
     process = sweep.start()
@@ -197,7 +228,10 @@ def test_driver_killed_and_resumed(tmp_path):
     ended = {t.name: t.results() for t in sweep.trials() if t.ended()}
     recorded = {t.name: t.results() for t in sweep.trials()}
     assert ended
-    sweep.run("--resume")
+    with writing(next((sweep.path / "ray").iterdir())):
+        process = sweep.resume()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     sweep.check_complete(trials=5)
     for name, results in recorded.items():
         now = TrialFolder(sweep.path / "trials" / name).results()
