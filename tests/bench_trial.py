@@ -11,8 +11,8 @@ the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained 
 warm: epochs that a warm start needs to a cold start's final val accuracy, and its own final one, by how far the head is
 fitted first (`head_fit`); the prompt by Adam, all else as published.
 ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against passes of their own.
-triage: what `--triage` says, and the test accuracy of the linear probe and of the prompt: of two learning rates, by a
-random head and by a fitted one, that of the best val accuracy.
+triage: what `--triage` says, and the test accuracy of a sweep's control (the linear probe, fitted to the end) and of
+the prompt: of three learning rates, from a random head and from a fitted one, that of the best val accuracy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorvp.config import TrialConfig
 from lorvp.triage import triage
 
 SEEDS = (0, 1, 2)
-PROMPT_RATES = (0.003, 0.01)
+PROMPT_RATES = (0.001, 0.003, 0.01)
 FITS: tuple[float | str, ...] = (1e-4, 1e-3, 1e-2, "80%", "90%", "best")
 
 
@@ -96,7 +96,7 @@ def advice(base: dict[str, Any], loaded: training.Loaded) -> list[str]:
         return found
 
     ratio = triage(TrialConfig.model_validate(base), loaded).log_ratio
-    probe = best([base | {"method": "linear_probe", "epochs": 1}])
+    probe = best([base | {"method": "linear_probe", "head_init": "linear_probe", "epochs": 1}])
     gains = [
         best(
             [

@@ -321,9 +321,10 @@ def test_disk_full_in_one_trials_folder(installed, tmp_path, monkeypatch):
 
 def test_several_trials_by_one_job(slurm, tmp_path):
     """A job that is requeued between its trials goes on with the one that it was handed last."""
-    few = ("concurrent: 2", "concurrent: 1")
+    few = ("trials: 4, concurrent: 2", "trials: 5, concurrent: 1")
+    alone = LONG["alone"]  # a control ends while Ray starts, for which its job may not care to wait
     profile = PROFILE.replace("flight: 2", "flight: 1") + "trials_per_job: 3\n"
-    sweep = make_sweep(tmp_path, profile, few=few, longer=("epochs: 3", "epochs: 40"))
+    sweep = make_sweep(tmp_path, profile, few=few, alone=alone, longer=("epochs: 3", "epochs: 40"))
     process = sweep.start()
     slurm.wait(
         lambda: any(trial.job() and trial.job()["place"] == 2 and trial.results() for trial in sweep.trials()), 90
