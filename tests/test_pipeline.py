@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -91,6 +93,21 @@ def test_kept_in_one_tensor_is_the_same(image_root):
         order = np.random.default_rng(0).permutation(len(images))
         assert torch.equal(kept.read(order), images.read(order))
         assert kept.read(order).stride() == images.read(order).stride()
+
+
+def test_reading_ahead_starts_no_threads():
+    """Those that torch would start for the reader keep the step's from going on at once."""
+    images, threads = arrays(64, side=64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as reader:
+            counts = [
+                reader.submit(lambda work=work: (work(), psutil.Process().num_threads())[1]).result()
+                for work in (lambda: None, lambda: images.read(np.arange(64)), lambda: images.pixels[torch.arange(64)])
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    assert counts == [counts[0], counts[0], counts[0] + 1]
 
 
 def test_crops_are_windows_of_the_image_half_of_them_mirrored():
