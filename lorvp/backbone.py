@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         Resizing is bilinear with antialias, aspect squashed, and on uint8 where the images are, as published.
         """
         if images.dtype == torch.uint8:
-            return resize(images, self.image_size).float().div_(255)
+            return resize(images, self.image_size).float() / 255
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
             self._first.prompt = added / self.std  # the mean stays on the images' side
         elif added is not None:
             images = images + added
-        x = (images - self.mean).div_(self.std)
+        x = (images - self.mean) / self.std
         try:
             with self.arithmetic():
                 seen = through(self.model, x) if through else self.model.forward_features(x)

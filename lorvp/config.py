@@ -209,7 +209,6 @@ class SpeedConfig(Part):
     channels_last: bool = Field(True, description="convolutions on pixels whose colours lie together")
     fold_batchnorm: bool = Field(True, description="BatchNorm in the convolution before it")
     split_first_layer: bool = Field(True, description="the prompt through the first layer once a step")
-    relu_after_pool: bool = Field(True, description="a ResNet's first ReLU on what its max pool leaves")
     class_token_only: bool = Field(True, description="a ViT's last block for the class token alone")
     attention_by_products: bool = Field(True, description="on a CPU in bf16: attention by matrix products")
     keep_memory: bool = Field(True, description="on a CPU: what a step frees stays with the process, for the next")

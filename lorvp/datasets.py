@@ -61,7 +61,7 @@ class ArrayImages:
         if self.pixels.is_cuda:
             return self.pixels[torch.as_tensor(indices)]
         # By numpy: torch would start threads for the one that reads ahead, and where there are more than cores OpenMP
-        # has those of the step sleep after each operation. It cost a ViT 15 % of its speed.
+        # has those of the step sleep after each operation. docs/benchmarks.md says what it cost.
         chosen = torch.from_numpy(self.pixels.numpy()[indices])
         return chosen.pin_memory() if pin else chosen
 

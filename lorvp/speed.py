@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -61,7 +60,7 @@ class SplitConv(nn.Module):
 
 
 class AddedToAll(torch.autograd.Function):
-    """(N, C, H, W) += (1, C, H, W), with its own way to the second one's gradient.
+    """(N, C, H, W) + (1, C, H, W), with its own way to the second one's gradient.
 
     That is the gradients' sum over the batch, in the order in which they lie in memory: with the channels last, torch's
     own sum goes to a tensor whose channels come first, which takes a CPU 20 times as long.
@@ -69,8 +68,7 @@ class AddedToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        ctx.mark_dirty(images)
-        return images.add_(prompt)
+        return images + prompt
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -159,10 +157,6 @@ def accelerate(model: Any, config: SpeedConfig, image_size: int) -> SplitConv | 
         fold_batchnorm(model, image_size)
     if config.class_token_only and _reads_class_token_only(model):
         model.blocks[-1] = ClassTokenBlock(model.blocks[-1])
-    if config.relu_after_pool and type(model) is ResNet:
-        stem = model.act1, model.maxpool
-        if tuple(map(type, stem)) == (nn.ReLU, nn.MaxPool2d):  # which may change places, and then there is less to do
-            model.act1, model.maxpool = nn.Identity(), nn.Sequential(*reversed(stem))
     if config.channels_last and is_convolutional(model):
         model.to(memory_format=torch.channels_last)
     name = model.pretrained_cfg.get("first_conv")

@@ -80,8 +80,6 @@ def test_they_are_used_where_they_apply():
     resnet = build("resnet18", SpeedConfig())
     assert not [m for m in resnet.modules() if isinstance(m, nn.BatchNorm2d)]
     assert isinstance(resnet.model.conv1, SplitConv)
-    assert isinstance(resnet.model.act1, nn.Identity)
-    assert [type(m) for m in resnet.model.maxpool] == [nn.MaxPool2d, nn.ReLU]
     assert resnet.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     vit = build("vit_tiny_patch16_224", SpeedConfig())
     assert isinstance(vit.model.blocks[-1], ClassTokenBlock)
