@@ -144,7 +144,7 @@ def test_grid_on_three_nodes(slurm, tmp_path):
 
 def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     """One sweep through the ends of five drivers: refused beside another, killed, SIGTERM, SIGINT, --leave-running."""
-    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 120")})
+    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 90")})
     process = sweep.start()
     running(sweep, process)
     said = sweep.run("--resume", code=2)
@@ -321,7 +321,7 @@ def test_disk_full_in_one_trials_folder(installed, tmp_path, monkeypatch):
 
 def test_several_trials_by_one_job(slurm, tmp_path):
     """A job that is requeued between its trials goes on with the one that it was handed last."""
-    few = ("trials: 4, concurrent: 2", "trials: 5, concurrent: 1")
+    few = ("trials: 4, seed: 1, concurrent: 2", "trials: 5, seed: 1, concurrent: 1")
     alone = LONG["alone"]  # a control ends while Ray starts, for which its job may not care to wait
     profile = PROFILE.replace("flight: 2", "flight: 1") + "trials_per_job: 3\n"
     sweep = make_sweep(tmp_path, profile, few=few, alone=alone, longer=("epochs: 3", "epochs: 40"))
@@ -343,7 +343,7 @@ def test_several_trials_by_one_job(slurm, tmp_path):
 
 def test_detached_driver(slurm, tmp_path):
     """The driver is a job, requeues itself when its time ends, and is cancelled with its jobs."""
-    sweep = make_sweep(tmp_path, **LONGER)
+    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 90")})
     assert "the driver is job 1" in sweep.run("--detach")
     slurm.wait(lambda: any(len(trial.results()) >= 2 for trial in sweep.trials()), seconds=90)
     before = recorded(sweep)
@@ -358,10 +358,11 @@ def test_detached_driver(slurm, tmp_path):
     sweep.run("--cancel")
     assert no_jobs(slurm)
     assert "no driver runs" in sweep.run("--status")
-    assert not any(trial.ended() for trial in sweep.trials())
+    ends = [end.state for trial in sweep.trials() if (end := trial.ended())]
+    assert set(ends) <= {State.FINISHED}  # a quick machine may get there before
     sweep.run("--detach", "--resume")
     log = Path(json.loads((sweep.path / "driver.json").read_text())["log"])
-    slurm.wait(lambda: log.exists() and "as a model" in log.read_text(), seconds=120)
+    slurm.wait(lambda: log.exists() and "as a model" in log.read_text(), seconds=180)
     assert no_jobs(slurm)
     sweep.check_complete(trials=2)
     kept(before, sweep)
