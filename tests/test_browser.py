@@ -30,11 +30,7 @@ from sweeps.outcome import Outcome
 from sweeps.spec import Spec
 from sweeps.tracking import Tracker
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.timeout(600),  # the first test waits for the sweep
-]
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 QUICKSTART = Path(launch.__file__).parent / "quickstart.yaml"
 NO_ASSISTANT = """
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
