@@ -403,7 +403,7 @@ def test_preempted_by_a_higher_partition(slurm, tmp_path):
 def test_time_limit_shorter_than_a_trial(slurm, tmp_path):
     """A limit of a minute, and a trial that needs more; the checkpoint of the signal loses no step."""
     changes = {
-        "longer": ("epochs: 3", "epochs: 40"),
+        "longer": ("epochs: 3", "epochs: 64"),
         "larger": ("max_per_class: 20", "max_per_class: 100"),
         "one": ("trials: 4", "trials: 1"),
         "alone": (CONTROL, "control: null\n"),
