@@ -144,7 +144,7 @@ def test_grid_on_three_nodes(slurm, tmp_path):
 
 def test_drivers_that_end_and_are_resumed(slurm, tmp_path):
     """One sweep through the ends of five drivers: refused beside another, killed, SIGTERM, SIGINT, --leave-running."""
-    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 90")})
+    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 120")})
     process = sweep.start()
     running(sweep, process)
     said = sweep.run("--resume", code=2)
@@ -343,7 +343,7 @@ def test_several_trials_by_one_job(slurm, tmp_path):
 
 def test_detached_driver(slurm, tmp_path):
     """The driver is a job, requeues itself when its time ends, and is cancelled with its jobs."""
-    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 90")})
+    sweep = make_sweep(tmp_path, **LONG | {"longer": ("epochs: 3", "epochs: 150")})
     assert "the driver is job 1" in sweep.run("--detach")
     slurm.wait(lambda: any(len(trial.results()) >= 2 for trial in sweep.trials()), seconds=90)
     before = recorded(sweep)
@@ -358,8 +358,7 @@ def test_detached_driver(slurm, tmp_path):
     sweep.run("--cancel")
     assert no_jobs(slurm)
     assert "no driver runs" in sweep.run("--status")
-    ends = [end.state for trial in sweep.trials() if (end := trial.ended())]
-    assert set(ends) <= {State.FINISHED}  # a quick machine may get there before
+    assert not any(trial.ended() for trial in sweep.trials())
     sweep.run("--detach", "--resume")
     log = Path(json.loads((sweep.path / "driver.json").read_text())["log"])
     slurm.wait(lambda: log.exists() and "as a model" in log.read_text(), seconds=180)
