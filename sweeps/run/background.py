@@ -1,0 +1,122 @@
+"""What goes on beside the search, each in a thread of its own: the relay's polls, and the sending to MLflow.
+
+So what is recorded is seen at once also while the cluster or the server takes its time to answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from cluster.scan import FollowedTrial
+from sweeps.tracking import Tracker
+
+POLL_SECONDS = 0.5
+LONGEST_PAUSE = 10.0
+"""Between two tries to send what MLflow did not take."""
+
+
+class Attempts:
+    """Tries what may fail and is tried again later. What goes wrong is shown once."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._trouble = ""
+
+    def attempt(self, action: Callable[[], None]) -> bool:
+        """Whether it went well."""
+        try:
+            action()
+        except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next time may be good
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if lines[0] != self._trouble:
+                self._trouble = lines[0]
+                self._show(f"trying again: {lines[0]}")
+            return False
+        self._trouble = ""
+        return True
+
+
+class Repeated(threading.Thread):
+    """Does something every half second, and at once when it is woken, until it is ended."""
+
+    def __init__(self, action: Callable[[], None], show: Callable[[str], None]) -> None:
+        super().__init__(name=action.__qualname__, daemon=True)
+        self._action = action
+        self._attempts = Attempts(show)
+        self._woken = threading.Event()
+        self._ended = False
+
+    def run(self) -> None:
+        while not self._ended:
+            self._woken.clear()
+            self._attempts.attempt(self._action)
+            self._woken.wait(POLL_SECONDS)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def end(self) -> None:
+        """End it, once what it does now is done."""
+        self._ended = True
+        self._woken.set()
+        if self.is_alive():
+            self.join()
+
+
+class Sender(threading.Thread):
+    """Sends to MLflow what trials have recorded, and keeps what it does not take."""
+
+    def __init__(self, tracker: Tracker, controls: Collection[str], show: Callable[[str], None]) -> None:
+        super().__init__(name="sender", daemon=True)
+        self._tracker, self._controls = tracker, controls
+        self._attempts = Attempts(show)
+        self._pending: dict[str, FollowedTrial] = {}
+        self._news = threading.Condition()
+        self._ended = False
+
+    def see(self, trial: FollowedTrial) -> None:
+        """Take on what is new of a trial. One that has no job yet is no run of MLflow's."""
+        if trial.results() or trial.job():
+            with self._news:
+                self._pending[trial.name] = trial
+                self._news.notify()
+
+    def run(self) -> None:
+        pause = POLL_SECONDS
+        while True:
+            with self._news:
+                while not (self._pending or self._ended):
+                    self._news.wait()
+                if self._ended:
+                    return
+                trials = list(self._pending.values())
+            well = all([self._attempts.attempt(lambda: self._send(trial)) for trial in trials])  # noqa: B023
+            pause = POLL_SECONDS if well else min(2 * pause, LONGEST_PAUSE)
+            if not well:
+                with self._news:
+                    self._news.wait_for(lambda: self._ended, pause)
+
+    def finish(self, patience: float) -> bool:
+        """End it, when all is sent or `patience` seconds are over; whether all was sent."""
+        deadline = time.monotonic() + patience
+        while self._pending and self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        if self.is_alive():
+            self.join(max(0.0, deadline - time.monotonic()) + POLL_SECONDS)
+        return not self._pending
+
+    def _send(self, trial: FollowedTrial) -> None:
+        end = trial.ended()  # before the results: what was recorded before the end is sent, too
+        results = list(trial.results())
+        control = trial.name in self._controls
+        self._tracker.record(trial, results, control)
+        if end is not None:
+            self._tracker.end(trial, end, control)
+        with self._news:
+            if end == trial.ended() and len(results) == len(trial.results()):
+                self._pending.pop(trial.name, None)
