@@ -144,7 +144,7 @@ def test_what_falls_behind_is_given_up(tmp_path):
     asha = spec(tmp_path, early_stopping={"rule": "asha", "reduction_factor": 2})
     script = Script([[(1, 90.0, 1.0)], [(2, 10.0, 2.0)], *whole(1, 3, 4, 5, 6)])
     SweepController(asha, SpecSearch(asha), make_scheduler(asha), script, Failure()).run()
-    assert script.given_up == [(2, 1)]
+    assert script.given_up == [(2, 1), (3, 2), (4, 2)]  # at the first rung, and at the second, of two epochs
     assert script.asked == [1, 2, 3, 4, 5, 6]
 
 

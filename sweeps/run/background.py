@@ -6,11 +6,13 @@ So what is recorded is seen at once also while the cluster or the server takes i
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from cluster.scan import FollowedTrial
-from sweeps.tracking import Tracker
+
+if TYPE_CHECKING:
+    from sweeps.tracking import Tracker
 
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 10.0
@@ -66,57 +68,62 @@ class Repeated(threading.Thread):
 
 
 class Sender(threading.Thread):
-    """Sends to MLflow what trials have recorded, and keeps what it does not take."""
+    """Opens MLflow's store and sends it what trials have recorded; what it does not take is kept and sent again."""
 
-    def __init__(self, tracker: Tracker, controls: Collection[str], show: Callable[[str], None]) -> None:
+    def __init__(self, connect: Callable[[], Tracker], controls: Collection[str], show: Callable[[str], None]) -> None:
         super().__init__(name="sender", daemon=True)
-        self._tracker, self._controls = tracker, controls
+        self.tracker: Tracker | None = None
+        """None until the store is open."""
+        self._connect, self._controls = connect, controls
         self._attempts = Attempts(show)
         self._pending: dict[str, FollowedTrial] = {}
         self._news = threading.Condition()
-        self._ended = False
+        self._idle, self._ended = False, False
 
     def see(self, trial: FollowedTrial) -> None:
         """Take on what is new of a trial. One that has no job yet is no run of MLflow's."""
         if trial.results() or trial.job():
             with self._news:
                 self._pending[trial.name] = trial
-                self._news.notify()
+                self._news.notify_all()
 
     def run(self) -> None:
         pause = POLL_SECONDS
-        while True:
-            with self._news:
-                while not (self._pending or self._ended):
-                    self._news.wait()
-                if self._ended:
-                    return
+        while not self._ended:
+            if self.tracker is None:
+                well = self._attempts.attempt(self._open)
+            else:
                 trials = list(self._pending.values())
-            well = all([self._attempts.attempt(lambda: self._send(trial)) for trial in trials])  # noqa: B023
+                well = all([self._attempts.attempt(lambda: self._send(trial)) for trial in trials])  # noqa: B023
             pause = POLL_SECONDS if well else min(2 * pause, LONGEST_PAUSE)
-            if not well:
-                with self._news:
+            with self._news:
+                if not well:
                     self._news.wait_for(lambda: self._ended, pause)
+                elif not self._pending:
+                    self._idle = True
+                    self._news.notify_all()
+                    self._news.wait_for(lambda: self._pending or self._ended)
+                    self._idle = False
 
     def finish(self, patience: float) -> bool:
         """End it, when all is sent or `patience` seconds are over; whether all was sent."""
-        deadline = time.monotonic() + patience
-        while self._pending and self.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.05)
         with self._news:
+            sent = self._news.wait_for(lambda: self._idle and not self._pending, patience if self.is_alive() else 0)
             self._ended = True
-            self._news.notify()
-        if self.is_alive():
-            self.join(max(0.0, deadline - time.monotonic()) + POLL_SECONDS)
-        return not self._pending
+            self._news.notify_all()
+        return sent
+
+    def _open(self) -> None:
+        self.tracker = self._connect()
 
     def _send(self, trial: FollowedTrial) -> None:
+        assert self.tracker is not None
         end = trial.ended()  # before the results: what was recorded before the end is sent, too
         results = list(trial.results())
         control = trial.name in self._controls
-        self._tracker.record(trial, results, control)
+        self.tracker.record(trial, results, control)
         if end is not None:
-            self._tracker.end(trial, end, control)
+            self.tracker.end(trial, end, control)
         with self._news:
             if end == trial.ended() and len(results) == len(trial.results()):
                 self._pending.pop(trial.name, None)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import optuna
 from rich.console import Console
@@ -21,11 +25,14 @@ from sweeps.run.background import Sender
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.run.follow import Follower, GivenUp
 from sweeps.run.jobs import Jobs
+from sweeps.run.store import is_sure_to_open, tracking_uri, ui_command
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
 from sweeps.spec import Spec
-from sweeps.tracking import Tracker
+
+if TYPE_CHECKING:
+    from sweeps.tracking import Tracker
 
 EXIT_NO_RESULT = 1
 TRACEBACK = "driver-error.txt"
@@ -40,10 +47,19 @@ def carry_out(
     spec: Spec, sweep_id: str, spec_text: str, relay: Relay, ending: Ending, leave_running: bool, console: Console
 ) -> int:
     """Runs the sweep to its end and returns the exit code. Raises KeyboardInterrupt before a job was asked for."""
-    tracker = Tracker(spec, sweep_id, spec_text)
-    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {tracker.uri}", highlight=False)
+
+    def connect() -> Tracker:
+        with left_out("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
+            from sweeps.tracking import Tracker  # MLflow, which takes seconds
+
+        return Tracker(spec, sweep_id, spec_text)
+
+    uri = tracking_uri(spec)
+    opened = None if is_sure_to_open(uri) else connect()
+    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {uri}", highlight=False)
     follower, spent = Follower(spec, relay, console), Spent(spec)
-    jobs = Jobs(relay, follower, Sender(tracker, spec.control_names(), follower.warn))
+    sender = Sender((lambda: opened) if opened else connect, spec.control_names(), follower.warn)
+    jobs = Jobs(relay, follower, sender)
     jobs.subscribe(spent.note)
     try:
         jobs.start()
@@ -52,7 +68,7 @@ def carry_out(
         all_sent = jobs.finish()
         board = Leaderboard.read(spec)
         comparison = Comparison.of(board, choices) if choices is not None else None
-        return conclude(Outcome(sweep_id, spec, board, comparison), tracker, all_sent, console)
+        return conclude(Outcome(sweep_id, spec, board, comparison), sender.tracker, all_sent, console)
     except KeyboardInterrupt:
         jobs.stop()
         if leave_running or ending.time_limit_nears:
@@ -61,7 +77,7 @@ def carry_out(
             console.print("ending: the jobs write their checkpoints and stop")
             jobs.interrupt()
         jobs.finish(patience=5)
-        tracker.try_to(lambda: tracker.close("KILLED", [], []), patience=5)
+        close(sender.tracker, "KILLED")
         if ending.time_limit_nears:
             console.print("the time limit nears: this driver is requeued", highlight=False)
             requeue_this_job()
@@ -72,16 +88,16 @@ def carry_out(
         jobs.stop()
         console.print("ending: the jobs write their checkpoints and stop")
         jobs.interrupt()
-        end_without_result(jobs, tracker, f"given up: {reason}", spec, console)
+        end_without_result(jobs, sender, f"given up: {reason}", spec, console)
     except SearchFailed as reason:
         jobs.stop()
         console.print(Leaderboard.read(spec).table())
-        end_without_result(jobs, tracker, str(reason), spec, console)
+        end_without_result(jobs, sender, str(reason), spec, console)
     except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
         (spec.folder / TRACEBACK).write_text(traceback.format_exc())
         jobs.stop()
         text = f"{one_line(error)}; the jobs go on, and so does --resume; {spec.folder / TRACEBACK} says where it was"
-        end_without_result(jobs, tracker, text, spec, console)
+        end_without_result(jobs, sender, text, spec, console)
     return EXIT_NO_RESULT
 
 
@@ -135,11 +151,14 @@ def run_search(spec: Spec, spent: Spent, jobs: Jobs, console: Console) -> str:
     )
 
 
-def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Console) -> int:
+def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console: Console) -> int:
     """Shows, writes and sends to MLflow what the sweep found; the exit code."""
 
     def say(line: str, style: str | None = None) -> None:
         console.print(line, style=style, highlight=False, markup=False)
+
+    def send(what: Callable[[Tracker], None]) -> bool:
+        return tracker is not None and tracker.try_to(lambda: what(tracker))
 
     spec, board, comparison, best = outcome.spec, outcome.board, outcome.comparison, outcome.best()
     files = [spec.folder / "results.parquet"]
@@ -153,7 +172,7 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
         say(line)
     say(f"every epoch: {files[0]}")
     if best is None:
-        tracker.try_to(lambda: tracker.close("FAILED", files, verdict))
+        send(lambda tracker: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
     try:
         from sweeps import report  # matplotlib and scipy, which take a second
@@ -167,27 +186,47 @@ def conclude(outcome: Outcome, tracker: Tracker, all_sent: bool, console: Consol
     say(f"best prompt: {bundle}")
     models: list[str] = []
     try:
-        all_sent &= tracker.try_to(lambda: models.append(tracker.register(bundle, best.trial.name, outcome.verdict())))
+        name, lines = best.trial.name, outcome.verdict()
+        all_sent &= send(lambda tracker: models.append(tracker.register(bundle, name, lines)))
     except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
         say(f"no registered model: {error}", style="yellow")
-    all_sent &= tracker.try_to(lambda: tracker.close("FINISHED", files, verdict))
+    all_sent &= send(lambda tracker: tracker.close("FINISHED", files, verdict))
     if not all_sent:
         say("MLflow did not take everything; --resume sends what is missing", style="red")
         return EXIT_NO_RESULT
     for model in models:
         say(f"as a model:  {model}")
-    say(f"look at it:  {tracker.ui_command()}")
+    say(f"look at it:  {ui_command(tracking_uri(spec))}")
     say(f"try it:      python -m lorvp.predict {bundle} {bundle / EXAMPLE}")
     return 0
 
 
-def end_without_result(jobs: Jobs, tracker: Tracker, reason: str, spec: Spec, console: Console) -> None:
+def close(tracker: Tracker | None, status: str) -> None:
+    """End the sweep's run in MLflow, if that can be had now."""
+    if tracker is not None:
+        tracker.try_to(lambda: tracker.close(status, [], []), patience=5)
+
+
+def end_without_result(jobs: Jobs, sender: Sender, reason: str, spec: Spec, console: Console) -> None:
     """Close the sweep's run as failed, and say why, and which trials failed."""
     jobs.finish(patience=5)
-    tracker.try_to(lambda: tracker.close("FAILED", [], []), patience=5)
+    close(sender.tracker, "FAILED")
     console.print(reason, style="red", markup=False, highlight=False)
     for line in Leaderboard.read(spec).failures():
         console.print(line, highlight=False, markup=False)
+
+
+@contextmanager
+def left_out(module: str) -> Iterator[None]:
+    """Have modules that are imported meanwhile find `module` not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def one_line(error: BaseException) -> str:
