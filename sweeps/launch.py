@@ -92,7 +92,7 @@ def main(
                 start_detached(spec, sweep_id, file, options)
                 return
             ending = Ending()
-            # Imported here: a spec that is refused shall not wait for MLflow and Ray.
+            # Imported here: a spec that is refused shall not wait for Ray and Optuna.
             from sweeps.run.driver import carry_out
 
             relay, text = make_relay(spec, sweep_id), file.read_text()
