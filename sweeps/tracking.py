@@ -74,28 +74,43 @@ class Tracker:
         # a run without its parameters is one that was begun when a driver was killed, or a server's answer got lost
         self._begun = {name for name, run in self.runs.items() if not run.data.params}
         self.runs = {name: run for name, run in self.runs.items() if name not in self._begun}
+        self._started = dict(self.runs)
+        self._closed: set[str] = set()  # what this driver has closed, or found closed
         self._epochs_sent = {name: int(run.data.metrics.get("epoch", 0)) for name, run in self.runs.items()}
 
     def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
         """Sends what MLflow has not got of the trial's epochs, in one batch."""
-        run = self._run(trial, control)
-        new = [result for result in results if result["epoch"] > self._epochs_sent.get(trial.name, 0)]
-        if not new:
+        if trial.name in self._closed:
             return
+        params = [] if trial.name in self.runs else self._begin(trial, control)
+        new = [result for result in results if result["epoch"] > self._epochs_sent.get(trial.name, 0)]
         metrics = [
             Metric(key, value, int(result["time"] * 1000), result["epoch"])
             for result in new
             for key, value in _metrics(result).items()
         ]
-        self.client.log_batch(run.info.run_id, metrics=metrics)
-        self._epochs_sent[trial.name] = new[-1]["epoch"]
+        if params or metrics:
+            self.client.log_batch(self._started[trial.name].info.run_id, metrics=metrics, params=params)
+        self.runs[trial.name] = self._started[trial.name]
+        if new:
+            self._epochs_sent[trial.name] = new[-1]["epoch"]
 
     def end(self, trial: TrialFolder, end: End, control: bool) -> None:
         """Closes the trial's run: its state, the best epoch's figures and its bundle."""
-        run = self._run(trial, control)
-        if run.data.tags.get(STATE) == STATE_TAGS[end.state]:
-            return  # closed by an earlier driver
+        if trial.name in self._closed:
+            return
+        if trial.name not in self.runs:
+            self.record(trial, [], control)
+        run = self.runs[trial.name]
+        if run.data.tags.get(STATE) != STATE_TAGS[end.state]:  # else an earlier driver has closed it
+            self._close(run.info.run_id, trial, end)
+        self._closed.add(trial.name)
+        for kept in (self.runs, self._started, self._epochs_sent):
+            kept.pop(trial.name, None)
+
+    def _close(self, run_id: str, trial: TrialFolder, end: End) -> None:
         tags = [RunTag(STATE, STATE_TAGS[end.state])]
+        metrics: list[Metric] = []
         if end.reason:
             tags.append(RunTag("reason", end.reason[:5000]))
         if end.cause:
@@ -107,11 +122,10 @@ class Tracker:
             now = int(time.time() * 1000)
             summary = {SUMMARY.get(key, key): figures[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")}
             metrics = [Metric(key, round(value, 4), now, 0) for key, value in summary.items() if value is not None]
-            self.client.log_batch(run.info.run_id, metrics=metrics)
-            self.client.log_artifacts(run.info.run_id, str(attempt.bundle), "bundle")
+            self.client.log_artifacts(run_id, str(attempt.bundle), "bundle")
         # the state comes last: a run that has it is complete
-        self.client.log_batch(run.info.run_id, tags=tags)
-        self.client.set_terminated(run.info.run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
+        self.client.log_batch(run_id, metrics=metrics, tags=tags)
+        self.client.set_terminated(run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
     def register(self, bundle: Path, trial: str, verdict: list[str]) -> str:
         """Makes a registered model of the best prompt, called as the sweep; its URI."""
@@ -163,33 +177,31 @@ class Tracker:
             if not token:
                 return runs
 
-    def _run(self, trial: TrialFolder, control: bool) -> Run:
-        if trial.name not in self.runs:
-            query = f"tags.`{SWEEP}` = '{self.sweep_id}' and tags.`{TRIAL}` = '{trial.name}'"
-            begun = self._runs(query) if trial.name in self._begun else []
-            self._begun.add(trial.name)
-            config = trial.config
-            tags = {
-                SWEEP: self.sweep_id,
-                TRIAL: trial.name,
-                "mlflow.parentRunId": self.parent.info.run_id,
-                STATE: "running",
-                "control": str(control).lower(),
-                "stage": self.spec.stage(config),
-                "method": config.method,
-                "backbone": config.backbone.name,
-                "dataset": config.dataset.title,
-                "mapping": config.label_mapping,
-            }
-            if config.rank is not None:
-                tags["rank"] = str(config.rank)
-            name = f"control-{trial.name}" if control else trial.name
-            run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
-            values = flatten(config.canonical())
-            params = [Param(short, _short(values[key])) for key, short in self._param_names.items() if key in values]
-            self.client.log_batch(run.info.run_id, params=params)
-            self.runs[trial.name] = run
-        return self.runs[trial.name]
+    def _begin(self, trial: TrialFolder, control: bool) -> list[Param]:
+        """Makes the trial's run, or finds one that was made and has no parameters yet; these are still to be sent."""
+        query = f"tags.`{SWEEP}` = '{self.sweep_id}' and tags.`{TRIAL}` = '{trial.name}'"
+        begun = self._runs(query) if trial.name in self._begun else []
+        self._begun.add(trial.name)
+        config = trial.config
+        tags = {
+            SWEEP: self.sweep_id,
+            TRIAL: trial.name,
+            "mlflow.parentRunId": self.parent.info.run_id,
+            STATE: "running",
+            "control": str(control).lower(),
+            "stage": self.spec.stage(config),
+            "method": config.method,
+            "backbone": config.backbone.name,
+            "dataset": config.dataset.title,
+            "mapping": config.label_mapping,
+        }
+        if config.rank is not None:
+            tags["rank"] = str(config.rank)
+        name = f"control-{trial.name}" if control else trial.name
+        run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
+        self._started[trial.name] = run
+        values = flatten(config.canonical())
+        return [Param(short, _short(values[key])) for key, short in self._param_names.items() if key in values]
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
