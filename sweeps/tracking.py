@@ -102,7 +102,7 @@ class Tracker:
         if trial.name not in self.runs:
             self.record(trial, [], control)
         run = self.runs[trial.name]
-        if run.data.tags.get(STATE) != STATE_TAGS[end.state]:  # else an earlier driver has closed it
+        if run.info.status == "RUNNING":  # else an earlier driver has closed it
             self._close(run.info.run_id, trial, end)
         self._closed.add(trial.name)
         for kept in (self.runs, self._started, self._epochs_sent):
@@ -123,8 +123,8 @@ class Tracker:
             summary = {SUMMARY.get(key, key): figures[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")}
             metrics = [Metric(key, round(value, 4), now, 0) for key, value in summary.items() if value is not None]
             self.client.log_artifacts(run_id, str(attempt.bundle), "bundle")
-        # the state comes last: a run that has it is complete
         self.client.log_batch(run_id, metrics=metrics, tags=tags)
+        # last: a run that does not run is complete
         self.client.set_terminated(run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
     def register(self, bundle: Path, trial: str, verdict: list[str]) -> str:
