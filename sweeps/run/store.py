@@ -33,7 +33,7 @@ def is_sure_to_open(uri: str) -> bool:
         return False
     path = Path(uri.removeprefix(SQLITE))
     if not path.exists():
-        return os.access(path.parent, os.W_OK)
+        return path.parent.is_dir() and os.access(path.parent, os.W_OK)
     try:
         with closing(sqlite3.connect(path)) as database:
             (revision,) = database.execute("select version_num from alembic_version").fetchone()
