@@ -1,0 +1,1 @@
+"""What tests of whole sweeps share: drivers and their sweeps, a SLURM, and points at which a process can be held."""
