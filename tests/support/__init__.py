@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("support")
+pytest.register_assert_rewrite("support.sweep", "support.slurm", "support.waiting", "support.holds")
