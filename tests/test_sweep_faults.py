@@ -13,7 +13,7 @@ from support.sweep import Sweep
 from support.waiting import wait_for
 
 import lorvp
-from cluster.folder import TrialFolder
+from cluster.folder import StopReason, TrialFolder
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,9 @@ def test_driver_interrupted_and_resumed(tmp_path, signum):
     assert "--resume goes on" in sweep.interrupt(driver, signum)
     assert not sweep.processes()
     before = sweep.results()
-    assert not any(trial.ended() for trial in sweep.trials())
+    interrupted = [trial for trial in sweep.trials() if trial.stop_reason() == StopReason.INTERRUPT]
+    assert interrupted
+    assert not any(trial.ended() for trial in interrupted)
     sweep.run("--resume")
     sweep.check_complete(trials=5)
     sweep.check_kept(before)
