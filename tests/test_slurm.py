@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from slurm_sim import PROFILE, TYPES
-from support.slurm import CONTROL, finish, installed, make_sweep, no_jobs, started  # noqa: F401  a fixture
+from support.slurm import CONTROL, finish, installed, make_sweep, no_jobs, noted, started  # noqa: F401  a fixture
 from support.sweep import SPEC, Sweep
 from support.waiting import wait_for
 from typer.testing import CliRunner
@@ -153,6 +153,7 @@ def test_detached_driver(slurm, tmp_path):
     step = sweep.holds.hold("step", epoch=2, step=3)
     assert "the driver is job 1" in sweep.run("--detach")
     step.reached(count=2)
+    noted(sweep)
     before, jobs = sweep.results(), sweep.jobs()
     assert "driver: job 1, running node" in sweep.run("--status")
     slurm.say("scancel", "--batch", "--signal=USR2", "1")

@@ -159,26 +159,29 @@ def test_preempted_by_a_higher_partition(slurm, tmp_path):
     assert attempts(sweep) == ["0002", "0002"]
 
 
-def test_time_limit_shorter_than_a_trial(slurm, tmp_path):
-    """A limit of a minute, and a trial that is in a step when it nears: the checkpoint loses no step."""
-    one = {"one": ("trials: 4", "trials: 1"), "alone": (CONTROL, "control: null\n")}
-    sweep = make_sweep(slurm, tmp_path, PROFILE.replace("minutes: 30", "minutes: 1"), **one)
-    step = sweep.holds.hold("step", epoch=2, step=3, attempt="0001")
-    signalled = sweep.holds.hold("signalled", restarts=0)
-    again = sweep.holds.hold("step", attempt="0002")
-    driver = sweep.start()
-    step.reached(driver)
-    (trial,) = sweep.trials()
-    before = sweep.results()
-    signalled.reached(driver)
-    step.release()
-    signalled.release()
-    goes_on = again.reached(driver)[0]
-    assert (goes_on.epoch, goes_on.step, goes_on.restarts) == (2, 3, 1)
-    again.release()
-    finish(sweep, slurm, driver, trials=1)
-    sweep.check_kept(before)
-    assert trial.job()["submissions"] == 1
+@pytest.mark.usefixtures("installed")
+def test_time_limit_shorter_than_a_trial(tmp_path):
+    """It nears while the trial is in a step, since it is lowered then: the checkpoint loses no step."""
+    with started(OverTimeLimit="10") as slurm:  # a slow machine may take longer than until the limit itself
+        sweep = make_sweep(slurm, tmp_path, one=("trials: 4", "trials: 1"), alone=(CONTROL, "control: null\n"))
+        step = sweep.holds.hold("step", epoch=2, step=3, attempt="0001")
+        signalled = sweep.holds.hold("signalled")
+        again = sweep.holds.hold("step", attempt="0002")
+        driver = sweep.start()
+        step.reached(driver)
+        (trial,) = sweep.trials()
+        before = sweep.results()
+        slurm.say("scontrol", "update", f"jobid={trial.job_id}", "timelimit=1")
+        signalled.reached(driver)
+        slurm.say("scontrol", "update", f"jobid={trial.job_id}", "timelimit=30")  # for the next start
+        step.release()
+        signalled.release()
+        (goes_on,) = again.reached(driver)
+        assert (goes_on.epoch, goes_on.step, goes_on.restarts) == (2, 3, 1)
+        again.release()
+        finish(sweep, slurm, driver, trials=1)
+        sweep.check_kept(before)
+        assert trial.job()["submissions"] == 1
 
 
 def test_tracking_server_away_for_a_while(slurm, tmp_path, server):

@@ -70,7 +70,7 @@ def held_in_epoch_2(sweep: Sweep, **wanted: Any) -> tuple[Driver, Hold, TrialFol
     return driver, step, sweep.trials()[0]
 
 
-def noted(sweep: Sweep, driver: Driver) -> None:
+def noted(sweep: Sweep, driver: Driver | None = None) -> None:
     """Waits until the driver has noted the jobs of both trials, which may have begun before that."""
     wait_for("note of the jobs", lambda: len(sweep.trials()) == 2 and all(sweep.jobs().values()), driver)
 

@@ -93,7 +93,7 @@ class Driver:
 
     def end(self, code: int = 0) -> str:
         """Waits for its end; what it said."""
-        wait_for("end of the driver; " + self.output(), self.ended)
+        wait_for("end of the driver", self.ended, self)
         assert self.process.returncode == code, self.output()
         return self.output()
 
