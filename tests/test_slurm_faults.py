@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -198,21 +201,31 @@ def test_tracking_server_away_for_a_while(slurm, tmp_path, server):
     finish(sweep, slurm, driver, trials=2)
 
 
-def test_disk_full_in_one_trials_folder(slurm, tmp_path):
+@contextmanager
+def small_disk(path: Path) -> Iterator[Path]:
+    """A disk of its own for a folder, with room for next to nothing."""
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_disk_full_in_one_trials_folder(tmp_path):
     """It is said, the other trials go on, and so does this one once there is room."""
-    sweep = make_sweep(
-        slurm,
-        tmp_path,
-        grid=("algorithm: tpe, trials: 4,", "algorithm: grid,"),
-        axes=("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}"),
-        mappings=("[rlm, flm, ilm, lp]", "[lp]"),
-        short=("epochs: 3", "epochs: 2"),
-    )
+    changes = {
+        "grid": ("algorithm: tpe, trials: 4,", "algorithm: grid,"),
+        "axes": ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}"),
+        "mappings": ("[rlm, flm, ilm, lp]", "[lp]"),
+        "short": ("epochs: 3", "epochs: 2"),
+    }
+    sweep = make_sweep(None, tmp_path, **changes)
     spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
     full = TrialFolder(spec.trials / spec.trial_config(spec.cells()[0]).content_hash())
-    full.path.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", full.path], check=True)
-    try:
+    with small_disk(full.path), started() as slurm:  # in this order: the nodes see what was mounted before them
+        sweep.environment |= {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
         driver = sweep.start()
         others = lambda: [trial for trial in sweep.trials() if trial.ended() and trial.name != full.name]  # noqa: E731
         wait_for("end of the others", lambda: len(others()) == 2, driver)
@@ -220,5 +233,3 @@ def test_disk_full_in_one_trials_folder(slurm, tmp_path):
         assert full.ended() is None
         subprocess.run(["mount", "-o", "remount,size=64m", full.path], check=True)
         finish(sweep, slurm, driver, trials=3)
-    finally:
-        subprocess.run(["umount", "--lazy", full.path], check=True)

@@ -51,14 +51,14 @@ TWO = {"few": ("trials: 4", "trials: 2"), "alone": (CONTROL, "control: null\n")}
 """Two trials, which run beside each other."""
 
 
-def make_sweep(slurm: Simulation, folder: Path, profile: str = PROFILE, **changes: tuple[str, str]) -> Sweep:
-    """The small sweep with its trials on SLURM; `changes` replace text of the spec."""
+def make_sweep(slurm: Simulation | None, folder: Path, profile: str = PROFILE, **changes: tuple[str, str]) -> Sweep:
+    """The small sweep with its trials on SLURM, which may start later; `changes` replace text of the spec."""
     (folder / "profile.yaml").write_text(profile)
     text = SPEC.replace("rule: asha", "rule: none") + f"cluster: {folder / 'profile.yaml'}\n"
     for old, new in changes.values():
         assert old in text
         text = text.replace(old, new)
-    return Sweep(folder, text, {"SLURM_CONF": slurm.environment["SLURM_CONF"]})
+    return Sweep(folder, text, {"SLURM_CONF": slurm.environment["SLURM_CONF"]} if slurm else {})
 
 
 def held_in_epoch_2(sweep: Sweep, **wanted: Any) -> tuple[Driver, Hold, TrialFolder]:
