@@ -124,7 +124,7 @@ def test_a_sweep_that_fails_from_its_start_is_ended(tmp_path):
     text = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, lp]", "[lp]").replace("trials: 4", "trials: 40")
     sweep = Sweep(tmp_path, text + "failure_limit: {share: 0.4, trials: 5}\n")
     output = sweep.run(code=1)
-    assert "given up: 3 of the first" in output
+    assert re.search(r"given up: [345] of the first \d trials failed", output)  # the fifth may end in the same look
     assert re.search(r"failed: \d+ diverged", output)
     assert "diverged: train loss is nan in epoch 1" in output
     assert len(sweep.trials()) < 40
