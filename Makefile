@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test check pictures install slurm-up slurm-down bench-slurm
+.PHONY: quickstart test check pictures install slurm-up slurm-down bench-slurm bench-driver
 
 install: $(INSTALLED)
 
@@ -31,9 +31,13 @@ slurm-up: $(INSTALLED)
 slurm-down:
 	.venv/bin/python tests/slurm_sim.py down /tmp/lorvp-slurm
 
-# What a cluster costs a sweep: the table in the README.
+# What a cluster costs a sweep: the table in docs/cluster.md.
 bench-slurm: $(INSTALLED)
 	.venv/bin/python tests/bench_slurm.py
+
+# What a sweep's driver costs the machine and the disk: the table in docs/benchmarks.md. Needs strace.
+bench-driver: $(INSTALLED)
+	.venv/bin/python tests/bench_driver.py
 
 $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version if sys.version_info < (3, 11) else 0)'

@@ -4,6 +4,7 @@
     job.json               the job that trains it, and how often one was submitted
     stop                   the driver's word that the trial shall end, and why
     next                   another trial that the same job takes, beside or after this one; empty if there is none
+    news                   grows by a byte whenever a job has written something below: who follows a trial looks here
     attempts/0001/         one start of the job; a later one begins with a copy of what it continues
         started.json       where and when
         results.jsonl      a line per epoch, appended
@@ -26,6 +27,7 @@ import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -35,6 +37,7 @@ from typing import Any
 from lorvp.config import TrialConfig
 from lorvp.files import create, write_json
 
+NEWS, RESULTS = "news", "results.jsonl"
 ROOM_BYTES = 1 << 20
 AUTO = "auto"
 """In place of a number of trials that are trained together: as many as pay, which a job measures."""
@@ -147,14 +150,14 @@ class Attempt:
     def results(self) -> list[dict[str, Any]]:
         """The epochs recorded so far, as dictionaries of `EpochResult`; a torn last line is left out."""
         try:
-            text = (self.path / "results.jsonl").read_bytes()
+            text = (self.path / RESULTS).read_bytes()
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
     def append(self, result: dict[str, Any]) -> None:
         """Records one epoch, after whatever a killed writer may have torn."""
-        path = self.path / "results.jsonl"
+        path = self.path / RESULTS
         line = (json.dumps(result) + "\n").encode()
         with open(path, "ab+") as file:
             file.seek(0)
@@ -164,10 +167,15 @@ class Attempt:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._ring()
 
     def end(self, state: State, reason: str = "", cause: Cause | None = None) -> None:
         values = {"state": state, "reason": reason, "cause": cause, "time": time.time()}
         write_json(self.path / "end.json", values)
+        self._ring()
+
+    def _ring(self) -> None:
+        ring(self.path.parent.parent)
 
     def ended(self) -> End | None:
         values = _read_json(self.path / "end.json")
@@ -210,7 +218,10 @@ class TrialFolder:
     @classmethod
     def requested(cls, trials: Path) -> list[TrialFolder]:
         """All trials under `trials`, oldest request first."""
-        return Requests(trials).all()
+        names = os.listdir(trials) if trials.is_dir() else []
+        configs = [trials / name / "config.json" for name in names]
+        there = [(path.stat().st_mtime_ns, path) for path in configs if path.exists()]
+        return [cls(path.parent) for _, path in sorted(there)]
 
     @cached_property
     def config(self) -> TrialConfig:
@@ -235,13 +246,14 @@ class TrialFolder:
             if before:
                 if before.checkpoint.exists():
                     os.link(before.checkpoint, draft / before.checkpoint.name)  # replaced later, never written into
-                for result in before.results():
-                    Attempt(draft).append(result)
+                if results := before.results():
+                    (draft / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results))
             try:
                 draft.rename(attempts / f"{number:04}")
             except OSError:  # another job took this number meanwhile; the folder is never empty, so none replaces it
                 shutil.rmtree(draft)
                 continue
+            ring(self.path)
             return Attempt(attempts / f"{number:04}")
 
     def results(self) -> list[dict[str, Any]]:
@@ -314,6 +326,20 @@ class TrialFolder:
             return []
 
 
+def ring(trial: Path) -> None:
+    """Say that there is something new in a trial's folder, so that who follows it need not look at anything else.
+
+    A byte is appended, since a file's size shows every change, where times may be too coarse to.
+    """
+    news = trial / NEWS
+    try:
+        with open(news, "ab") as file:
+            file.write(b".")
+    except OSError:  # the disk may be full, of which the log tells; to set a time takes no room
+        with suppress(OSError):
+            os.utime(news)
+
+
 def pack_file(trials: Path) -> Path:
     return trials.parent / "pack.json"
 
@@ -323,19 +349,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-
-
-class Requests:
-    """The trials under a folder, oldest request first; to look again costs the same for a thousand as for ten."""
-
-    def __init__(self, trials: Path) -> None:
-        self._trials = trials
-        self._seen: dict[str, TrialFolder] = {}
-
-    def all(self) -> list[TrialFolder]:
-        names = os.listdir(self._trials) if self._trials.is_dir() else []
-        configs = [self._trials / name / "config.json" for name in names if name not in self._seen]
-        there = [path for path in configs if path.exists()]
-        for path in sorted(there, key=lambda path: (path.stat().st_mtime_ns, path)):
-            self._seen[path.parent.name] = TrialFolder(path.parent)
-        return list(self._seen.values())

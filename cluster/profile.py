@@ -24,7 +24,7 @@ class DriverJob(Part):
 
     partition: str | None = Field(None, description="default: the one of the trials' jobs")
     cpus: PositiveInt = 2
-    memory_gb: PositiveFloat = Field(8, description="about 1, and 0.12 for each trial that runs at the same time")
+    memory_gb: PositiveFloat = Field(2, description="0.3 while it searches, 0.6 with 500 trials, about 1 at the end")
     time_limit_minutes: PositiveInt = Field(24 * 60, description="it requeues itself before that")
     sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
 

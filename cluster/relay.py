@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from cluster import code
-from cluster.folder import AUTO, Cause, JobState, Requests, State, StopReason, TrialFolder, pack_file
+from cluster.folder import AUTO, Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
+from cluster.scan import FollowedTrial, Scan
 from cluster.slurm import SlurmCluster
 
 NO_USE = {"OUT_OF_MEMORY": Cause.OUT_OF_MEMORY, "DEADLINE": Cause.LOST}
@@ -22,6 +23,7 @@ UNEXPLAINED = 3
 """Starts of a job that keeps dying without a word, which the place where it ran has no word for either."""
 LONGEST_WAIT = 60.0
 ROOM_POLL = 5.0
+INTERRUPT_POLL = 0.1
 LOG_LINES = 20
 """The end of a log, where a job says that its disk is full."""
 
@@ -51,18 +53,17 @@ def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, 
 
 
 class Relay:
-    """Looks after the jobs of all trials under one folder; `poll` does what is due and returns at once."""
+    """Looks after the jobs of the trials that its `scan` follows; `poll` does what is due and returns at once."""
 
     def __init__(self, trials: Path, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.scan = Scan(trials)
         self._trials = trials
-        self._requests = Requests(trials)
         self.states: dict[str, JobState] = {}
         """What is known of the job of each open trial, by the trial's name."""
         self.troubles: dict[str, str] = {}
         """Why a trial can't have another job now, by its name."""
-        self._ended: set[str] = set()
-        self._free: dict[str, list[TrialFolder]] = {}
+        self._free: dict[str, list[FollowedTrial]] = {}
         """Jobs that may be handed a trial: those of their trials that have ended and that none follows."""
         self._ending = False
         # What this relay has seen of a trial; an earlier driver's is another story.
@@ -70,7 +71,14 @@ class Relay:
         self._exclude: dict[str, str] = {}  # the node that failed it
         self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
-        cluster.adopt(self.open_trials())
+        self._just_ended: deque[FollowedTrial] = deque()
+        self.scan.subscribe(self._note_end)
+        cluster.adopt(self.scan.open())
+
+    def take_over(self) -> None:
+        """Void what an earlier driver told jobs: to stop, as it was ending, or by a search that is now asked again."""
+        for trial in self.scan.open():
+            trial.clear_stop()
 
     def poll(self) -> None:
         """Gets jobs for the trials that wait and those whose job died, within the limit of jobs in flight.
@@ -79,7 +87,8 @@ class Relay:
         """
         if self._ending:
             return
-        open_trials = self.open_trials()
+        self._free_jobs()
+        open_trials = self.scan.open()
         now = time.monotonic()
         if self._wait and now >= self._refused_until:
             self.cluster.adopt(open_trials)  # a refusal may have been an answer that got lost
@@ -90,11 +99,13 @@ class Relay:
         self._free = {job_id: ended for job_id, ended in self._free.items() if job_id in alive}
         due = []
         for trial in open_trials:
-            if jobs.get(trial.name) in alive or trial.ended():  # it may have ended since the look at its folder
+            if jobs.get(trial.name) in alive:
                 continue
-            if not self._submissions[trial.name]:
-                trial.clear_stop()  # it was meant for an earlier driver's job
-            elif trial.name not in self._not_before and not self._may_start_again(trial, now):
+            if trial.name in jobs and TrialFolder(trial.path).ended():  # since the last look at its folder
+                trial.wake()
+                continue
+            died = self._submissions[trial.name] and trial.name not in self._not_before
+            if died and not self._may_start_again(trial, now):
                 continue
             if now < self._not_before.get(trial.name, 0.0):
                 continue
@@ -113,9 +124,9 @@ class Relay:
         if leads and now >= self._refused_until:
             self._submit(leads)
 
-    def _submit(self, trials: list[TrialFolder]) -> None:
+    def _submit(self, trials: list[FollowedTrial]) -> None:
         """Submits, or waits longer before each next try."""
-        groups: dict[str, list[TrialFolder]] = defaultdict(list)
+        groups: dict[str, list[FollowedTrial]] = defaultdict(list)
         for trial in trials:
             groups[self._exclude.get(trial.name, "")].append(trial)
         for exclude, group in groups.items():
@@ -143,14 +154,14 @@ class Relay:
                 self.cluster.pack = json.loads(pack_file(self._trials).read_text())
         return None if isinstance(self.cluster.pack, str) else self.cluster.pack
 
-    def _leads(self, due: list[TrialFolder], running: list[TrialFolder]) -> list[TrialFolder]:
+    def _leads(self, due: list[FollowedTrial], running: list[FollowedTrial]) -> list[FollowedTrial]:
         """Those that are submitted, a job each; the others are handed over to these, and wait for that."""
         pack = self._pack
         if pack == 1:
             return due
         if pack is None:  # one job finds out
             return [] if running else due[:1]
-        places: dict[TrialFolder, int] = {}
+        places: dict[FollowedTrial, int] = {}
         for trial in due:
             lead = next((lead for lead, free in places.items() if free and lead.config.packs_with(trial.config)), None)
             if lead:
@@ -159,7 +170,7 @@ class Relay:
                 places[trial] = pack - 1
         return list(places)
 
-    def _hand_over(self, trial: TrialFolder, running: list[TrialFolder]) -> bool:
+    def _hand_over(self, trial: FollowedTrial, running: list[FollowedTrial]) -> bool:
         """Whether a job takes this one next: one that has just finished a trial or, packed, one with a place left."""
         pack = self._pack or 1
         hosts = {job_id: list(ended) for job_id, ended in self._free.items()}
@@ -188,12 +199,12 @@ class Relay:
                 return True
         return False
 
-    def _count_start(self, trial: TrialFolder) -> None:
+    def _count_start(self, trial: FollowedTrial) -> None:
         self._submissions[trial.name] += 1
         self._not_before.pop(trial.name, None)
         self.troubles.pop(trial.name, None)
 
-    def _may_start_again(self, trial: TrialFolder, now: float) -> bool:
+    def _may_start_again(self, trial: FollowedTrial, now: float) -> bool:
         """Decides about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again."""
         starts = self._submissions[trial.name]
         state = self.states.get(trial.name)
@@ -213,24 +224,28 @@ class Relay:
         if starts >= limit:
             reason = "" if kind in NO_USE else f"its job ended {starts} times without a result: "
             trial.claim().end(State.FAILED, reason + "".join(log[-1:]), cause)
+            trial.wake()
             return False
         if state and cause in (Cause.DISK_FULL, Cause.NODE_FAILURE):
             self._exclude[trial.name] = state.node
         self._not_before[trial.name] = now + wait
         return True
 
-    def open_trials(self) -> list[TrialFolder]:
-        """The trials that have not ended, oldest request first."""
-        trials = [t for t in self._requests.all() if t.name not in self._ended]
-        for trial in trials:
-            if trial.ended():
-                self._ended.add(trial.name)
-                job = trial.job()
-                if job is None or trial.handed_over() is not None:
-                    continue
-                if self._pack != 1 or job["place"] < self.cluster.trials_per_job:
-                    self._free.setdefault(job["id"], []).append(trial)
-        return [t for t in trials if t.name not in self._ended]
+    def _note_end(self, trial: FollowedTrial) -> None:
+        if trial.ended():
+            self._just_ended.append(trial)
+
+    def _free_jobs(self) -> None:
+        """Find the jobs whose trial has ended and that may take another."""
+        while self._just_ended:
+            trial = self._just_ended.popleft()
+            for kept in (self._submissions, self._exclude, self._not_before, self.troubles):
+                kept.pop(trial.name, None)
+            job = trial.job()
+            if job is None or (self._pack == 1 and job["place"] >= self.cluster.trials_per_job):
+                continue
+            if trial.handed_over() is None:
+                self._free.setdefault(job["id"], []).append(trial)
 
     def dismiss(self) -> None:
         """Sends jobs home that wait for a trial."""
@@ -244,22 +259,29 @@ class Relay:
         Jobs that wait are cancelled at once, those that run stop by themselves, or are cancelled after `patience` s.
         """
         self._ending = True
-        for trial in self.open_trials():
+        with suppress(OSError):
+            self.scan.look_at_all()
+        for trial in self.scan.open():
             trial.stop(StopReason.INTERRUPT)
-        self.dismiss()
         deadline = time.monotonic() + patience
         cancelled: set[str] = set()
         while time.monotonic() < deadline + patience:
             late = time.monotonic() > deadline
+            self._free_jobs()
+            self.dismiss()
             with suppress(OSError):  # the controller may be away; the jobs read their folders all the same
                 alive = self._alive_jobs()
                 now = {job_id for job_id, state in alive.items() if late or state.waiting} - cancelled
                 self.cluster.cancel(sorted(now))
                 cancelled |= now
                 if not alive:
-                    return
-            time.sleep(0.1)
+                    break
+            time.sleep(INTERRUPT_POLL)
+            with suppress(OSError):
+                self.scan.look()
+        with suppress(OSError):
+            self.scan.look_at_all()
 
     def _alive_jobs(self) -> dict[str, JobState]:
-        jobs = [job["id"] for trial in self.open_trials() if (job := trial.job())]
+        jobs = [job["id"] for trial in self.scan.open() if (job := trial.job())]
         return {job_id: state for job_id, state in self.cluster.states([*jobs, *self._free]).items() if state.alive}

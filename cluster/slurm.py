@@ -25,6 +25,19 @@ from lorvp.files import write_json
 FIRST_POLL, LAST_POLL = 2.0, 30.0
 """Seconds between two questions to the controller: the first while something changes, growing to the last."""
 CLIENT_TIMEOUT = 30
+"""Seconds that a command of SLURM's may take."""
+NO_ANSWER = "{} did not answer within {} s"
+TIMED_OUT = 124
+"""The exit code of `timeout` for a command that it ended."""
+
+
+def _sbatch_in_time(executor: submitit.SlurmExecutor, submission_file_path: Path) -> list[str]:
+    """submitit's command, with the time limit that submitit does not give it."""
+    return ["timeout", "--kill-after=5", str(CLIENT_TIMEOUT), "sbatch", str(submission_file_path)]
+
+
+# Set in the class itself, since submitit submits an array by a new executor, which is none of a class of ours.
+setattr(submitit.SlurmExecutor, "_make_submission_command", _sbatch_in_time)  # noqa: B010  mypy's words on the other way
 
 
 class SlurmCluster:
@@ -66,9 +79,14 @@ class SlurmCluster:
             write_json(intent, [trial.name for trial in part])
             executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
             executor.update_parameters(**sbatch_parameters(profile, intent.stem))
-            with executor.batch():
-                arguments = (self._threads, self.trials_per_job, self.pack)
-                jobs = [executor.submit(TrialJob(), trial.path, *arguments) for trial in part]
+            arguments = (self._threads, self.trials_per_job, self.pack)
+            try:
+                with executor.batch():
+                    jobs = [executor.submit(TrialJob(), trial.path, *arguments) for trial in part]
+            except submitit.core.utils.FailedJobError as error:
+                if getattr(error.__cause__, "returncode", None) == TIMED_OUT:
+                    raise OSError(NO_ANSWER.format("sbatch", CLIENT_TIMEOUT)) from None
+                raise
             for trial, job in zip(part, jobs, strict=True):
                 trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
             intent.unlink()
@@ -216,7 +234,7 @@ def _client(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} did not answer within {CLIENT_TIMEOUT} s") from None
+        raise OSError(NO_ANSWER.format(command[0], CLIENT_TIMEOUT)) from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")

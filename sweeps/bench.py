@@ -16,24 +16,24 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import optuna
 import torch
 import typer
-from ray.air.constants import TRAINING_ITERATION
-from ray.tune.schedulers import TrialScheduler
 from torch.utils.data import DataLoader
 
 from lorvp import cli, frozen, published, training
 from lorvp.backbone import Backbone
-from lorvp.config import SpeedConfig
+from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.result import EpochResult
-from sweeps.search import SpecSearch, make_scheduler
+from sweeps.search.controller import Failure, SweepController
+from sweeps.search.stopping import make_scheduler
+from sweeps.search.suggest import SpecSearch
 from sweeps.spec import Spec
-from sweeps.tune_trial import SCORE
 
 RATES = (0.02, 0.1, 0.3, 1.0, 3.0)
 RANKS = (1, 4, 8, 16)
@@ -132,44 +132,67 @@ def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
     return found
 
 
-def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
-    """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
-    found = Found()
-    search = SpecSearch(spec)
-    scheduler: Any = make_scheduler(spec)  # it is given stand-ins for Tune's controller and trials
-    live: deque[tuple[Suggested, Iterator[EpochResult]]] = deque()
-    asked = 0
-    while found.best < goal and (live or asked < spec.number_of_trials()):
-        while len(live) < spec.search.concurrent and asked < spec.number_of_trials():
-            new = Suggested(str(asked))
-            asked += 1
-            params = search.suggest(new.trial_id)
-            assert isinstance(params, dict)  # without search.seconds there is always one more
-            live.append((new, training.train(spec.trial_config(params), loaded=loaded)))
-            scheduler.on_trial_add(None, new)
-        trial, epochs = live.popleft()
-        with Clock(found, "training and validation" if trial.score > -math.inf else "first epochs, with the cache"):
-            result = next(epochs)
-        trial.score = max(trial.score, result.val_top1)
-        said = {"epoch": result.epoch, SCORE: trial.score, TRAINING_ITERATION: result.epoch}
-        last = result.epoch == spec.max_epochs()
-        if not last and scheduler.on_trial_result(None, trial, said) != TrialScheduler.STOP:
-            search.on_trial_result(trial.trial_id, said)
-            live.append((trial, epochs))
-        else:
-            scheduler.on_trial_complete(None, trial, said)
-            search.on_trial_complete(trial.trial_id, said)
-        found.note(result.val_top1)
-        progress(f"ours: trial {asked}, best {found.best:.2f} % of {goal:.2f} %, {found.total:.0f} s")
-    return found
+class Reached(Exception):
+    """A trial is as good as was asked for."""
 
 
 @dataclass(eq=False)
-class Suggested:
-    """A trial as Tune's scheduler sees it."""
+class Turn:
+    """A trial that has its turn now and then."""
 
-    trial_id: str
-    score: float = -math.inf
+    config: TrialConfig
+    name: str
+    epochs: Iterator[EpochResult]
+    recorded: list[dict[str, Any]] = field(default_factory=list)
+
+    def results(self) -> list[dict[str, Any]]:
+        return self.recorded
+
+    def ended(self) -> None:
+        """None: what the search gives up gets no further turn, and it is through with what had its last epoch."""
+
+
+class InTurns:
+    """Trains the trials that a search asks for in this process, an epoch of each in turns, until one reaches `goal`."""
+
+    def __init__(self, loaded: training.Loaded, goal: float) -> None:
+        self.found = Found()
+        self._loaded, self._goal = loaded, goal
+        self._live: deque[Turn] = deque()
+        self._asked = 0
+
+    def request(self, config: TrialConfig) -> Turn:
+        self._asked += 1
+        self._live.append(Turn(config, config.content_hash(), training.train(config, loaded=self._loaded)))
+        return self._live[-1]
+
+    def give_up(self, trial: Turn) -> None:
+        self._live.remove(trial)
+
+    def wait(self) -> list[str]:
+        """Train one epoch. Raises Reached when that is as good as was asked for."""
+        trial = self._live.popleft()
+        with Clock(self.found, "training and validation" if trial.recorded else "first epochs, with the cache"):
+            result = next(trial.epochs)
+        trial.recorded.append(asdict(result))
+        if result.epoch < trial.config.epochs:
+            self._live.append(trial)
+        best = self.found
+        best.note(result.val_top1)
+        progress(f"ours: trial {self._asked}, best {best.best:.2f} % of {self._goal:.2f} %, {best.total:.0f} s")
+        if best.best >= self._goal:
+            raise Reached
+        return [trial.name]
+
+
+def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
+    """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
+    trials, failure = InTurns(loaded, goal), Failure()
+    with suppress(Reached):
+        SweepController(spec, SpecSearch(spec), make_scheduler(spec), trials, failure).run()
+    if failure.error:
+        raise failure.error
+    return trials.found
 
 
 def progress(line: str) -> None:

@@ -7,7 +7,7 @@ once, whatever happens to the driver.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from sweeps.leaderboard import Entry, Leaderboard
 from sweeps.spec import Spec
 
 if TYPE_CHECKING:
-    from sweeps.follow import Follower
+    from sweeps.run.jobs import Jobs
 
 RECORD = "confirm.json"
 
@@ -32,20 +32,6 @@ class Choice:
     control: bool
     seeds: dict[int, str]
     """The trials that confirm it, by seed; a config that has no use for a seed has the same one for each."""
-
-
-def search_and_confirm(spec: Spec, search: Callable[[], None], follower: Follower) -> list[Choice]:
-    """Lets the search run, unless an earlier driver saw its end, and asks for the trials that confirm its best."""
-    choices = chosen(spec)
-    if choices is None:
-        search()
-        follower.wait()  # what it gave up is still ending
-        choices = choose(spec)
-    names = request(spec, choices)
-    follower.confirm(names)
-    text = f"confirmation: {len(choices)} configs with the control, {len(names)} trials"
-    follower.console.print(text, highlight=False)
-    return choices
 
 
 def choose(spec: Spec) -> list[Choice]:
@@ -79,12 +65,12 @@ def chosen(spec: Spec) -> list[Choice] | None:
     ]
 
 
-def request(spec: Spec, choices: list[Choice]) -> set[str]:
+def request(spec: Spec, choices: list[Choice], jobs: Jobs) -> set[str]:
     """Asks for the trials that confirm; their names."""
     for choice in choices:
         config = TrialFolder(spec.trials / choice.trial).config
         for seed in choice.seeds:
-            TrialFolder.request(spec.trials, spec.confirmed(config, seed))
+            jobs.request(spec.confirmed(config, seed))
     return {name for choice in choices for name in choice.seeds.values()}
 
 

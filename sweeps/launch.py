@@ -26,9 +26,10 @@ from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
 from sweeps import spec_file, status, triage
 from sweeps.memory import memory_line
+from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.spec import Spec
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_BAD_INPUT = 2
 EXTENDABLE = {"search": {"trials", "concurrent", "seconds"}, "failure_limit": {"share", "trials"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
 
@@ -90,16 +91,18 @@ def main(
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running
                 start_detached(spec, sweep_id, file, options)
                 return
-            # Imported here: a spec that is refused shall not wait for MLflow and Ray.
-            from sweeps.driver import carry_out
+            ending = Ending()
+            # Imported here: a spec that is refused shall not wait for Ray and Optuna.
+            from sweeps.run.driver import carry_out
 
-            code = carry_out(spec, sweep_id, file.read_text(), make_relay(spec, sweep_id), leave_running, console)
+            relay, text = make_relay(spec, sweep_id), file.read_text()
+            code = carry_out(spec, sweep_id, text, relay, ending, leave_running, console)
     except UserError as error:
         cli.say(error)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    if code == EXIT_INTERRUPTED:  # perhaps in the middle of Ray's start: its C++ part would abort the interpreter's end
-        sys.stdout.flush()
-        os._exit(code)
+    except KeyboardInterrupt:
+        console.print("interrupted before a job was submitted; --resume goes on", highlight=False)
+        code = EXIT_INTERRUPTED
     raise typer.Exit(code)
 
 

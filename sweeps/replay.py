@@ -1,7 +1,7 @@
-"""A sweep in virtual time: what happens when, without a trial being trained or a Ray process started.
+"""A sweep in virtual time: what happens when, without a trial being trained.
 
-Tune's own scheduler and the OptunaSearch of the sweep are asked, epoch by epoch, as Tune would ask them, and one loop
-over events stands for the cluster.
+The search is the sweep's own (`sweeps.search.controller`). Only what it waits for is another: one loop over events
+stands for the cluster, and a clock of its own for time.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import math
 import random
 import warnings
 from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import optuna
-from pydantic import ValidationError
-from ray.air.constants import TRAINING_ITERATION
-from ray.tune.schedulers import TrialScheduler
 
-from cluster.folder import State
+from cluster.folder import End, State
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from sweeps.curves import Curve, Curves
-from sweeps.search import SpecSearch, make_scheduler
-from sweeps.spec import Scalar, Spec, Stage
-from sweeps.tune_trial import SCORE
+from sweeps.run.follow import GivenUp
+from sweeps.search.controller import Failure, SweepController
+from sweeps.search.stopping import make_scheduler
+from sweeps.search.suggest import SpecSearch, Spent
+from sweeps.spec import Spec, Stage
 
 
 @dataclass(frozen=True)
@@ -94,31 +93,28 @@ class Outcome:
 
 @dataclass(eq=False)
 class Trial:
-    """What is trained: equal configs are one."""
+    """What is trained: equal configs are one. The search reads it as it reads a folder."""
 
     config: TrialConfig
+    name: str
     control: bool
     curve: Curve
-    epochs: int = 0
     part: float = 0.0
     """Seconds of the next epoch that the checkpoint of a job at its time limit holds."""
     starts: int = 0
     state: State | None = None
     job: Job | None = None
-    followed_by: list[Suggestion] = field(default_factory=list)
+    recorded: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def epochs(self) -> int:
+        return len(self.recorded)
 
-@dataclass(eq=False)
-class Suggestion:
-    """A trial as Tune's schedulers see it: they ask for `trial_id`, and keep it as a key."""
+    def results(self) -> list[dict[str, Any]]:
+        return self.recorded
 
-    trial_id: str
-    trial: Trial
-    config: dict[str, Scalar]
-    """The point of the space."""
-    handed_on: int = 0
-    score: float | None = None
-    live: bool = True
+    def ended(self) -> End | None:
+        return End(self.state) if self.state else None
 
 
 @dataclass(eq=False)
@@ -133,13 +129,6 @@ class Job:
     fails: bool = False
     training_since: float | None = None
     """When it began, or went on with, its trial's next epoch."""
-
-
-class _Controller:
-    """Of Tune's controller the schedulers ask only for trials that wait; here all are followed from the first."""
-
-    def get_live_trials(self) -> list[Any]:
-        return []
 
 
 def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> Outcome:
@@ -159,22 +148,19 @@ def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> Outcome:
 
 
 class _Replay:
-    """The loop over events, and what each does."""
+    """The loop over events, and what each does. To the search it is the place where trials are trained."""
 
     def __init__(self, spec: Spec, curves: Curves, place: Place, seed: int) -> None:
         self.spec = spec
         self.curves = curves
         self.place = place
-        self.search = SpecSearch(spec, spent=self.spent)
-        self.scheduler: Any = make_scheduler(spec)  # it is given stand-ins for Tune's controller and trials
+        self.spent = Spent(spec)
         self.random = random.Random(seed)
         self.outcome = Outcome(place.gpus)
-        self.controller = _Controller()
         self.better = max if spec.mode == "max" else min
-        self.total = spec.number_of_trials()
-        self.suggested = 0
-        self.live = 0  # suggestions that Tune follows
+        self.total = spec.number_of_trials() + len(spec.control_configs())
         self.trials: dict[str, Trial] = {}
+        self.news: set[str] = set()
         self.unsubmitted: deque[Trial] = deque()
         self.queue: deque[Job] = deque()  # for a GPU
         self.idle: list[Job] = []  # whose trial has just ended
@@ -186,23 +172,33 @@ class _Replay:
         self.order = itertools.count()  # of events at the same time
 
     def run(self) -> Outcome:
-        for config in self.spec.control_configs():
-            self.request(config, control=True)
-        self.go_on()
-        if self.spec.confirm and not self.outcome.given_up:
-            self.confirm()
+        try:
+            for config in self.spec.control_configs():
+                self.ask(config, control=True)
+            self.search()
             self.go_on()
+            if self.spec.confirm:
+                self.confirm()
+                self.go_on()
+        except GivenUp as reason:
+            self.outcome.given_up = str(reason)
         self.outcome.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
         return self.outcome
+
+    def search(self) -> None:
+        def count_invalid(line: str) -> None:
+            self.outcome.invalid += 1
+
+        failure, searcher = Failure(), SpecSearch(self.spec, spent=self.spent)
+        SweepController(self.spec, searcher, make_scheduler(self.spec), self, failure, count_invalid).run()
+        if failure.error:
+            raise failure.error
 
     def go_on(self) -> None:
         """Until nothing more happens."""
         self.fill()
-        while self.events and not self.outcome.given_up:
-            then, _, event = heapq.heappop(self.events)
-            self.outcome.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
-            self.now = then
-            event()
+        while self.events:
+            self.step()
             self.fill()
 
     def confirm(self) -> None:
@@ -215,23 +211,20 @@ class _Replay:
             best += of_value[: self.spec.top]
         for trial in best:
             for seed in self.spec.seeds:
-                self.request(self.spec.confirmed(trial.config, seed), trial.control)
-
-    def spent(self) -> dict[Scalar, float]:
-        """Seconds of the search's epochs until now, by share."""
-        spent: defaultdict[Scalar, float] = defaultdict(float)
-        for trial in self.trials.values():
-            if not trial.control:
-                spent[self.spec.share(trial.config)] += sum(trial.curve.seconds[: trial.epochs])
-        return spent
+                self.ask(self.spec.confirmed(trial.config, seed), trial.control)
 
     def at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.events, (time, next(self.order), event))
 
+    def step(self) -> None:
+        """The next event. Raises GivenUp where too many trials failed at the start."""
+        then, _, event = heapq.heappop(self.events)
+        self.outcome.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
+        self.now = then
+        event()
+
     def fill(self) -> None:
-        """Suggests, submits and starts what there is room for."""
-        while self.live < self.spec.search.concurrent and self.suggested < self.total:
-            self.suggest()
+        """Submits and starts what there is room for."""
         for job in self.idle:
             self.take_next(job)
         self.idle.clear()
@@ -244,73 +237,31 @@ class _Replay:
         while self.queue and self.free_gpus >= self.place.profile.gpus:
             self.start(self.queue.popleft())
 
-    def request(self, config: TrialConfig, control: bool = False) -> Trial:
+    def ask(self, config: TrialConfig, control: bool = False) -> Trial:
         name = config.content_hash()
         if name not in self.trials:
-            self.trials[name] = Trial(config, control, self.curves.of(config, control))
+            self.trials[name] = Trial(config, name, control, self.curves.of(config, control))
             self.unsubmitted.append(self.trials[name])
         return self.trials[name]
 
-    # What Tune does
+    # What the search asks of the place where trials are trained
 
-    def suggest(self) -> None:
-        trial_id = str(self.suggested)
-        self.suggested += 1
-        params = self.search.suggest(trial_id)
-        if not isinstance(params, dict):  # Searcher.FINISHED
-            self.suggested = self.total
-            return
-        try:
-            config = self.spec.trial_config(params)
-        except ValidationError:  # each axis is valid by itself, but not every two of them together
-            self.outcome.invalid += 1
-            self.search.on_trial_complete(trial_id, error=True)
-            return
+    def request(self, config: TrialConfig) -> Trial:
         before = len(self.trials)
-        suggestion = Suggestion(trial_id, self.request(config), params)
+        trial = self.ask(config)
         self.outcome.repeated += len(self.trials) == before
-        suggestion.trial.followed_by.append(suggestion)
-        self.live += 1
-        self.scheduler.on_trial_add(self.controller, suggestion)
-        self.hand_on(suggestion)
+        return trial
 
-    def hand_on(self, suggestion: Suggestion) -> None:
-        """Tells Tune what was recorded since, as `TuneTrial.step` does."""
-        trial = suggestion.trial
-        while suggestion.live and suggestion.handed_on < trial.epochs:
-            value = trial.curve.values[suggestion.handed_on]
-            suggestion.handed_on += 1
-            suggestion.score = value if suggestion.score is None else self.better(suggestion.score, value)
-            self.report(suggestion, done=suggestion.handed_on == trial.config.epochs)
-        if suggestion.live and trial.state is not None:
-            if trial.state == State.FAILED or suggestion.score is None:
-                self.scheduler.on_trial_error(self.controller, suggestion)
-                self.search.on_trial_complete(suggestion.trial_id, error=True)
-                self.drop(suggestion)
-            else:  # stopped, when another suggestion of the same config was given up
-                self.report(suggestion, done=True)
+    def give_up(self, trial: Trial) -> None:
+        self.end(trial, State.STOPPED)
 
-    def report(self, suggestion: Suggestion, done: bool) -> None:
-        """One result, in the order of calls of Tune's controller."""
-        result = {
-            "epoch": suggestion.handed_on,
-            SCORE: suggestion.score,
-            TRAINING_ITERATION: suggestion.handed_on,
-        }
-        if not done:
-            decision = self.scheduler.on_trial_result(self.controller, suggestion, result)
-            if decision != TrialScheduler.STOP:
-                self.search.on_trial_result(suggestion.trial_id, result)
-                return
-        self.scheduler.on_trial_complete(self.controller, suggestion, result)
-        self.search.on_trial_complete(suggestion.trial_id, result)
-        self.drop(suggestion)
-        if suggestion.trial.state is None and suggestion.handed_on < suggestion.trial.config.epochs:
-            self.end(suggestion.trial, State.STOPPED)
-
-    def drop(self, suggestion: Suggestion) -> None:
-        suggestion.live = False
-        self.live -= 1
+    def wait(self) -> set[str]:
+        """Lets events happen until a trial has news. The search may then ask for another before jobs are filled up."""
+        while not self.news:
+            self.fill()
+            self.step()
+        news, self.news = self.news, set()
+        return news
 
     # What the cluster does. An event of a trial that has ended meanwhile is nothing.
 
@@ -348,14 +299,14 @@ class _Replay:
         searched = not trial.control and self.spec.stage(trial.config) == Stage.SEARCH
         if searched and (not best or self.better(value, best[-1][1]) != best[-1][1]):
             best.append((self.outcome.gpu_seconds, value))
-        trial.epochs += 1
+        result = {"epoch": trial.epochs + 1, self.spec.objective: value, "seconds": trial.curve.seconds[trial.epochs]}
+        trial.recorded.append(result | {"time": self.now, "whole": True})
         trial.part = 0.0
+        self.note(trial)
         if trial.epochs == trial.config.epochs:
             self.end(trial, State.FINISHED)
-            return
-        for suggestion in trial.followed_by:
-            self.hand_on(suggestion)
-        self.train(job, trial)
+        else:
+            self.at(self.now, partial(self.train, job, trial))
 
     def interrupt(self, job: Job, trial: Trial) -> None:
         """The end of a job that its trial outlives: a failure, or the time limit, before which a checkpoint is made."""
@@ -380,12 +331,15 @@ class _Replay:
             self.idle.append(trial.job)
         elif trial.job is not None:  # it waits for its start, and is cancelled
             self.jobs -= 1
-        for suggestion in trial.followed_by:
-            self.hand_on(suggestion)
+        self.note(trial)
         limit = self.spec.failure_limit
         failed = states[: limit.trials].count(State.FAILED)
-        if failed > limit.share * limit.trials and len(states) < self.total + len(self.spec.control_configs()):
-            self.outcome.given_up = f"{failed} of the first {len(states)} trials failed (failure_limit)"
+        if failed > limit.share * limit.trials and len(states) < self.total:
+            raise GivenUp(f"{failed} of the first {len(states)} trials failed (failure_limit)")
+
+    def note(self, trial: Trial) -> None:
+        self.spent.note(trial)
+        self.news.add(trial.name)
 
     def take_next(self, job: Job) -> None:
         """Hands the job a trial that waits and needs what it has loaded, or lets it go."""

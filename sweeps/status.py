@@ -135,7 +135,7 @@ def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
     while running_driver(spec.folder) and time.monotonic() < deadline:
         time.sleep(0.2)
     relay.interrupt()
-    return len(relay.open_trials())
+    return len(relay.scan.open())
 
 
 def detached_driver(sweep: Path) -> str | None:

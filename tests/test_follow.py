@@ -9,10 +9,10 @@ import pytest
 from conftest import digits_values
 from rich.console import Console
 
-from cluster.folder import State, TrialFolder
+from cluster.folder import State
+from cluster.scan import Scan
 from lorvp.config import TrialConfig
-from sweeps import follow
-from sweeps.follow import Follower
+from sweeps.run.follow import Follower, GivenUp
 from sweeps.spec import Spec
 
 
@@ -32,16 +32,29 @@ def spec(tmp_path):
 
 
 @pytest.fixture
-def follower(spec, monkeypatch):
-    """One that nothing is submitted or sent for; a sweep that is given up is not interrupted."""
-    monkeypatch.setattr(follow.os, "kill", lambda *_: None)
-    relay = SimpleNamespace(states={}, troubles={}, poll=lambda: None)
-    tracker = SimpleNamespace(record=lambda *_: None, end=lambda *_: None)
-    return lambda: Follower(spec, relay, tracker, Console(file=StringIO(), width=200))
+def follower(spec):
+    """Makes one for which nothing is submitted or sent; `look` is a round of it."""
+
+    def make() -> Follower:
+        scan = Scan(spec.trials)
+        relay = SimpleNamespace(states={}, troubles={})
+        made = Follower(spec, relay, Console(file=StringIO(), width=200))
+        scan.subscribe(made.see)
+        scan.look()
+        made.start()
+
+        def look() -> None:
+            scan.look_at_all()
+            made.check()
+
+        made.request, made.look = scan.request, look
+        return made
+
+    return make
 
 
-def ended(spec: Spec, config: TrialConfig, state: State = State.FINISHED) -> str:
-    trial = TrialFolder.request(spec.trials, config)
+def ended(following: Follower, config: TrialConfig, state: State = State.FINISHED) -> str:
+    trial = following.request(config)
     attempt = trial.claim()
     attempt.append({"epoch": 1, "val_top1": 50.0})
     attempt.end(state)
@@ -56,12 +69,12 @@ def test_stages_are_counted_apart(spec, follower):
     configs = [spec.trial_config({"prompt.rank": rank}) for rank in (1, 2, 3, 4)]
     following = follower()
     for config in [*configs[:3], *spec.control_configs()]:
-        ended(spec, config)
-    earlier = ended(spec, spec.confirmed(configs[3], 1))  # of a shorter search
+        ended(following, config)
+    earlier = ended(following, spec.confirmed(configs[3], 1))  # of a shorter search
     following.look()
     assert summary(following).startswith("4 of 5 trials begun: 4 finished")
-    ended(spec, configs[3])
-    names = {ended(spec, spec.confirmed(configs[0], seed)) for seed in (1, 2)} | {"still to come"}
+    ended(following, configs[3])
+    names = {ended(following, spec.confirmed(configs[0], seed)) for seed in (1, 2)} | {"still to come"}
     assert earlier not in names
     following.look()
     assert summary(following).startswith("5 of 5 trials begun: 5 finished")
@@ -74,14 +87,11 @@ def test_stages_are_counted_apart(spec, follower):
 def test_what_fails_in_the_confirmation_does_not_end_the_sweep(spec, follower):
     configs = [spec.trial_config({"prompt.rank": rank}) for rank in (1, 2)]
     following = follower()
-    ended(spec, configs[0], State.FAILED)
+    ended(following, configs[0], State.FAILED)
     for seed in (1, 2):
-        ended(spec, spec.confirmed(configs[0], seed), State.FAILED)
+        ended(following, spec.confirmed(configs[0], seed), State.FAILED)
     following.look()
-    assert not following.given_up
-    ended(spec, configs[1], State.FAILED)
-    following.look()
-    assert following.given_up == "2 of the first 2 trials failed (failure_limit)"
-    resumed = follower()
-    resumed.look()
-    assert not resumed.given_up
+    ended(following, configs[1], State.FAILED)
+    with pytest.raises(GivenUp, match=r"^2 of the first 2 trials failed \(failure_limit\)$"):
+        following.look()
+    follower().look()

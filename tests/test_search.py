@@ -16,9 +16,10 @@ from cluster.profile import Profile
 from lorvp.config import TrialConfig
 from sweeps.curves import Curve
 from sweeps.replay import Place, replay
-from sweeps.search import RecordingSearch, SpecSearch, Suggestions, make_scheduler, seconds_spent
+from sweeps.search.stopping import make_scheduler
+from sweeps.search.suggest import RecordingSearch, SpecSearch, Spent, Suggestions
+from sweeps.search.tune_trial import SCORE
 from sweeps.spec import Spec
-from sweeps.tune_trial import SCORE
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 GOOD_LR = {"lorvp": 0.01, "linear_probe": 1.0}
@@ -88,10 +89,10 @@ def test_shares_of_a_resumed_search(make):
     spec = make(12)
     spec.folder.mkdir()
     whole = run(SpecSearch(spec), 12)
-    first = run(RecordingSearch(spec, Suggestions(spec.folder)), 5)
+    first = run(RecordingSearch(spec, Suggestions(spec.folder), dict), 5)
     assert first == whole[:5]
     assert [json.loads(line) for line in (spec.folder / "suggestions.jsonl").read_text().splitlines()] == first
-    again = run(RecordingSearch(spec, Suggestions(spec.folder)), 12)
+    again = run(RecordingSearch(spec, Suggestions(spec.folder), dict), 12)
     assert again[:5] == first
     assert [point["method"] for point in again] == [point["method"] for point in whole]
     assert len({(point["method"], point["optimizer.head_lr"]) for point in again}) == 12
@@ -108,22 +109,42 @@ def record(spec: Spec, point: dict, seconds: list[float]) -> TrialFolder:
 def test_a_share_that_had_its_seconds_is_passed_over(make):
     spec = make(20, search={"seconds": 10}, confirm={})
     spec.folder.mkdir()
-    search = RecordingSearch(spec, Suggestions(spec.folder))
+    spent = Spent(spec)
+    search = RecordingSearch(spec, Suggestions(spec.folder), spent)
     suggested = []
     while (point := search.suggest(str(len(suggested)))) != Searcher.FINISHED:
         suggested.append(point)
-        record(spec, point, [1, 1] if point["method"] == "lorvp" else [2, 4])
+        spent.note(record(spec, point, [1, 1] if point["method"] == "lorvp" else [2, 4]))
     assert Counter(point["method"] for point in suggested) == {"lorvp": 5, "linear_probe": 2}
     assert [point["method"] for point in suggested[:4]] == ["lorvp", "linear_probe"] * 2
-    assert seconds_spent(spec) == {"lorvp": 10, "linear_probe": 12}
-    record(spec, {"method": "lorvp", "label_mapping": "fm"}, [5])
-    assert seconds_spent(spec)["lorvp"] == 15
+    assert spent() == {"lorvp": 10, "linear_probe": 12}
+    more = record(spec, {"method": "lorvp", "label_mapping": "fm"}, [5])
+    for _ in range(2):  # what was counted before is not counted again
+        spent.note(more)
+    more.newest().append({"epoch": 2, "seconds": 3})
+    more.newest().end(State.FINISHED)
+    spent.note(more)
+    assert spent()["lorvp"] == 18
     for config in [spec.control_configs()[0], spec.confirmed(spec.trial_config(suggested[0]), 1)]:
-        TrialFolder.request(spec.trials, config).claim().append({"epoch": 1, "seconds": 100})
-    assert seconds_spent(spec)["lorvp"] == 15  # neither the control nor what confirms is searched
+        trial = TrialFolder.request(spec.trials, config)
+        trial.claim().append({"epoch": 1, "seconds": 100})
+        spent.note(trial)
+    assert spent()["lorvp"] == 18  # neither the control nor what confirms is searched
     assert len(Suggestions(spec.folder).read()) == 7
-    resumed = RecordingSearch(spec, Suggestions(spec.folder))
+    resumed = RecordingSearch(spec, Suggestions(spec.folder), spent)
     assert [resumed.suggest(str(n)) for n in range(8)] == [*suggested, Searcher.FINISHED]
+
+
+def test_a_torn_suggestion_is_left_out_and_written_over(make):
+    spec = make()
+    spec.folder.mkdir()
+    suggestions = Suggestions(spec.folder)
+    suggestions.append({"method": "lorvp"})
+    with open(suggestions.path, "a") as file:
+        file.write('{"method": "line')
+    assert suggestions.read() == [{"method": "lorvp"}]
+    suggestions.append({"method": "linear_probe"})
+    assert suggestions.read() == [{"method": "lorvp"}, {"method": "linear_probe"}]
 
 
 class _Trial:

@@ -18,7 +18,8 @@ from lorvp import cli
 from sweeps import simulate, spec_file
 from sweeps.curves import Family, Recorded
 from sweeps.replay import Outcome, Place, replay
-from sweeps.search import make_scheduler
+from sweeps.search.stopping import make_scheduler
+from sweeps.search.tune_trial import SCORE
 from sweeps.spec import Spec
 
 SPEC = """\
@@ -279,6 +280,8 @@ def test_work_grows_as_the_trials_do(make, monkeypatch):
     """Calls of functions are counted: on a busy machine times say little. Optuna's own growth is left out."""
 
     class Points:
+        metric = SCORE
+
         def __init__(self, spec: Spec, spent: object) -> None:
             self.suggested = 0
 

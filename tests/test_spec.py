@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from sweeps import launch, results, spec_file
-from sweeps.search import CellSampler, make_sampler, suggest
+from sweeps.search.suggest import CellSampler, make_sampler, suggest
 
 SWEEPS = Path(launch.__file__).parent
 

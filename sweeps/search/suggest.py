@@ -16,14 +16,11 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
-from ray.tune.experiment import Trial as RayTrial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from cluster.folder import TrialFolder
+from sweeps.search.tune_trial import SCORE, Recorded
 from sweeps.spec import Scalar, Spec, Stage, active
-from sweeps.tune_trial import SCORE
 
 
 class Suggestions:
@@ -42,8 +39,37 @@ class Suggestions:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def append(self, params: dict[str, Scalar]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(params) + "\n")
+        """Write down the next point, after whatever a full disk or a killed driver has torn. Raises OSError."""
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write((json.dumps(params) + "\n").encode())
+
+
+class Spent:
+    """Seconds that the search's epochs have taken until now, by the shares of the spec; the control's are left out."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._controls = spec.control_names()
+        self._seconds: defaultdict[Scalar, float] = defaultdict(float)
+        self._counted: dict[str, int] = {}  # epochs of each open trial
+
+    def note(self, trial: Recorded) -> None:
+        """Count what a trial has recorded since it was last noted."""
+        config = trial.config
+        if trial.name in self._controls or self._spec.stage(config) != Stage.SEARCH:
+            return
+        results = trial.results()
+        new = results[self._counted.get(trial.name, 0) :]
+        self._seconds[self._spec.share(config)] += sum(result["seconds"] for result in new)
+        self._counted[trial.name] = len(results)
+        if trial.ended():
+            del self._counted[trial.name]
+
+    def __call__(self) -> Mapping[Scalar, float]:
+        return self._seconds
 
 
 class SpecSearch(Searcher):
@@ -89,7 +115,9 @@ class SpecSearch(Searcher):
         self._share_of[trial_id].on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._share_of[trial_id].on_trial_complete(trial_id, result, error)
+        share = self._share_of.pop(trial_id)
+        share.on_trial_complete(trial_id, result, error)
+        del share._ot_trials[trial_id]  # the study has what it learns from; this is 2 KiB more
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a sweep is resumed from its own files."""
@@ -106,11 +134,11 @@ def _optuna_search(spec: Spec, again: list[dict[str, Scalar]]) -> OptunaSearch:
 class RecordingSearch(SpecSearch):
     """Writes down what it suggests, before anything comes of it."""
 
-    def __init__(self, spec: Spec, suggestions: Suggestions) -> None:
+    def __init__(self, spec: Spec, suggestions: Suggestions, spent: Callable[[], Mapping[Scalar, float]]) -> None:
         again = suggestions.read()
         self._suggestions = suggestions
         self._to_repeat = len(again)
-        super().__init__(spec, again, partial(seconds_spent, spec))
+        super().__init__(spec, again, spent)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         params = super().suggest(trial_id)
@@ -119,16 +147,6 @@ class RecordingSearch(SpecSearch):
         elif isinstance(params, dict):
             self._suggestions.append(params)
         return params
-
-
-def seconds_spent(spec: Spec) -> dict[Scalar, float]:
-    """What the epochs of the search have taken until now, the control's left out, by the shares of the spec."""
-    controls = spec.control_names()
-    spent: defaultdict[Scalar, float] = defaultdict(float)
-    for trial in TrialFolder.requested(spec.trials):
-        if trial.name not in controls and spec.stage(trial.config) == Stage.SEARCH:
-            spent[spec.share(trial.config)] += sum(result["seconds"] for result in trial.results())
-    return spent
 
 
 class CellSampler(BaseSampler):
@@ -183,56 +201,3 @@ def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
         else:
             params[name] = trial.suggest_float(name, *axis.bounds, log=axis.log_uniform is not None)
     return params
-
-
-class ShareScheduler(FIFOScheduler):
-    """Early stopping that compares a trial with those of its own share only, so that none stops all of another."""
-
-    def __init__(self, axis: str, shares: dict[Scalar, TrialScheduler]) -> None:
-        super().__init__()
-        self._axis, self._shares = axis, shares
-
-    def _share(self, trial: RayTrial) -> TrialScheduler:
-        return self._shares[trial.config[self._axis]]
-
-    def on_trial_add(self, controller: Any, trial: RayTrial) -> None:
-        self._share(trial).on_trial_add(controller, trial)
-
-    def on_trial_error(self, controller: Any, trial: RayTrial) -> None:
-        self._share(trial).on_trial_error(controller, trial)
-
-    def on_trial_result(self, controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        return self._share(trial).on_trial_result(controller, trial, result)
-
-    def on_trial_complete(self, controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
-        self._share(trial).on_trial_complete(controller, trial, result)
-
-    def on_trial_remove(self, controller: Any, trial: RayTrial) -> None:
-        self._share(trial).on_trial_remove(controller, trial)
-
-
-def make_scheduler(spec: Spec) -> TrialScheduler:
-    """Tune's early stopping by epochs, on the score."""
-    if spec.search.equal:
-        return ShareScheduler(
-            spec.search.equal, {value: make_scheduler(share) for value, share in spec.shares().items()}
-        )
-    rule = spec.early_stopping
-    if rule.rule == "asha":
-        return ASHAScheduler(
-            time_attr="epoch",
-            metric=SCORE,
-            mode=spec.mode,
-            max_t=spec.max_epochs(),
-            grace_period=rule.grace_epochs,
-            reduction_factor=rule.reduction_factor,
-        )
-    if rule.rule == "median":
-        return MedianStoppingRule(
-            time_attr="epoch",
-            metric=SCORE,
-            mode=spec.mode,
-            grace_period=rule.grace_epochs,
-            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
-        )
-    return FIFOScheduler()

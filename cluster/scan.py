@@ -1,0 +1,245 @@
+"""One look at the trials' folders that feeds all who follow a sweep: the search, MLflow, the screen and the relay.
+
+A look at a trial that has nothing new costs one `stat`, of the file that its job makes grow (`folder.NEWS`). A trial is
+looked at again after a tenth of its last epoch's time, and sooner when an epoch or its end is due.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder
+from lorvp.config import TrialConfig
+
+SHORTEST, LONGEST = 0.5, 30.0
+"""Seconds between two looks at a trial."""
+NEVER = math.inf
+PART = 0.1
+"""Of the last epoch's time, the part after which a trial is looked at again."""
+
+
+class FollowedTrial(TrialFolder):
+    """A trial's folder as its driver knows it: `job`, `results` and `ended` give what the last look found.
+
+    The driver is the only writer of `job.json`, so what it has written last is what is there.
+    """
+
+    def __init__(self, path: Path, woken: Callable[[FollowedTrial], None]) -> None:
+        super().__init__(path)
+        self.due = NEVER
+        """When to look next, by time.monotonic; what was planned before is void."""
+        self._woken = woken
+        self._job = super().job()
+        self._results: list[dict[str, Any]] = []
+        self._end: End | None = None
+        self._stopping = super().stop_reason() is not None
+        self._attempt = 0
+        self._offset = 0  # bytes of the results read so far
+        self._signature: tuple[int, int] | None = None
+        self._since = time.monotonic()  # of the last news
+        self._unread = True
+
+    def job(self) -> dict[str, Any] | None:
+        return self._job
+
+    def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
+        super().submitted(job_id, log, place)
+        self._job = super().job()
+        self.wake()
+
+    def results(self) -> list[dict[str, Any]]:
+        return self._results
+
+    def ended(self) -> End | None:
+        return self._end
+
+    def stop(self, reason: StopReason) -> None:
+        super().stop(reason)
+        self._stopping = True
+        self.wake()
+
+    def clear_stop(self) -> None:
+        if self._stopping:
+            super().clear_stop()
+        self._stopping = False
+
+    def wake(self) -> None:
+        """Have it read at the next look, whether its job has rung or not."""
+        self._unread = True
+        self._since = time.monotonic()
+        self._woken(self)
+
+    def look(self) -> bool:
+        """Look whether there is something new, and read it. Raises OSError where the disk does."""
+        unread, self._unread = self._unread, False
+        try:
+            signature = _signature(self.path / NEWS)
+            if signature == self._signature and not unread:
+                return False
+            found = self._read()
+        except BaseException:
+            self._unread = True
+            raise
+        self._signature = signature
+        if found:
+            self._since = time.monotonic()
+        return found or unread
+
+    def _read(self) -> bool:
+        """Read what was recorded since the last look; whether that is anything."""
+        attempts, number = self.path / "attempts", self._attempt
+        while (attempts / f"{number + 1:04}").exists():
+            number += 1
+        if number == 0:
+            return False
+        attempt = Attempt(attempts / f"{number:04}")
+        end = attempt.ended()  # before the results: what was recorded before the end is read below
+        found = number != self._attempt or end != self._end
+        if number != self._attempt:  # it begins with a copy of what the one before had recorded
+            self._attempt, self._offset, self._results = number, 0, []
+        try:
+            with open(attempt.path / RESULTS, "rb", buffering=0) as file:
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            text = b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._results += [json.loads(line) for line in whole.splitlines()]
+        self._offset += len(whole)
+        self._end = end
+        return found or bool(whole)
+
+    def wait(self) -> float:
+        """Seconds until the next look."""
+        elapsed = time.monotonic() - self._since
+        last = self._results[-1] if self._results else None
+        if last is None or self._stopping or len(self._results) == self.config.epochs:
+            return _within(PART * elapsed)  # its start, or its end, may come at any time
+        seconds: float = last["seconds"]
+        pause = _within(PART * seconds)
+        if elapsed < seconds:
+            return min(pause, max(SHORTEST, seconds - elapsed))
+        return SHORTEST if elapsed < seconds + pause else pause
+
+
+class Scan:
+    """The trials under one folder, as one driver follows them. `look` is for one thread, the rest for any."""
+
+    def __init__(self, trials: Path) -> None:
+        self._trials = trials
+        self._open: dict[str, FollowedTrial] = {}
+        self._schedule: list[tuple[float, int, FollowedTrial]] = []  # a heap
+        self._order = itertools.count()
+        self._lock = threading.RLock()
+        self.changed = threading.Event()
+        """Set when a trial is to be looked at sooner than was planned."""
+        self._listeners: list[Callable[[FollowedTrial], None]] = []
+        for folder in TrialFolder.requested(trials):
+            self._add(folder.path)
+
+    def request(self, config: TrialConfig) -> FollowedTrial:
+        """Ask for a trial of `config`; the one that is there already, if there is one."""
+        with self._lock:
+            name = config.content_hash()
+            if name in self._open:
+                return self._open[name]
+            trial = self._add(TrialFolder.request(self._trials, config).path)
+            trial.config = config
+            trial.look()
+            if trial.ended():  # that was news before
+                del self._open[name]
+            return trial
+
+    def open(self) -> list[FollowedTrial]:
+        """The trials that have not ended, oldest request first."""
+        with self._lock:
+            return list(self._open.values())
+
+    def subscribe(self, listener: Callable[[FollowedTrial], None]) -> None:
+        """Have `listener` told of each trial with news, in the thread that looks."""
+        self._listeners.append(listener)
+
+    def look(self) -> None:
+        """Look at the trials that are due. Raises OSError when one could not be read, once the others were."""
+        news, trouble = self._look()
+        for trial in news:
+            for listener in self._listeners:
+                listener(trial)
+        if trouble:
+            raise trouble
+
+    def _look(self) -> tuple[list[FollowedTrial], OSError | None]:
+        with self._lock:
+            self.changed.clear()
+            now = time.monotonic()
+            due = []
+            while self._schedule and self._schedule[0][0] <= now:
+                planned, _, trial = heapq.heappop(self._schedule)
+                if planned == trial.due and trial.name in self._open:
+                    trial.due = NEVER
+                    due.append(trial)
+            news: list[FollowedTrial] = []
+            trouble: OSError | None = None
+            for trial in due:
+                try:
+                    if trial.look():
+                        news.append(trial)
+                except OSError as error:  # a shared disk has its moods
+                    trouble = error
+                if trial.ended():
+                    del self._open[trial.name]
+                else:
+                    self._plan(trial, now + trial.wait())
+            return news, trouble
+
+    def look_at_all(self) -> None:
+        """Look at every open trial, whatever was planned. Raises OSError as `look` does."""
+        for trial in self.open():
+            trial.wake()
+        self.look()
+
+    def until_due(self) -> float:
+        """Seconds until the next look at a trial is due."""
+        with self._lock:
+            return max(0.0, self._schedule[0][0] - time.monotonic()) if self._schedule else LONGEST
+
+    def _add(self, path: Path) -> FollowedTrial:
+        trial = FollowedTrial(path, self._wake)
+        self._open[trial.name] = trial
+        self._plan(trial, 0.0)
+        return trial
+
+    def _wake(self, trial: FollowedTrial) -> None:
+        with self._lock:
+            if trial.name in self._open:
+                self._plan(trial, 0.0)
+        self.changed.set()
+
+    def _plan(self, trial: FollowedTrial, due: float) -> None:
+        """Plan the next look. A trial without a job has nothing to show, and is woken when it has one."""
+        if due and trial.job() is None:
+            return
+        trial.due = due
+        heapq.heappush(self._schedule, (due, next(self._order), trial))
+
+
+def _within(seconds: float) -> float:
+    return min(LONGEST, max(SHORTEST, seconds))
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    """A file's size and time of change; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,235 @@
+"""The driver of a sweep, from its first trial to the best prompt in MLflow."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import optuna
+from rich.console import Console
+
+from cluster.relay import Relay
+from cluster.slurm import requeue_this_job
+from lorvp.bundle_format import EXAMPLE
+from lorvp.errors import UserError
+from sweeps import confirm
+from sweeps.comparison import Comparison
+from sweeps.confirm import Choice
+from sweeps.leaderboard import Leaderboard
+from sweeps.outcome import Outcome
+from sweeps.run.background import Sender
+from sweeps.run.ending import EXIT_INTERRUPTED, Ending
+from sweeps.run.follow import Follower, GivenUp
+from sweeps.run.jobs import Jobs
+from sweeps.run.store import is_sure_to_open, tracking_uri, ui_command
+from sweeps.search.controller import Failure, SweepController
+from sweeps.search.stopping import make_scheduler
+from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
+from sweeps.spec import Spec
+
+if TYPE_CHECKING:
+    from sweeps.tracking import Tracker
+
+EXIT_NO_RESULT = 1
+TRACEBACK = "driver-error.txt"
+"""In the sweep's folder: of an error that the driver has no words for."""
+
+
+class SearchFailed(Exception):
+    """The search ended before its time; all trials that it asked for have ended since."""
+
+
+def carry_out(
+    spec: Spec, sweep_id: str, spec_text: str, relay: Relay, ending: Ending, leave_running: bool, console: Console
+) -> int:
+    """Runs the sweep to its end and returns the exit code. Raises KeyboardInterrupt before a job was asked for."""
+
+    def connect() -> Tracker:
+        with left_out("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
+            from sweeps.tracking import Tracker  # MLflow, which takes seconds
+
+        return Tracker(spec, sweep_id, spec_text)
+
+    uri = tracking_uri(spec)
+    opened = None if is_sure_to_open(uri) else connect()
+    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {uri}", highlight=False)
+    follower, spent = Follower(spec, relay, console), Spent(spec)
+    sender = Sender((lambda: opened) if opened else connect, spec.control_names(), follower.warn)
+    jobs = Jobs(relay, follower, sender)
+    jobs.subscribe(spent.note)
+    try:
+        jobs.start()
+        choices = train(spec, spent, jobs, follower, console)
+        jobs.stop()
+        all_sent = jobs.finish()
+        board = Leaderboard.read(spec)
+        comparison = Comparison.of(board, choices) if choices is not None else None
+        return conclude(Outcome(sweep_id, spec, board, comparison), sender.tracker, all_sent, console)
+    except KeyboardInterrupt:
+        jobs.stop()
+        if leave_running or ending.time_limit_nears:
+            console.print("ending: the jobs go on")
+        else:
+            console.print("ending: the jobs write their checkpoints and stop")
+            jobs.interrupt()
+        jobs.finish(patience=5)
+        close(sender.tracker, "KILLED")
+        if ending.time_limit_nears:
+            console.print("the time limit nears: this driver is requeued", highlight=False)
+            requeue_this_job()
+        else:
+            console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
+        return EXIT_INTERRUPTED
+    except GivenUp as reason:
+        jobs.stop()
+        console.print("ending: the jobs write their checkpoints and stop")
+        jobs.interrupt()
+        end_without_result(jobs, sender, f"given up: {reason}", spec, console)
+    except SearchFailed as reason:
+        jobs.stop()
+        console.print(Leaderboard.read(spec).table())
+        end_without_result(jobs, sender, str(reason), spec, console)
+    except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
+        (spec.folder / TRACEBACK).write_text(traceback.format_exc())
+        jobs.stop()
+        text = f"{one_line(error)}; the jobs go on, and so does --resume; {spec.folder / TRACEBACK} says where it was"
+        end_without_result(jobs, sender, text, spec, console)
+    return EXIT_NO_RESULT
+
+
+def train(spec: Spec, spent: Spent, jobs: Jobs, follower: Follower, console: Console) -> list[Choice] | None:
+    """Has the control trained, what the search suggests, and what confirms its best; what was chosen to be confirmed.
+
+    Raises SearchFailed once all has ended that was asked for before the search failed.
+    """
+    for config in spec.control_configs():
+        jobs.request(config)
+    choices = confirm.chosen(spec)
+    if choices is None:
+        failed = run_search(spec, spent, jobs, console)
+        jobs.wait_for_all()  # what it gave up is still ending
+        if failed:
+            raise SearchFailed(failed)
+        if spec.confirm is None:
+            return None
+        choices = confirm.choose(spec)
+    names = confirm.request(spec, choices, jobs)
+    follower.confirm(names)
+    text = f"confirmation: {len(choices)} configs with the control, {len(names)} trials"
+    console.print(text, highlight=False)
+    jobs.wait_for_all()
+    return choices
+
+
+def run_search(spec: Spec, spent: Spent, jobs: Jobs, console: Console) -> str:
+    """Let Tune suggest, follow and stop trials until the search is through; why it was not, if it failed before."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray's, of samplers that take a second
+
+    def tell(line: str) -> None:
+        console.print(line, style="yellow", markup=False)
+
+    failure = Failure(lambda error: tell(f"the search failed: {one_line(error)}; the jobs that run go on"))
+    suggestions = Suggestions(spec.folder)
+    try:
+        search = RecordingSearch(spec, suggestions, spent)
+        SweepController(spec, search, make_scheduler(spec), jobs, failure, tell).run()
+    except GivenUp:
+        raise
+    except Exception as error:  # of Tune's own
+        failure.note(error)
+    tried = len(suggestions.read())
+    if failure.error is None or tried >= spec.number_of_trials():
+        return ""
+    return (
+        f"the search failed after {tried} of {spec.number_of_trials()} trials: {one_line(failure.error)}; "
+        "mend that, and --resume goes on with it"
+    )
+
+
+def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console: Console) -> int:
+    """Shows, writes and sends to MLflow what the sweep found; the exit code."""
+
+    def say(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, highlight=False, markup=False)
+
+    def send(what: Callable[[Tracker], None]) -> bool:
+        return tracker is not None and tracker.try_to(lambda: what(tracker))
+
+    spec, board, comparison, best = outcome.spec, outcome.board, outcome.comparison, outcome.best()
+    files = [spec.folder / "results.parquet"]
+    board.write_parquet(files[0])
+    console.print(board.table())
+    if comparison:
+        files += comparison.write()
+        console.print(comparison.table())
+    verdict = [*board.failures(), *board.trust(), *outcome.verdict()]
+    for line in verdict:
+        say(line)
+    say(f"every epoch: {files[0]}")
+    if best is None:
+        send(lambda tracker: tracker.close("FAILED", files, verdict))
+        return EXIT_NO_RESULT
+    try:
+        from sweeps import report  # matplotlib and scipy, which take a second
+
+        page = report.write(outcome)
+        files += [page, page.with_name(report.PICTURES)]
+        say(f"report:      {page}")
+    except Exception as error:  # a figure that can't be drawn shall not cost the sweep its model
+        say(f"no report: {type(error).__name__}: {error}", style="red")
+    bundle = best.bundle
+    say(f"best prompt: {bundle}")
+    models: list[str] = []
+    try:
+        name, lines = best.trial.name, outcome.verdict()
+        all_sent &= send(lambda tracker: models.append(tracker.register(bundle, name, lines)))
+    except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
+        say(f"no registered model: {error}", style="yellow")
+    all_sent &= send(lambda tracker: tracker.close("FINISHED", files, verdict))
+    if not all_sent:
+        say("MLflow did not take everything; --resume sends what is missing", style="red")
+        return EXIT_NO_RESULT
+    for model in models:
+        say(f"as a model:  {model}")
+    say(f"look at it:  {ui_command(tracking_uri(spec))}")
+    say(f"try it:      python -m lorvp.predict {bundle} {bundle / EXAMPLE}")
+    return 0
+
+
+def close(tracker: Tracker | None, status: str) -> None:
+    """End the sweep's run in MLflow, if that can be had now."""
+    if tracker is not None:
+        tracker.try_to(lambda: tracker.close(status, [], []), patience=5)
+
+
+def end_without_result(jobs: Jobs, sender: Sender, reason: str, spec: Spec, console: Console) -> None:
+    """Close the sweep's run as failed, and say why, and which trials failed."""
+    jobs.finish(patience=5)
+    close(sender.tracker, "FAILED")
+    console.print(reason, style="red", markup=False, highlight=False)
+    for line in Leaderboard.read(spec).failures():
+        console.print(line, highlight=False, markup=False)
+
+
+@contextmanager
+def left_out(module: str) -> Iterator[None]:
+    """Have modules that are imported meanwhile find `module` not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def one_line(error: BaseException) -> str:
+    """An error in a line: its kind, and the last line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

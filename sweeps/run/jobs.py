@@ -1,0 +1,91 @@
+"""The trials of a sweep as its driver has them trained: by jobs, which the relay looks after, in rounds of looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from cluster.folder import StopReason
+from cluster.relay import Relay
+from cluster.scan import FollowedTrial
+from lorvp.config import TrialConfig
+from sweeps.run.background import Attempts, Repeated, Sender
+from sweeps.run.follow import Follower
+
+LONGEST_ROUND = 5.0
+"""Seconds until the next round at the latest, for what jobs wait for."""
+
+
+class Jobs:
+    """What the search takes for its trials (`sweeps.search.tune_trial.Trials`).
+
+    A round looks at the trials' folders once, and what it finds goes to the search, to MLflow and to the screen.
+    """
+
+    def __init__(self, relay: Relay, follower: Follower, sender: Sender) -> None:
+        self._relay, self._follower, self._sender = relay, follower, sender
+        self._scan = relay.scan
+        self._news: set[str] = set()
+        self._given_up: list[FollowedTrial] = []  # whose jobs do not know yet
+        self._attempts = Attempts(follower.warn)
+        self._polls = Repeated(relay.poll, follower.warn)
+        for listener in (follower.see, sender.see, self._note):
+            self.subscribe(listener)
+
+    def subscribe(self, listener: Callable[[FollowedTrial], None]) -> None:
+        """Have `listener` told of each trial with news; before `start`, of what was recorded before, too."""
+        self._scan.subscribe(listener)
+
+    def start(self) -> None:
+        """Read what is there, and begin to look after the jobs."""
+        self._relay.take_over()
+        self._attempts.attempt(self._scan.look)
+        self._follower.start()
+        self._polls.start()
+        self._sender.start()
+
+    def request(self, config: TrialConfig) -> FollowedTrial:
+        trial = self._scan.request(config)
+        self._polls.wake()
+        return trial
+
+    def give_up(self, trial: FollowedTrial) -> None:
+        self._given_up.append(trial)
+        self._tell_given_up()
+
+    def wait(self) -> set[str]:
+        """Go through one round; the names of the trials with news. Raises GivenUp as the follower does."""
+        self._scan.changed.wait(min(self._scan.until_due(), LONGEST_ROUND))
+        self._attempts.attempt(self._scan.look)
+        self._tell_given_up()
+        self._follower.check()
+        news, self._news = self._news, set()
+        return news
+
+    def wait_for_all(self) -> None:
+        """Go through rounds until all trials have ended."""
+        while self._scan.open():
+            self.wait()
+
+    def stop(self) -> None:
+        """Stop looking after the jobs, and showing."""
+        self._polls.end()
+        self._follower.stop()
+
+    def interrupt(self) -> None:
+        """End the jobs so that their trials can be continued; what they record until then is seen."""
+        self._relay.interrupt()
+
+    def finish(self, patience: float = 60.0) -> bool:
+        """Send away jobs that wait, and the last news to MLflow; False if that could not be done in time."""
+        with suppress(OSError):
+            self._relay.dismiss()
+        return self._sender.finish(patience)
+
+    def _note(self, trial: FollowedTrial) -> None:
+        self._news.add(trial.name)
+
+    def _tell_given_up(self) -> None:
+        """Leave the word to end in the folders; on a full disk it is tried again in the next round."""
+        told = [trial for trial in self._given_up if self._attempts.attempt(lambda: trial.stop(StopReason.SEARCH))]  # noqa: B023
+        self._given_up = [trial for trial in self._given_up if trial not in told]

@@ -1,0 +1,1 @@
+"""The search: what is tried next, what is given up early, and Ray Tune's controller, which asks for both."""

@@ -1,0 +1,65 @@
+"""Which trials are given up early: Tune's schedulers, by epochs and on the score."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from sweeps.search.tune_trial import SCORE
+from sweeps.spec import Scalar, Spec
+
+
+class ShareScheduler(FIFOScheduler):
+    """Early stopping that compares a trial with those of its own share only, so that none stops all of another."""
+
+    def __init__(self, axis: str, shares: dict[Scalar, TrialScheduler]) -> None:
+        super().__init__()
+        self._axis, self._shares = axis, shares
+
+    def _share(self, trial: Trial) -> TrialScheduler:
+        return self._shares[trial.config[self._axis]]
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        self._share(trial).on_trial_add(controller, trial)
+
+    def on_trial_error(self, controller: Any, trial: Trial) -> None:
+        self._share(trial).on_trial_error(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return self._share(trial).on_trial_result(controller, trial, result)
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._share(trial).on_trial_complete(controller, trial, result)
+
+    def on_trial_remove(self, controller: Any, trial: Trial) -> None:
+        self._share(trial).on_trial_remove(controller, trial)
+
+
+def make_scheduler(spec: Spec) -> TrialScheduler:
+    """Tune's early stopping by epochs, on the score."""
+    if spec.search.equal:
+        return ShareScheduler(
+            spec.search.equal, {value: make_scheduler(share) for value, share in spec.shares().items()}
+        )
+    rule = spec.early_stopping
+    if rule.rule == "asha":
+        return ASHAScheduler(
+            time_attr="epoch",
+            metric=SCORE,
+            mode=spec.mode,
+            max_t=spec.max_epochs(),
+            grace_period=rule.grace_epochs,
+            reduction_factor=rule.reduction_factor,
+        )
+    if rule.rule == "median":
+        return MedianStoppingRule(
+            time_attr="epoch",
+            metric=SCORE,
+            mode=spec.mode,
+            grace_period=rule.grace_epochs,
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
+        )
+    return FIFOScheduler()
