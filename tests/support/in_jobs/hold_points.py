@@ -88,7 +88,7 @@ POINTS = {
     "recorded": Point(JOB, "cluster.folder", "Attempt.append", AFTER, of_record),
     "handing over": Point(JOB, "cluster.folder", "TrialFolder.handed_over", BEFORE, of_folder),
     "signalled": Point(JOB, "cluster.job", "Requeue._note", AFTER),  # the limit's or a preemption's signal has come
-    "suggested": Point(DRIVER, "sweeps.search", "Suggestions.append", AFTER, of_suggestions),
+    "suggested": Point(DRIVER, "sweeps.search.suggest", "Suggestions.append", AFTER, of_suggestions),
     "noting": Point(DRIVER, "cluster.folder", "TrialFolder.submitted", BEFORE, of_folder),  # sbatch has answered
     "chosen": Point(DRIVER, "sweeps.confirm", "choose", AFTER),
 }
