@@ -3,6 +3,7 @@ in the checkout meanwhile."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -25,10 +26,14 @@ def snapshot(folder: Path) -> None:
             shutil.copytree(CHECKOUT / package, temporary / package, ignore=ignored)
 
 
-def python(code: Path, container: str | None = None) -> str:
+def python(code: Path, container: str | None = None, by_shell: bool = True) -> str:
     """The shell command that starts python, in the container if there is one, with the packages of `code` first.
 
-    PYTHONSAFEPATH keeps out the folder where the driver was started, which may be the checkout.
+    The user's own PYTHONPATH comes after them: as it is in the job's shell, where one runs the command (`by_shell`),
+    else as it is here. PYTHONSAFEPATH keeps out the folder where the driver was started, which may be the checkout.
     """
-    command = f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))} {shlex.quote(sys.executable)}"
+    path = f'{shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    if not by_shell:
+        path = shlex.quote(os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])))
+    command = f"env PYTHONSAFEPATH=1 PYTHONPATH={path} {shlex.quote(sys.executable)}"
     return f"{container} {command}" if container else command

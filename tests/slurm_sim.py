@@ -10,6 +10,7 @@ are two GPU types, which are device files without a GPU behind them, a partition
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
 import shutil
@@ -19,11 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 PACKAGES = ["slurm-wlm", "munge", "mariadb-server-core", "mariadb-client-core", "slurmdbd", "slurm-wlm-mysql-plugin"]
+LOCKS = Path("/tmp/lorvp-ports")
+"""Of all simulations on this machine, whichever folder for temporary files they know."""
 TYPES = ("rtx8000", "rtx8000", "a100")
 PROFILE = """\
 kind: slurm
@@ -47,6 +51,7 @@ class Simulation:
         """GPU type of each node."""
         self.options = options
         """Lines of slurm.conf, in place of the usual ones or beside them."""
+        self.ports: Ports | None = None
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     @property
@@ -58,19 +63,19 @@ class Simulation:
         for name in ("run", "log", "state", "spool", "munge", "db"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "munge").chmod(0o700)
-        self.port = free_ports()
+        self.ports = Ports(len(self.nodes))
         self._write_configs()
         munge = self.folder / "munge"
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
         arguments = [f"--key-file={munge}/key", f"--socket={self.folder}/run/munge.sock", f"--seed-file={munge}/seed"]
         arguments += [f"--pid-file={munge}/pid", f"--log-file={munge}/log", "--foreground"]
-        self.start("munged", *arguments)
+        self.start("munged", *arguments, inherits=[self.ports.lock.fileno()])  # so that `up` may end before it
         if self.accounting:
             data, sock = self.folder / "db", self.folder / "run" / "mysql.sock"
             arguments = ["--no-defaults", f"--user={getpass.getuser()}", f"--datadir={data}", f"--socket={sock}"]
             arguments += [
-                f"--port={self.port + 3}",
+                f"--port={self.ports.first + Ports.DATABASE}",
                 "--bind-address=127.0.0.1",
                 "--skip-grant-tables",
                 "--skip-log-bin",
@@ -104,6 +109,8 @@ class Simulation:
             except psutil.Error:
                 continue
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.ports:
+            self.ports.give_back()
 
     def say(self, *command: str) -> str:
         """What a SLURM command prints."""
@@ -124,13 +131,12 @@ class Simulation:
                 raise TimeoutError("SLURM: " + "\n".join(logs))
             time.sleep(0.1)
 
-    def start(self, name: str, *arguments: str, program: str | None = None) -> None:
+    def start(self, name: str, *arguments: str, program: str | None = None, inherits: Sequence[int] = ()) -> None:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         command = [shutil.which(program or name, path=path) or (program or name), *arguments]
         with open(self.folder / "log" / f"{name}.out", "a") as log:
-            process = subprocess.Popen(
-                command, env=self.environment | {"PATH": path}, stdout=log, stderr=log, start_new_session=True
-            )
+            options = {"stdout": log, "stderr": log, "start_new_session": True, "pass_fds": inherits}
+            process = subprocess.Popen(command, env=self.environment | {"PATH": path}, **options)
         (self.folder / "run" / f"{name}.pid").write_text(str(process.pid))
 
     def stop(self, name: str, signum: signal.Signals = signal.SIGTERM) -> None:
@@ -167,13 +173,13 @@ class Simulation:
                 process.kill()
 
     def _write_configs(self) -> None:
-        folder, port, user = self.folder, self.port, getpass.getuser()
+        folder, port, user = self.folder, self.ports.first, getpass.getuser()
         auth = f"AuthType=auth/munge\nAuthInfo=socket={folder}/run/munge.sock"
         (folder / "plugstack.conf").write_text("")
         (folder / "slurmdbd.conf").write_text(
-            f"{auth}\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={port + 1}\nSlurmUser={user}\n"
+            f"{auth}\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={port + Ports.DATABASE_DAEMON}\nSlurmUser={user}\n"
             f"LogFile={folder}/log/slurmdbd.log\nPidFile={folder}/run/slurmdbd.own.pid\n"
-            f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={port + 3}\n"
+            f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={port + Ports.DATABASE}\n"
             f"StorageUser={user}\nStorageLoc=slurm_acct_db\nCommitDelay=0\n"
         )
         (folder / "slurmdbd.conf").chmod(0o600)
@@ -182,14 +188,14 @@ class Simulation:
             storage = {
                 "AccountingStorageType": "accounting_storage/slurmdbd",
                 "AccountingStorageHost": "127.0.0.1",
-                "AccountingStoragePort": port + 1,
+                "AccountingStoragePort": port + Ports.DATABASE_DAEMON,
                 "AccountingStoragePass": f"{folder}/run/munge.sock",  # clients take the socket from here
                 "AccountingStorageTRES": "gres/gpu",
             }
         lines = {
             "ClusterName": "sim",
             "SlurmctldHost": f"{socket.gethostname()}(127.0.0.1)",
-            "SlurmctldPort": port,
+            "SlurmctldPort": port + Ports.CONTROLLER,
             "SlurmUser": user,
             "SlurmdUser": user,
             "AuthType": "auth/munge",
@@ -234,10 +240,11 @@ class Simulation:
         } | self.options
         text = "".join(f"{key}={value}\n" for key, value in lines.items())
         gres = ""
-        for i, (node, kind) in enumerate(zip(self.nodes, self.types, strict=True), 1):
+        for i, (node, kind) in enumerate(zip(self.nodes, self.types, strict=True)):
             text += (
-                f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port + 10 + i} CPUs=8 Sockets=1 "
-                f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{kind}:2 Feature={kind} State=UNKNOWN\n"
+                f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port + Ports.NODES + i} CPUs=8 "
+                "Sockets=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=16000 "
+                f"Gres=gpu:{kind}:2 Feature={kind} State=UNKNOWN\n"
             )
             gres += f"NodeName={node} Name=gpu Type={kind} File={folder}/run/nvidia[0-1]\n"
         partition = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=500 State=UP"
@@ -259,14 +266,47 @@ def gone(pid: int) -> bool:
         return True
 
 
-def free_ports() -> int:
-    """The first of 20 ports that nobody listens on; tests that run side by side look in places of their own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    for first in range(17000 + 1000 * worker, 18000 + 1000 * worker, 20):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", first)) and probe.connect_ex(("127.0.0.1", first + 3)):
-                return first
-    raise OSError("no free ports for SLURM")
+class Ports:
+    """A block of ports that nobody else uses, other simulations on this machine neither, for as long as this lives.
+
+    It is the lock on a file that reserves it; a daemon that has inherited the file's descriptor holds it, too.
+    """
+
+    SIZE = 20
+    CONTROLLER, DATABASE_DAEMON, DATABASE, NODES = 0, 1, 3, 11
+    """What is where in a block; the nodes' follow each other."""
+
+    def __init__(self, nodes: int) -> None:
+        assert self.NODES + nodes <= self.SIZE
+        used = [self.CONTROLLER, self.DATABASE_DAEMON, self.DATABASE, *range(self.NODES, self.NODES + nodes)]
+        with suppress(FileExistsError):
+            LOCKS.mkdir()
+            LOCKS.chmod(0o1777)  # other users have clusters, too
+        for first in range(17000, 32000, self.SIZE):  # below those that the system deals out
+            self.first = first
+            try:
+                self.lock = open(LOCKS / f"{first}.lock", "a")  # noqa: SIM115  closed when it is given back
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if all(is_free(first + port) for port in used):
+                return
+            self.lock.close()
+        raise OSError("no free ports for SLURM")
+
+    def give_back(self) -> None:
+        self.lock.close()
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen there, on all of this machine's addresses."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended don't count
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""The relay: on a cluster that does what a test wants, and with jobs on this machine, which are held at points."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.holds import Holds
+from support.waiting import wait_for
+
+from cluster import job
+from cluster.folder import JobState, State, StopReason, TrialFolder, pack_file
+from cluster.profile import Profile
+from cluster.relay import UNEXPLAINED, Relay, make_cluster
+
+
+@pytest.fixture
+def trial(digits, tmp_path) -> TrialFolder:
+    return TrialFolder.request(tmp_path / "trials", digits())
+
+
+@pytest.fixture
+def holds(tmp_path, monkeypatch) -> Holds:
+    """On the jobs that this test starts itself."""
+    holds = Holds(tmp_path / "of_the_test")
+    for name, value in holds.environment().items():
+        monkeypatch.setenv(name, value)
+    return holds
+
+
+class DeadCluster:
+    """Jobs that die before they have said a word."""
+
+    jobs_in_flight = 4
+    trials_per_job = 1
+    pack = 1
+    max_submissions = 10
+
+    def __init__(self, log: Path, state: JobState | None) -> None:
+        self.log, self.state = log, state
+        log.write_text("slurmstepd: error: Detected 1 oom_kill event\n")
+
+    def submit(self, trials, exclude):
+        self.excluded = exclude
+        for trial in trials:
+            trial.submitted("1", self.log)
+
+    def adopt(self, trials):
+        pass
+
+    def states(self, job_ids):
+        return {job_id: self.state for job_id in job_ids if self.state}
+
+    def cancel(self, job_ids):
+        assert self.state or not job_ids
+
+
+@pytest.mark.parametrize(
+    ("state", "submissions", "reason"),
+    [
+        (None, UNEXPLAINED, "job lost: its job ended 3 times without a result: slurmstepd: error: Detected 1 oom_kill"),
+        ("FAILED", UNEXPLAINED, "3 times without a result"),
+        ("OUT_OF_MEMORY", 1, "out of memory: slurmstepd"),
+        ("TIMEOUT", DeadCluster.max_submissions, "job lost: its job ended 10 times without a result"),
+        ("NODE_FAIL", DeadCluster.max_submissions, "node failure: its job ended 10 times"),
+    ],
+)
+def test_a_job_that_dies_every_time_is_given_up(trial, tmp_path, state, submissions, reason):
+    cluster = DeadCluster(tmp_path / "log", JobState(state, node="node7") if state else None)
+    relay = Relay(trial.path.parent, cluster)
+    for _ in range(submissions):
+        assert trial.ended() is None
+        relay.poll()
+    relay.poll()
+    assert trial.job()["submissions"] == submissions
+    assert trial.ended().state == State.FAILED
+    assert reason in str(trial.ended())
+    assert cluster.excluded == ("node7" if state == "NODE_FAIL" else "")
+
+
+def test_a_refused_submission_is_tried_again_later(trial, tmp_path, monkeypatch):
+    cluster = DeadCluster(tmp_path / "log", None)
+    relay = Relay(trial.path.parent, cluster)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tries = []
+
+    def refuse(trials, exclude):
+        tries.append(clock[0])
+        raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "submit", refuse)
+        for clock[0] in range(20):
+            try:
+                relay.poll()
+            except OSError as error:
+                assert "QOSMaxSubmitJobPerUserLimit" in str(error)  # noqa: PT017  each refusal is told
+    assert tries == [0, 1, 4, 11]
+    clock[0] = 100
+    relay.poll()
+    assert trial.job()["submissions"] == 1
+
+
+class HoldingCluster(DeadCluster):
+    """Jobs that live as long as one wants them to."""
+
+    pack: int | str = 3
+
+    def submit(self, trials, exclude):
+        for trial in trials:
+            trial.submitted(f"job-{trial.name}", self.log)
+
+
+def test_the_relay_packs_trials_that_fit(digits, tmp_path):
+    """Four and a different one by jobs of three places; a place that gets free goes to the next that fits."""
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    configs = [digits(init_seed=seed) for seed in range(4)] + [digits(batch_size=16)]
+    trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
+    relay = Relay(tmp_path / "trials", cluster)
+    for _ in range(3):
+        relay.poll()
+    jobs = [trial.job()["id"] for trial in trials]
+    assert jobs[0] == jobs[1] == jobs[2]
+    assert len(set(jobs)) == 3
+    trials[1].claim().end(State.STOPPED)
+    joins = TrialFolder.request(tmp_path / "trials", digits(init_seed=9))
+    relay.poll()
+    assert joins.job()["id"] in (jobs[0], jobs[3])
+    assert {trial.name for trial in job.handed(trials[0])} >= {trial.name for trial in trials[:3]}
+
+
+def test_one_job_measures_before_others_start(digits, tmp_path):
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = "auto"
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(4)]
+    relay = Relay(tmp_path / "trials", cluster)
+    for _ in range(3):
+        relay.poll()
+    assert [trial.job() is not None for trial in trials] == [True, False, False, False]
+    pack_file(tmp_path / "trials").write_text("2")
+    for _ in range(3):
+        relay.poll()
+    jobs = [trial.job()["id"] for trial in trials]
+    assert jobs[0] == jobs[1]
+    assert jobs[2] == jobs[3] != jobs[0]
+
+
+def test_a_full_disk_is_waited_for(trial, tmp_path, monkeypatch):
+    """Not a start is wasted while there is no room; then the trial starts again, elsewhere."""
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED", node="node7"))
+    cluster.log.write_text("disk full: [Errno 28] No space left on device\nsubmitit ERROR\n")
+    relay = Relay(trial.path.parent, cluster)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    relay.poll()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "has_room", lambda self: False)
+        for clock[0] in range(1, 60):
+            relay.poll()
+    assert trial.job()["submissions"] == 1
+    assert relay.troubles == {trial.name: f"disk full: {trial.path}"}
+    clock[0] = 100.0
+    relay.poll()
+    assert trial.job()["submissions"] == 2
+    assert cluster.excluded == "node7"
+    assert relay.troubles == {}
+
+
+def local_relay(sweep: Path) -> Relay:
+    """A relay for one job at a time on this machine."""
+    return Relay(sweep / "trials", make_cluster(Profile(kind="local"), sweep, "", concurrent=1))
+
+
+@pytest.mark.slow
+def test_local_jobs_die_are_submitted_again_and_finish(trial, tmp_path, holds):
+    """The next one goes on; a word of the search ends it in its step."""
+    step = holds.hold("step", epoch=2, step=2)
+    relay = local_relay(tmp_path)
+    relay.poll()
+    step.reached()
+    first_job = trial.job_id
+    assert relay.cluster.states([first_job])[first_job].alive
+    for process in [psutil.Process(int(first_job)), *psutil.Process(int(first_job)).children()]:
+        process.kill()
+    wait_for("end of the job", lambda: not relay.cluster.states([first_job]))
+    before = trial.results()
+    assert len(before) == 1
+    step.release()
+    step = holds.hold("step", epoch=3, step=2)
+    another_driver = local_relay(tmp_path)
+    another_driver.poll()
+    assert trial.job_id != first_job
+    (held,) = step.reached()
+    assert held.attempt == "0002"
+    assert trial.results()[:1] == before
+    trial.stop(StopReason.SEARCH)
+    step.release()
+    wait_for("end of the trial", trial.ended)
+    assert trial.ended().state == State.STOPPED
+    assert len(trial.results()) == 2
+    assert trial.newest().bundle.is_dir()
+    assert another_driver.open_trials() == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_trials_that_can_be_continued(digits, trial, tmp_path, holds):
+    waiting = TrialFolder.request(tmp_path / "trials", digits(epochs=2))
+    step = holds.hold("step", epoch=2)
+    relay = local_relay(tmp_path)
+    relay.poll()
+    relay.poll()
+    assert waiting.job() is None  # one job at a time
+    step.reached()
+    interrupt = threading.Thread(target=relay.interrupt)
+    interrupt.start()
+    wait_for("word to stop", trial.stop_reason)
+    step.release()
+    interrupt.join()
+    assert relay.cluster.states([trial.job_id]) == {}
+    assert trial.ended() is None
+    assert len(trial.results()) == 1
+    relay.poll()
+    assert trial.job()["submissions"] == 1  # this driver is ending
+    assert waiting.job() is None
+
+
+@pytest.mark.slow
+def test_jobs_run_the_code_as_it_was_when_the_sweep_started(digits, tmp_path):
+    trial = TrialFolder.request(tmp_path / "trials", digits(epochs=1))
+    local_relay(tmp_path)
+    job_file = tmp_path / "code" / "cluster" / "job.py"
+    job_file.write_text(job_file.read_text().replace("epoch {result.epoch}", "epoch of the copy {result.epoch}"))
+    later_driver = local_relay(tmp_path)
+    later_driver.poll()
+    wait_for("end of the trial", trial.ended)
+    assert trial.ended().state == State.FINISHED
+    assert "epoch of the copy 1" in Path(trial.job()["log"]).read_text()
+
+
+@pytest.mark.slow
+def test_jobs_import_modules_of_the_user(trial, tmp_path, monkeypatch):
+    """By PYTHONPATH, after the sweep's copy of the code."""
+    (tmp_path / "own modules").mkdir()
+    (tmp_path / "own modules" / "sitecustomize.py").write_text("print('from the own module')")
+    (tmp_path / "own modules" / "lorvp.py").write_text("raise AssertionError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own modules"))
+    local_relay(tmp_path).poll()
+    wait_for("end of the trial", trial.ended)
+    assert trial.ended().state == State.FINISHED
+    assert "from the own module" in Path(trial.job()["log"]).read_text()
+
+
+@pytest.mark.slow
+def test_the_relay_hands_trials_over(digits, tmp_path, holds):
+    """Two by one job, since they fit, a third by the next; one with other data by a job of its own."""
+    holds.set("cluster.job.HAND_OVER_SECONDS", 300.0)
+    configs = [digits(epochs=1, init_seed=seed) for seed in range(3)]
+    configs.append(digits(epochs=1, dataset={"name": "digits", "max_per_class": 10}))
+    trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
+    cluster = make_cluster(Profile(kind="local", trials_per_job=2), tmp_path, "", concurrent=1)
+    relay = Relay(tmp_path / "trials", cluster)
+
+    def all_ended() -> bool:
+        relay.poll()
+        return all(trial.ended() for trial in trials)
+
+    wait_for("end of the trials", all_ended)
+    jobs = [trial.job() for trial in trials]
+    assert jobs[0]["id"] == jobs[1]["id"]
+    assert len({each["id"] for each in jobs}) == 3
+    assert [each["place"] for each in jobs] == [1, 2, 1, 1]
+    log = Path(jobs[1]["log"]).read_text()
+    assert log.index(trials[0].name) < log.index(trials[1].name)
+    relay.open_trials()
+    relay.dismiss()
+    wait_for("end of the job that waits", lambda: not cluster.states([jobs[3]["id"]]))

@@ -1,0 +1,235 @@
+"""Whole sweeps on real SLURM daemons, and what a cluster does to their jobs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from slurm_sim import PROFILE, Simulation
+from support.slurm import (
+    CONTROL,
+    TWO,
+    attempts,
+    finish,
+    held_in_epoch_2,
+    make_sweep,
+    node_of,
+    noted,
+    started,
+    wait_for_attempt,
+)
+from support.sweep import Driver
+from support.waiting import wait_for
+
+from cluster.folder import TrialFolder
+from sweeps import spec_file
+
+pytest_plugins = ["support.slurm"]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def test_one_requeued_and_one_cancelled_by_someone_else(slurm, tmp_path):
+    sweep = make_sweep(slurm, tmp_path, **TWO)
+    driver, _, first = held_in_epoch_2(sweep, attempt="0001")
+    before = sweep.results()
+    slurm.say("scontrol", "requeue", first.job_id)
+    slurm.say("scancel", sweep.trials()[1].job_id)
+    finish(sweep, slurm, driver, trials=2)
+    sweep.check_kept(before)
+    assert attempts(sweep) == ["0002", "0002"]
+
+
+def test_suspended_and_resumed(slurm, tmp_path):
+    """A suspended job is not taken for dead: nobody starts another."""
+    sweep = make_sweep(slurm, tmp_path, **TWO)
+    driver, step, trial = held_in_epoch_2(sweep)
+    jobs = sweep.jobs()
+    (held,) = [each for each in step.those() if each.trial == trial.name]
+    slurm.say("scontrol", "suspend", trial.job_id)
+    wait_for("stop of the process", lambda: held.process().status() == psutil.STATUS_STOPPED, driver)
+    sweep.holds.asked_again(driver)
+    assert "suspended" in sweep.run("--status")
+    assert sweep.jobs() == jobs
+    step.release()
+    wait_for("end of the other", sweep.trials()[1].ended, driver)
+    assert len(trial.results()) == 1
+    slurm.say("scontrol", "resume", trial.job_id)
+    finish(sweep, slurm, driver, trials=2)
+    assert sweep.jobs() == jobs
+    assert attempts(sweep) == ["0001", "0001"]
+
+
+def test_a_signal_before_python_has_its_handlers(slurm, tmp_path):
+    """A job that its limit's signal has killed at its start is submitted again."""
+    sweep = make_sweep(slurm, tmp_path, **TWO)
+    begin = sweep.holds.hold("start")
+    driver = sweep.start()
+    held = begin.reached(driver, count=2)
+    noted(sweep, driver)
+    jobs = sweep.jobs()
+    first, second = sweep.trials()
+    slurm.say("scancel", "--signal=USR2", first.job_id)
+    (killed,) = [each for each in held if each.job == first.job_id]
+    wait_for("end of the process", lambda: not killed.alive(), driver)
+    begin.release()
+    finish(sweep, slurm, driver, trials=2)
+    assert (first.job() != jobs[first.name], second.job() != jobs[second.name]) == (True, False)
+    assert attempts(sweep) == ["0001", "0001"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_power_loss_under_a_running_job(tmp_path):
+    with started(accounting=True) as slurm:
+        sweep = make_sweep(slurm, tmp_path, **TWO)
+        driver, step, trial = held_in_epoch_2(sweep)
+        before = sweep.results()
+        slurm.power_loss(node_of(slurm, trial))
+        wait_for_attempt(trial, "0002", driver)
+        step.release()
+        finish(sweep, slurm, driver, trials=2)
+        sweep.check_kept(before)
+        assert trial.newest().path.name == "0002"
+
+
+def test_split_brain(slurm, tmp_path):
+    """A node's slurmd is killed and its job lives on, while SLURM starts the job again elsewhere.
+
+    The stale copy writes its checkpoint when the new one has begun; it says no more.
+    """
+    sweep = make_sweep(slurm, tmp_path, one=("trials: 4", "trials: 1"), alone=(CONTROL, "control: null\n"))
+    step = sweep.holds.hold("step", epoch=2)
+    driver = sweep.start()
+    step.reached(driver)
+    writes = sweep.holds.hold("checkpoint", attempt="0001")
+    step.release()
+    (held,) = writes.reached(driver)
+    (trial,) = sweep.trials()
+    stale = trial.newest()
+    before = stale.results()
+    node = node_of(slurm, trial)
+    slurm.kill_daemon(node)
+    slurm.say("scontrol", "update", f"nodename={node}", "state=down", "reason=dead")  # SLURM would take 15 s
+    wait_for_attempt(trial, "0002", driver)
+    assert held.alive()
+    writes.release()
+    wait_for("end of the stale copy", lambda: not held.alive())
+    assert stale.results() == before
+    assert stale.ended() is None
+    finish(sweep, slurm, driver, trials=1)
+    sweep.check_kept({trial.name: before})
+    assert trial.newest().path.name == "0002"
+
+
+def preempted(slurm: Simulation, driver: Driver, trials: list[TrialFolder]) -> None:
+    """Jobs of a higher partition take both nodes of the type that the trials want, until they have run."""
+    release = slurm.folder / "go"
+    wait = f"--wrap=until [ -e {release} ]; do sleep 0.1; done"
+    command = ["sbatch", "--parsable", "--partition=gpu", "--gres=gpu:rtx8000:2", "--ntasks=1", "--array=0-1", wait]
+    job = slurm.say(*command, "--output=/dev/null", "--mem=100M").strip()
+    states = ["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T"]
+    wait_for("preemption", lambda: slurm.say(*states).split() == ["RUNNING"] * 2, driver)
+    assert [trial.newest().path.name for trial in trials] == ["0001"] * len(trials)
+    release.touch()
+
+
+@pytest.mark.usefixtures("installed")
+def test_preempted_and_cancelled(tmp_path):
+    """Where the site cancels what it preempts, the driver submits anew."""
+    with started(PreemptMode="CANCEL") as slurm:
+        sweep = make_sweep(slurm, tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **TWO)
+        driver, _, _ = held_in_epoch_2(sweep, attempt="0001")
+        before, jobs = sweep.results(), sweep.jobs()
+        preempted(slurm, driver, sweep.trials())
+        finish(sweep, slurm, driver, trials=2)
+        sweep.check_kept(before)
+        assert all(job["id"] != jobs[name]["id"] for name, job in sweep.jobs().items())
+        assert attempts(sweep) == ["0002", "0002"]
+
+
+def test_preempted_by_a_higher_partition(slurm, tmp_path):
+    sweep = make_sweep(slurm, tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **TWO)
+    driver, _, _ = held_in_epoch_2(sweep, attempt="0001")
+    before, jobs = sweep.results(), sweep.jobs()
+    preempted(slurm, driver, sweep.trials())
+    finish(sweep, slurm, driver, trials=2)
+    sweep.check_kept(before)
+    assert sweep.jobs() == jobs
+    assert attempts(sweep) == ["0002", "0002"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_time_limit_shorter_than_a_trial(tmp_path):
+    """It nears while the trial is in a step, since it is lowered then: the checkpoint loses no step."""
+    with started(OverTimeLimit="10") as slurm:  # a slow machine may take longer than until the limit itself
+        sweep = make_sweep(slurm, tmp_path, one=("trials: 4", "trials: 1"), alone=(CONTROL, "control: null\n"))
+        step = sweep.holds.hold("step", epoch=2, step=3, attempt="0001")
+        signalled = sweep.holds.hold("signalled")
+        again = sweep.holds.hold("step", attempt="0002")
+        driver = sweep.start()
+        step.reached(driver)
+        (trial,) = sweep.trials()
+        before = sweep.results()
+        slurm.say("scontrol", "update", f"jobid={trial.job_id}", "timelimit=1")
+        signalled.reached(driver)
+        slurm.say("scontrol", "update", f"jobid={trial.job_id}", "timelimit=30")  # for the next start
+        step.release()
+        signalled.release()
+        (goes_on,) = again.reached(driver)
+        assert (goes_on.epoch, goes_on.step, goes_on.restarts) == (2, 3, 1)
+        again.release()
+        finish(sweep, slurm, driver, trials=1)
+        sweep.check_kept(before)
+        assert trial.job()["submissions"] == 1
+
+
+def test_tracking_server_away_for_a_while(slurm, tmp_path, server):
+    sweep = make_sweep(slurm, tmp_path, **TWO)
+    sweep.environment["MLFLOW_TRACKING_URI"] = server.uri
+    driver, step, _ = held_in_epoch_2(sweep)
+    server.stop(signal.SIGKILL)
+    last = sweep.holds.hold("step", epoch=3)
+    step.release()
+    last.reached(driver, count=2)
+    driver.says("trying again: ")
+    server.start()
+    last.release()
+    finish(sweep, slurm, driver, trials=2)
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[Path]:
+    """A disk of its own for a folder, with room for next to nothing."""
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_disk_full_in_one_trials_folder(tmp_path):
+    """It is said, the other trials go on, and so does this one once there is room."""
+    changes = {
+        "grid": ("algorithm: tpe, trials: 4,", "algorithm: grid,"),
+        "axes": ("{log_uniform: [0.005, 0.2]}", "{choice: [0.05]}"),
+        "mappings": ("[rlm, flm, ilm, lp]", "[lp]"),
+        "short": ("epochs: 3", "epochs: 2"),
+    }
+    sweep = make_sweep(None, tmp_path, **changes)
+    spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
+    full = TrialFolder(spec.trials / spec.trial_config(spec.cells()[0]).content_hash())
+    with small_disk(full.path), started() as slurm:  # in this order: the nodes see what was mounted before them
+        sweep.environment |= {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+        driver = sweep.start()
+        others = lambda: [trial for trial in sweep.trials() if trial.ended() and trial.name != full.name]  # noqa: E731
+        wait_for("end of the others", lambda: len(others()) == 2, driver)
+        driver.says(f"disk full: {full.path}")
+        assert full.ended() is None
+        subprocess.run(["mount", "-o", "remount,size=64m", full.path], check=True)
+        finish(sweep, slurm, driver, trials=3)
