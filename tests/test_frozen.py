@@ -133,6 +133,7 @@ def test_the_head_is_scikit_learns(c):
     torch.testing.assert_close(ours, torch.from_numpy(expected).float(), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_how_far_it_is_fitted(cache):
     points = blobs()
     train, val = points.subset(np.arange(90)), points.subset(np.arange(90, 180))
@@ -229,6 +230,7 @@ def test_the_first_mapping_comes_from_the_cache(digits, cache, forwards, monkeyp
     assert (first.val_loss, first.train_loss) == (passed.val_loss, passed.train_loss)
 
 
+@pytest.mark.slow
 def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forwards, tmp_path):
     """The same first epoch, no other pass over the data, and the same result after an interruption."""
     plain = digits(label_mapping="ilm", epochs=3)

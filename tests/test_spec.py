@@ -310,7 +310,7 @@ def test_cmaes_takes_numbers(write):
         study.tell(trial, suggest(sweep, trial)["prompt.rank"])
 
 
-FAST = ("quickstart", "lorvp_cifar10", "compare")
+FAST = ("quickstart", "lorvp_cifar10")
 SHIPPED = [
     pytest.param(path, id=path.stem, marks=() if path.stem in FAST else pytest.mark.slow)
     for path in sorted({*SWEEPS.glob("*.yaml")} - {results.FIGURES})

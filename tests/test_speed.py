@@ -60,7 +60,10 @@ def outputs(backbone: Backbone, images: torch.Tensor, added: torch.Tensor, outpu
     return [plain.detach(), prompted.detach(), added.grad, placed.grad]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+LARGE = ("resnet18", "mobilenetv2_100", "swin_tiny_patch4_window7_224")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in BACKBONES])
 @pytest.mark.parametrize("key", ["all", *(pytest.param(key, marks=pytest.mark.slow) for key in KEYS)])
 def test_it_is_the_plain_backbone(name, key):
     torch.manual_seed(1)
@@ -138,6 +141,7 @@ def test_attention_by_products_errs_no_more_than_torchs(images, monkeypatch):
         assert (mine - wanted).norm() < 1.3 * (theirs - wanted).norm()
 
 
+@pytest.mark.slow  # without the hardware, bf16 takes its time
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_attention_by_products_is_used_where_there_is_no_mask(name, monkeypatch):
     calls, apply = [], AttentionByProducts.apply
@@ -177,10 +181,12 @@ def test_the_benchmarks_print_their_tables():
 
 
 KEEPS = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from lorvp.speed import keep_memory
 
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a huge page would take a single fault
 torch.set_num_threads(1)
 keep_memory(sys.argv[1] == "on")
 blocks = [torch.ones(12 << 20) for _ in range(3)]  # of 48 MiB
