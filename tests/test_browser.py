@@ -72,10 +72,10 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the quickstart, with half of its trials; small ones where nobody asks for the pictures."""
+    """The folder of the quickstart, with half of its trials; fewer and small ones where nobody asks for the pictures."""
     output = tmp_path_factory.mktemp("finished")
     changes = ["search.trials=8", f"output={output}"]
-    changes += [] if PICTURES else ["trial.dataset.max_per_class=20", "trial.epochs=3"]
+    changes += [] if PICTURES else ["search.trials=5", "trial.dataset.max_per_class=20", "trial.epochs=3"]
     command = [launch.__file__, str(QUICKSTART), *(f"--set={change}" for change in changes)]
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     done = warm.run(command, output, environment)

@@ -191,6 +191,8 @@ class Place:
 
     def __init__(self, folder: Path, images: Path) -> None:
         self.folder = folder
+        self.said: dict[str, str] = {}
+        """What commands have said."""
         for part in (*PACKAGES, "tests", "docs"):
             shutil.copytree(CHECKOUT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
@@ -271,7 +273,10 @@ def test_shortened(command, found, request, images, tmp_path):
     for old, new in found.words:
         command = re.sub(old, place.bundle if new == "BUNDLE" else new, command)
     command = command.replace(".venv/bin/pytest", "python -m pytest")
-    assert found.said in place.run(f"{command} {found.more}")
+    command = f"{command} {found.more}".strip()
+    if command not in place.said:  # some pages have the same one but for a name
+        place.said[command] = place.run(command)
+    assert found.said in place.said[command]
 
 
 @pytest.mark.slow
