@@ -72,7 +72,7 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the quickstart, with half of its trials; fewer and small ones where nobody asks for the pictures."""
+    """The folder of the quickstart, with half of its trials; few and small ones where nobody asks for pictures."""
     output = tmp_path_factory.mktemp("finished")
     changes = ["search.trials=8", f"output={output}"]
     changes += [] if PICTURES else ["search.trials=5", "trial.dataset.max_per_class=20", "trial.epochs=3"]
