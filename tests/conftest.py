@@ -12,30 +12,32 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import debian
-import numpy as np
 import psutil
 import pytest
-import torch
 import warm
-from PIL import Image
 from ports import reserve
 from waiting import LIMIT, answers, wait_for
 
-from lorvp import prepare, store
-from lorvp.config import TrialConfig
+if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
+    from lorvp.config import TrialConfig
+    from lorvp.store import Store
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
-LONGEST = ("test_slurm.py", "test_sweep.py", "test_docs.py")
+LONGEST = (
+    *("test_slurm.py", "test_sweep.py", "test_docs.py", "test_cluster.py", "test_methods.py", "test_export.py"),
+    *("test_browser.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that none of them is left when the others are through."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,6 +64,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _same_each_time() -> None:
     """One thread adds up in one order, and images that a test draws are the same on each day."""
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -97,18 +101,24 @@ def digits_values(**changes: Any) -> dict[str, Any]:
 def digits():
     """Makes a config of `digits_values`."""
 
+    from lorvp.config import TrialConfig
+
     def make(**changes: Any) -> TrialConfig:
         return TrialConfig.model_validate(digits_values(**changes))
 
     return make
 
 
-def make(dataset: str, source: Path, out: Path, **options: Any) -> store.Store:
+def make(dataset: str, source: Path, out: Path, **options: Any) -> Store:
     """A store of a part of a dataset."""
+    from lorvp import prepare, store
+
     return store.Store.open(prepare.prepare(dataset, source, out, partial=True, **options))
 
 
 def photo(path: Path, size: int = 64, value: int = 100) -> None:
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), (value, 50, 200)).save(path)
 
@@ -116,6 +126,9 @@ def photo(path: Path, size: int = 64, value: int = 100) -> None:
 @pytest.fixture
 def image_root(tmp_path: Path) -> Path:
     """A folder in ImageNet's layout: three classes, 8 images each to train on and 4 to test on."""
+    import numpy as np
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
         for label, name in enumerate(("n01", "n02", "n03")):

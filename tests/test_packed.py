@@ -144,8 +144,8 @@ def resident(what):
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
-dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
-values = {digits_values(epochs=1, batch_size=64, speed={"keep_memory": False})!r}
+dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
+values = {digits_values(epochs=1, batch_size=32, speed={"keep_memory": False}, read_test=False)!r}
 values |= {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
 loaded = training.load(configs[0])
