@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the tests beside them
+
 LONGEST = (
     *("test_slurm.py", "test_sweep.py", "test_docs.py", "test_cluster.py", "test_methods.py", "test_export.py"),
     *("test_browser.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),

@@ -137,12 +137,14 @@ def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_p
 
 PEAK = f"""
 import re, sys
+import torch
 from lorvp import training
 from lorvp.config import TrialConfig
 
 def resident(what):
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
+torch.set_num_threads(1)  # several would wait for each other where they have to share a core
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
 dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
 values = {digits_values(epochs=1, batch_size=32, speed={"keep_memory": False}, read_test=False)!r}
