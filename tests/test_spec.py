@@ -275,7 +275,7 @@ def test_grid_sampler_follows_the_conditions(write):
     assert suggested == good.cells()
 
 
-@pytest.mark.parametrize("algorithm", ["random", "tpe", "gp"])
+@pytest.mark.parametrize("algorithm", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
 def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     overrides = [f"search.algorithm={algorithm}", "search.trials=12", "search.seed=4"]
