@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test check pictures install slurm-up slurm-down bench-slurm bench-driver
+.PHONY: quickstart test test-quick check pictures install slurm-up slurm-down bench-slurm bench-driver
 
 install: $(INSTALLED)
 
@@ -10,9 +10,14 @@ quickstart: $(INSTALLED)
 	.venv/bin/python sweeps/launch.py sweeps/quickstart.yaml $(if $(wildcard runs/quickstart/sweep.json),--resume)
 
 # Everything that this machine can run; what it can't is named with the reason.
+test: export LORVP_TEST_INSTALL = 1
 test: check
-	.venv/bin/python -m pytest -rs --durations=5 -m "not alone"
+	.venv/bin/python -m pytest -rs --by-file -m "not alone"
 	.venv/bin/python -m pytest -rs -s -n 0 -m alone
+
+# What needs no daemon and trains no whole sweep, in about a minute.
+test-quick: $(INSTALLED)
+	.venv/bin/python -m pytest -m "not slow and not slurm and not gpu and not browser and not alone"
 
 check: $(INSTALLED)
 	.venv/bin/ruff check

@@ -1,38 +1,61 @@
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from subprocess import DEVNULL
+from typing import TYPE_CHECKING, Any
 
 import debian
-import numpy as np
 import psutil
 import pytest
-import torch
-from PIL import Image
+import warm
+from ports import reserve
+from waiting import LIMIT, answers, wait_for
 
-from lorvp import prepare, store
-from lorvp.config import TrialConfig
+if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
+    from lorvp.config import TrialConfig
+    from lorvp.store import Store
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
-LONGEST = ("test_slurm.py", "test_sweep.py", "test_docs.py")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the tests beside them
+
+LONGEST = (
+    *("test_slurm.py", "test_sweep.py", "test_docs.py", "test_cluster.py", "test_methods.py", "test_export.py"),
+    *("test_browser.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that none of them is left when the others are through."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--by-file", action="store_true", help="at the end, say how long each file's tests took")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--by-file"):
+        return
+    seconds: Counter[str] = Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.location[0]] += report.duration
+    terminalreporter.section("seconds by file")
+    for name, took in seconds.most_common():
+        terminalreporter.line(f"{took:7.1f}  {name}")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -41,8 +64,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _same_each_time() -> None:
+    """One thread adds up in one order, and images that a test draws are the same on each day."""
+    import torch
+
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +78,8 @@ def _no_process_left() -> Iterator[None]:
     before = set(psutil.Process().children())
     yield
     for process in set(psutil.Process().children()) - before:
+        if process.pid in warm.started:
+            continue
         with suppress(psutil.NoSuchProcess):
             for each in [*process.children(recursive=True), process]:
                 each.kill()
@@ -74,18 +103,24 @@ def digits_values(**changes: Any) -> dict[str, Any]:
 def digits():
     """Makes a config of `digits_values`."""
 
+    from lorvp.config import TrialConfig
+
     def make(**changes: Any) -> TrialConfig:
         return TrialConfig.model_validate(digits_values(**changes))
 
     return make
 
 
-def make(dataset: str, source: Path, out: Path, **options: Any) -> store.Store:
+def make(dataset: str, source: Path, out: Path, **options: Any) -> Store:
     """A store of a part of a dataset."""
+    from lorvp import prepare, store
+
     return store.Store.open(prepare.prepare(dataset, source, out, partial=True, **options))
 
 
 def photo(path: Path, size: int = 64, value: int = 100) -> None:
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), (value, 50, 200)).save(path)
 
@@ -93,6 +128,9 @@ def photo(path: Path, size: int = 64, value: int = 100) -> None:
 @pytest.fixture
 def image_root(tmp_path: Path) -> Path:
     """A folder in ImageNet's layout: three classes, 8 images each to train on and 4 to test on."""
+    import numpy as np
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
         for label, name in enumerate(("n01", "n02", "n03")):
@@ -119,19 +157,13 @@ def imagenette(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, weights
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 class Server:
     """A real MLflow server on loopback, that can go away and come back."""
 
     def __init__(self, folder: Path, store: str = "") -> None:
         self.folder = folder
         self.store = store or f"sqlite:///{folder}/mlflow.db"
-        self.port = free_port()
+        self.port = reserve()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
@@ -145,20 +177,21 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        # its ten processes for jobs, which nothing here gives it, would take longer to start than the server itself
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (self.folder / "log").read_text()
-                time.sleep(0.3)
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
+        said = (self.folder / "log").read_text
+        wait_for("MLflow's server", lambda: answers(f"{self.uri}/health") or self.process.poll() is not None, said)
+        assert self.process.poll() is None, said()
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
         os.killpg(self.process.pid, signum)
-        self.process.wait(timeout=30)
+        self.process.wait(LIMIT)
 
 
 @pytest.fixture
@@ -177,7 +210,7 @@ def postgres() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="lorvp-postgres-"))  # pytest's own are closed to others
     if user:
         shutil.chown(folder, user)
-    data, port = folder / "data", free_port()
+    data, port = folder / "data", reserve()
     create = [tools / "initdb", "--no-sync", "--auth=trust", "--username=lorvp", data]
     subprocess.run(create, cwd=folder, user=user, check=True, capture_output=True)
     command = [tools / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder, "-F"]
@@ -185,11 +218,11 @@ def postgres() -> Iterator[str]:
         process = subprocess.Popen(command, cwd=folder, user=user, stdout=log, stderr=log)
     ready = [tools / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
     try:
-        while subprocess.run(ready, capture_output=True).returncode:
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
+        said = (folder / "log").read_text
+        wait_for("PostgreSQL", lambda: not subprocess.call(ready, stdout=DEVNULL) or process.poll() is not None, said)
+        assert process.poll() is None, said()
         yield f"postgresql+psycopg2://lorvp@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)  # ends its connections
-        process.wait(timeout=30)
+        process.wait(LIMIT)
         shutil.rmtree(folder)

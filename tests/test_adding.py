@@ -8,16 +8,17 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import digits_values
 from ruamel.yaml import YAML
+from waiting import wait_for
 
 from cluster.code import CHECKOUT, PACKAGES
+from cluster.folder import State, TrialFolder
 
 pytestmark = pytest.mark.slow
 PAGE = CHECKOUT / "docs" / "adding.md"
@@ -39,9 +40,7 @@ hashes = {spec.trial_config(point).content_hash() for point in points}
 print(json.dumps({"parameters": result.parameters, "class_names": names, "configs": len(hashes)}))
 """
 RELAY = """
-import time
 from pathlib import Path
-import psutil
 from cluster import profile
 from cluster.folder import TrialFolder
 from cluster.relay import Relay, make_cluster
@@ -51,13 +50,12 @@ spec = spec_file.load(Path("sweep.yaml"))
 relay = Relay(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
 trial = TrialFolder.request(spec.trials, spec.trial_config(spec.example()))
 relay.poll()
-while trial.newest() is None:
-    time.sleep(0.1)
-(started,) = psutil.Process(int(trial.job()["id"])).children()
-print(started.nice())
-while not trial.ended():
-    time.sleep(0.1)
-print(trial.ended())
+print(trial.path.absolute())
+"""
+HOW_NICE = """
+import os
+with open({!r}, "a") as said:
+    print(os.nice(0), file=said)
 """
 
 
@@ -98,8 +96,7 @@ class Copy:
 
     def python(self, *arguments: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(self.folder), "COLUMNS": "160"}
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200)
+        done = warm.run(arguments, self.folder, environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -155,7 +152,12 @@ def test_a_profile(copy):
 
 def test_a_place_to_run(copy):
     copy.put_in(PARTS["A place to run"])
-    assert copy.python("-c", RELAY).split()[-2:] == ["19", "finished"]
+    said = copy.folder / "said"
+    with open(copy.folder / "cluster" / "__init__.py", "a") as code:  # which a job imports, too
+        code.write(HOW_NICE.format(str(said)))
+    trial = TrialFolder(Path(copy.python("-c", RELAY).strip()))
+    assert wait_for("the trial's end", trial.ended).state == State.FINISHED
+    assert said.read_text().split() == [str(os.nice(0)), "19"]
 
 
 def test_editors_learn_the_new_names(copy):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -20,9 +18,11 @@ import debian
 import mlflow
 import pytest
 import synthetic
+import warm
 from conftest import Server
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from waiting import LIMIT, wait_for
 
 from sweeps import launch, spec_file
 from sweeps.leaderboard import Leaderboard
@@ -52,7 +52,7 @@ def browser() -> Iterator:
 def page(browser, screenshots: Path, request: pytest.FixtureRequest) -> Iterator:
     """Of somebody who is here for the first time."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(1000 * LIMIT)
     context.add_init_script(NO_ASSISTANT)
     page = context.new_page()
     yield page
@@ -60,21 +60,25 @@ def page(browser, screenshots: Path, request: pytest.FixtureRequest) -> Iterator
     context.close()
 
 
+PICTURES = os.environ.get("LORVP_SCREENSHOTS")
+
+
 @pytest.fixture(scope="module")
 def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = Path(os.environ.get("LORVP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder = Path(PICTURES or tmp_path_factory.mktemp("screenshots"))
     yield folder
     print(f"screenshots: {folder}")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the quickstart, with half of its trials."""
+    """The folder of the quickstart, with half of its trials; few and small ones where nobody asks for pictures."""
     output = tmp_path_factory.mktemp("finished")
     changes = ["search.trials=8", f"output={output}"]
-    command = [sys.executable, launch.__file__, str(QUICKSTART), *(f"--set={change}" for change in changes)]
+    changes += [] if PICTURES else ["search.trials=5", "trial.dataset.max_per_class=20", "trial.epochs=3"]
+    command = [launch.__file__, str(QUICKSTART), *(f"--set={change}" for change in changes)]
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    done = warm.run(command, output, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return output / "quickstart"
 
@@ -99,16 +103,18 @@ def expand(page) -> None:
 
 
 def names(page, wanted: Callable[[list[str]], bool]) -> list[str]:
-    """The table's runs from top to bottom, once they are as they should be, or ten seconds later."""
-    deadline = time.monotonic() + 10
-    while True:
+    """The table's runs from top to bottom, once they are as they should be."""
+    found: list[str] = []
+
+    def look() -> bool:
         cells = page.locator(".ag-cell[col-id*='Run Name'] a").evaluate_all(
             "links => links.map(link => [Number(link.closest('.ag-row').getAttribute('row-index')), link.innerText])"
         )
-        found = [name for _, name in sorted(cells)]
-        if wanted(found) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+        found[:] = [name for _, name in sorted(cells)]
+        return wanted(found)
+
+    wait_for("the table's runs", look, lambda: f"it shows {found}")
+    return found
 
 
 def tick_columns(page, *columns: str) -> None:
@@ -123,11 +129,13 @@ def tick_columns(page, *columns: str) -> None:
 def choose_axes(page, selector: int, *axes: str) -> None:
     """In one of the two selectors beside the parallel coordinates: 0 has the parameters, 1 the metrics."""
     page.get_by_role("combobox").nth(selector).click(force=True)
+    options = page.locator(".du-bois-light-select-item-option").filter(visible=True)
+    options.first.wait_for()
     for axis in axes:
         option = page.locator(f".du-bois-light-select-item-option[title='{axis}']").filter(visible=True)
-        if not option.count():  # a list has only those of its options that are in view
-            page.locator(".du-bois-light-select-dropdown").filter(visible=True).hover()
-            page.mouse.wheel(0, 1000)
+        page.locator(".du-bois-light-select-dropdown").filter(visible=True).hover()
+        page.mouse.wheel(0, -10_000)
+        wait_for(f"{axis} in the list", lambda: option.count() or page.mouse.wheel(0, 100))  # noqa: B023  it has what is in view
         option.click()
     page.get_by_role("heading", name="Comparing").click()  # closes the list
 

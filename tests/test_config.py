@@ -80,12 +80,14 @@ def test_names_in_the_config_are_those_that_exist():
             plugins.load(folder, name)
 
 
+@pytest.mark.slow
 def test_configs_and_drivers_need_no_torch():
     modules = "lorvp.config, cluster.relay, cluster.local, sweeps.spec, sweeps.search.controller, sweeps.run.driver"
     code = f"import sys; import {modules}, sweeps.leaderboard, sweeps.launch; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_jobs_need_neither_ray_nor_mlflow():
     code = "import sys; import cluster.job, lorvp.training; sys.exit(bool({'ray', 'mlflow'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,17 +14,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import free_port, photo
+import warm
+from conftest import photo
 from doc_commands import PAGES, commands, is_python
+from ports import reserve
 from slurm_sim import Simulation
 from test_slurm import installed  # noqa: F401  a fixture
 from test_sources import cifar_archive
+from waiting import LIMIT, answers, wait_for
 
 from cluster.code import CHECKOUT, PACKAGES
 from cluster.folder import TrialFolder
@@ -68,12 +69,17 @@ LITTLE = (
     ("1_281_167", "1_000"),
     ("psutil.virtual_memory().free - (2 << 30)", "0"),
 )
+FEW_TRIALS = (
+    ("SEEDS = (0, 1, 2)", "SEEDS = (0, 1)"),
+    ('(1e-4, 1e-3, 1e-2, "80%", "90%", "best")', '(1e-2, "90%")'),
+)
+FEW_CELLS = (("RATES = (0.02, 0.1, 0.3, 1.0, 3.0)", "RATES = (0.1, 1.0)"), ("RANKS = (1, 4, 8, 16)", "RANKS = (1, 4)"))
 WAYS = {
     # the form of a command, and commands that are named in passing
     r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*": Options(),
     r"python -m lorvp\.data prepare|python -m lorvp\.evaluate|python -m sweeps\.ood": Options(),
     r".*pytest .*-m alone": By("test_browser.py::test_500_trials_are_there_in_five_seconds"),
-    r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/test_mapping.py -k order"),
+    r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/test_mapping.py -k order -n 0"),
     # data; a few images stand in for the datasets
     r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
     r"python -m lorvp\.data prepare imagenet .*": Here(
@@ -109,9 +115,11 @@ WAYS = {
     # benchmarks and what was made once
     r"python -m lorvp\.bench (step|pack).*": By("test_speed.py::test_the_benchmarks_print_their_tables"),
     r"python -m lorvp\.bench memory .*": Here("predicted", "--batch-size 4", SMALL),
-    r"python -m sweeps\.bench": Here("ratio", "--per-class 10 --epochs 1 --seeds 1"),
+    r"python -m sweeps\.bench": Here("ratio", "--per-class 10 --epochs 1 --seeds 1", edits=FEW_CELLS),
     r"python tests/bench_store\.py": Here("opening a store of", edits=LITTLE),
-    r"python tests/bench_trial\.py .*": Here("| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm"),
+    r"python tests/bench_trial\.py .*": Here(
+        "| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm", edits=FEW_TRIALS
+    ),
     r"python tests/bench_slurm\.py": Here("first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True),
     r"python -m lorvp\.tiny .*": Here("test top-1", "--epochs 1", edits=((" // batch_size", " // 8"),)),
     r"python -m lorvp\.clip": By("test_clip.py::test_the_command_says_what_is_missing_or_writes_unit_vectors"),
@@ -183,10 +191,13 @@ class Place:
 
     def __init__(self, folder: Path, images: Path) -> None:
         self.folder = folder
+        self.said: dict[str, str] = {}
+        """What commands have said."""
         for part in (*PACKAGES, "tests", "docs"):
             shutil.copytree(CHECKOUT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
         self.environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "160"}
+        self.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # ten processes, as in conftest's Server
         for name in ("IMAGENET", "IMAGENETTE", "CIFAR10"):
             shutil.copytree(images, folder / name)
         shutil.copytree(images / "train", folder / "CIFAR10_FOLDER" / "train")
@@ -196,13 +207,10 @@ class Place:
         photo(folder / "photo.jpg")
         (folder / "mobilenetv2_100.safetensors").touch()
 
-    def arguments(self, command: str) -> list[str]:
-        first, *rest = shlex.split(command)
-        return [sys.executable, *rest] if first == "python" else [first, *rest]
-
     def start(self, command: str) -> subprocess.Popen[str]:
+        first, *rest = shlex.split(command)
         return subprocess.Popen(
-            self.arguments(command),
+            [sys.executable if first == "python" else first, *rest],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -212,9 +220,14 @@ class Place:
         )
 
     def run(self, command: str) -> str:
-        process = self.start(command)
-        said, _ = process.communicate(timeout=280)
-        assert process.returncode == 0, said
+        first, *rest = shlex.split(command)
+        if first == "python":
+            done = warm.run(rest, self.folder, self.environment)
+        else:
+            options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+            done = subprocess.run([first, *rest], timeout=LIMIT, **options)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
         return said
 
 
@@ -260,7 +273,10 @@ def test_shortened(command, found, request, images, tmp_path):
     for old, new in found.words:
         command = re.sub(old, place.bundle if new == "BUNDLE" else new, command)
     command = command.replace(".venv/bin/pytest", "python -m pytest")
-    assert found.said in place.run(f"{command} {found.more}")
+    command = f"{command} {found.more}".strip()
+    if command not in place.said:  # some pages have the same one but for a name
+        place.said[command] = place.run(command)
+    assert found.said in place.said[command]
 
 
 @pytest.mark.slow
@@ -273,6 +289,10 @@ def test_the_python_of_a_page(page, place):
     program = "\n".join([PYTHON, *lines, "print('through')"])
     program = re.sub(r"runs/[^\"']*/bundle", place.bundle, program)
     assert "through" in place.run(shlex.join(["python", "-c", program]))
+
+
+def has_begun(trials: Path) -> bool:
+    return any(trial.newest() for trial in TrialFolder.requested(trials))
 
 
 @pytest.mark.slow
@@ -294,9 +314,8 @@ def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
                 sweep = f"{command} {SHORT}"
                 driver = place.start(sweep)
                 trials = place.folder / "runs" / "on_slurm" / "trials"
-                while not any(trial.newest() for trial in TrialFolder.requested(trials)):
-                    assert driver.poll() is None, driver.communicate()[0]
-                    time.sleep(0.1)
+                wait_for("a trial to begin", lambda: has_begun(trials) or driver.poll() is not None)  # noqa: B023
+                assert driver.poll() is None, driver.communicate()[0]
             elif command == "kill -9 %1":
                 driver.kill()
                 driver.communicate()
@@ -321,22 +340,14 @@ def test_the_session_on_slurm(installed, tmp_path, images):  # noqa: F811
 @pytest.mark.slow
 def test_mlflow_on_another_port(place):
     (command,) = (command for command in COMMANDS if command.startswith("mlflow ui --port"))
-    port = free_port()
+    port = reserve()
     process = place.start("python -m " + re.sub(r"--port \d+", f"--port {port} --workers 1", command))
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
-                break
-            except OSError:
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline
-                time.sleep(0.3)
+        health = f"http://127.0.0.1:{port}/health"
+        assert wait_for("MLflow's page", lambda: answers(health) or process.poll() is not None) == b"OK"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-    assert answer == b"OK"
+        process.communicate(timeout=LIMIT)
 
 
 def literals() -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import digits_values
 from typer.testing import CliRunner
 
@@ -168,8 +168,7 @@ def test_a_program_that_says_something_else_is_refused(tmp_path, monkeypatch):
 def test_the_command(tmp_path):
     """In a process of its own, and the lines that it prints in another, without this package."""
     saved(tmp_path / "bundle", tuned())
-    command = [sys.executable, "-m", "lorvp.export", "bundle", "--to", "torch-export"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    said = warm.run(["-m", "lorvp.export", "bundle", "--to", "torch-export"], tmp_path, dict(os.environ))
     assert (said.returncode, said.stderr) == (0, "")
     written, deviation, *lines = said.stdout.splitlines()
     size = (tmp_path / "model.pt2").stat().st_size
@@ -178,7 +177,7 @@ def test_the_command(tmp_path):
     assert len(lines) == 2
     script = ["import sys, torch", "images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)", *map(str.strip, lines)]
     script += ["print(*logits.shape, 'lorvp' in sys.modules)"]
-    ran = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True)
+    ran = warm.run(["-c", "\n".join(script)], tmp_path, dict(os.environ))
     assert ran.stdout == "4 10 False\n", ran.stderr
 
 

@@ -57,6 +57,7 @@ def test_it_is_what_the_backbone_says_and_is_computed_once(digits, cache, forwar
     torch.testing.assert_close(said.pixels, plain.argmax(1) if output == "top" else plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_weights_images_sizes_and_statistics_are_other_files(digits, cache):
     def names(config: TrialConfig, change=lambda images: images) -> set[str]:
         loaded = training.load(config)
@@ -133,6 +134,7 @@ def test_the_head_is_scikit_learns(c):
     torch.testing.assert_close(ours, torch.from_numpy(expected).float(), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_how_far_it_is_fitted(cache):
     points = blobs()
     train, val = points.subset(np.arange(90)), points.subset(np.arange(90, 180))
@@ -190,6 +192,7 @@ def test_a_warm_start_is_the_fitted_heads_function_at_step_0(digits, cache):
         assert warm.val_loss == pytest.approx(fitted.val_loss, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_kept_over_an_interruption(digits, cache, tmp_path):
     config = digits(head_init="linear_probe", head_fit="90%", epochs=2)
     expected = [r.val_loss for r in train(config)]
@@ -229,6 +232,7 @@ def test_the_first_mapping_comes_from_the_cache(digits, cache, forwards, monkeyp
     assert (first.val_loss, first.train_loss) == (passed.val_loss, passed.train_loss)
 
 
+@pytest.mark.slow
 def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forwards, tmp_path):
     """The same first epoch, no other pass over the data, and the same result after an interruption."""
     plain = digits(label_mapping="ilm", epochs=3)
@@ -254,6 +258,7 @@ def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forward
     assert [r.val_loss for r in continued] == [r.val_loss for r in results]
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, monkeypatch, capsys):
     """The result is that of the whole batch."""
     config = digits(label_mapping="ilm", ilm="streamed", epochs=2, eval_batch_size=64)

@@ -110,6 +110,7 @@ def planned(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_fits(planned):
     said = planned(48)
     assert said.startswith("peak GPU memory: about 0.")

@@ -34,6 +34,7 @@ def together(members: list[Training], join=lambda count: []) -> dict[Training, l
     return said
 
 
+@pytest.mark.slow
 def test_packed_is_what_each_is_by_itself(digits):
     """To the bit: one after another on the same batch; ranks, mappings and optimizers as they come."""
     configs = [
@@ -62,7 +63,9 @@ def test_one_that_diverges_leaves_the_others_bits_alone(digits):
     assert figures(said[first][:-1]) == figures(list(train(good)))
 
 
-@pytest.mark.parametrize("where", ["begin", "step", "finish", "close"])
+@pytest.mark.parametrize(
+    "where", ["step", *(pytest.param(each, marks=pytest.mark.slow) for each in ("begin", "finish", "close"))]
+)
 def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
@@ -75,6 +78,7 @@ def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
     assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
 
 
+@pytest.mark.slow
 def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
     loaded = training.load(digits())
     calls = 0
@@ -111,6 +115,7 @@ def test_a_joiner_is_what_it_is_by_itself_on_the_same_orders(digits, monkeypatch
     assert [r.val_loss for r in said[joins][:-1]] == [r.val_loss for r in by_itself]
 
 
+@pytest.mark.slow
 def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_path):
     config = digits(label_mapping="ilm")
     calls = 0
@@ -132,15 +137,17 @@ def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_p
 
 PEAK = f"""
 import re, sys
+import torch
 from lorvp import training
 from lorvp.config import TrialConfig
 
 def resident(what):
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
+torch.set_num_threads(1)  # several would wait for each other where they have to share a core
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
-dataset = {{"name": "digits", "max_per_class": 8, "val_fraction": 0.2}}
-values = {digits_values(epochs=1, batch_size=64, speed={"keep_memory": False})!r}
+dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
+values = {digits_values(epochs=1, batch_size=32, speed={"keep_memory": False}, read_test=False)!r}
 values |= {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
 loaded = training.load(configs[0])

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -16,9 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import digits_values, free_port
+from conftest import digits_values
 from PIL import Image
+from ports import reserve
 from sklearn.datasets import load_digits
+from waiting import LIMIT, answers, wait_for
 
 import lorvp
 import sweeps
@@ -118,7 +119,7 @@ def test_what_mlflow_does_not_hold_is_told_in_a_line(registered, uri):
 
 
 def test_a_served_model_takes_a_jpeg(registered, tmp_path):
-    port = free_port()
+    port = reserve()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", registered.uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--env-manager", "local"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow starts uvicorn by its name
@@ -126,23 +127,18 @@ def test_a_served_model_takes_a_jpeg(registered, tmp_path):
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1)
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.3)
+        said, ping = (tmp_path / "log").read_text, f"http://127.0.0.1:{port}/ping"
+        wait_for("the served model", lambda: answers(ping) or server.poll() is not None, said)
+        assert server.poll() is None, said()
         image = jpeg(3)
         body = {"dataframe_split": {"columns": ["image"], "data": [[base64.b64encode(image).decode()]]}}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        (answer,) = json.loads(urllib.request.urlopen(request, timeout=60).read())["predictions"]
+        (answer,) = json.loads(urllib.request.urlopen(request, timeout=LIMIT).read())["predictions"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+        server.wait(LIMIT)
     method = lorvp.load(registered.bundle)
     pixels = torch.from_numpy(images.decode(image, method.backbone.image_size)).permute(2, 0, 1)[None]
     with torch.inference_mode():

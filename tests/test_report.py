@@ -103,6 +103,7 @@ def test_the_report_of_every_sweep_that_comes_with_the_project(path: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_of_500_trials_in_seconds(tmp_path):
     spec = make_spec(tmp_path)
     synthetic.make(spec, 500, stopped=250, failed=20)

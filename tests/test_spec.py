@@ -275,7 +275,7 @@ def test_grid_sampler_follows_the_conditions(write):
     assert suggested == good.cells()
 
 
-@pytest.mark.parametrize("algorithm", ["random", "tpe", "gp"])
+@pytest.mark.parametrize("algorithm", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
 def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     overrides = [f"search.algorithm={algorithm}", "search.trials=12", "search.seed=4"]
@@ -310,7 +310,7 @@ def test_cmaes_takes_numbers(write):
         study.tell(trial, suggest(sweep, trial)["prompt.rank"])
 
 
-FAST = ("quickstart", "lorvp_cifar10", "compare")
+FAST = ("quickstart", "lorvp_cifar10")
 SHIPPED = [
     pytest.param(path, id=path.stem, marks=() if path.stem in FAST else pytest.mark.slow)
     for path in sorted({*SWEEPS.glob("*.yaml")} - {results.FIGURES})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import warm
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -60,18 +63,29 @@ def outputs(backbone: Backbone, images: torch.Tensor, added: torch.Tensor, outpu
     return [plain.detach(), prompted.detach(), added.grad, placed.grad]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@cache
+def given(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and a prompt for a backbone."""
+    draw, size = torch.Generator().manual_seed(1), build(name, PLAIN).image_size
+    images = torch.rand(2, 3, size, size, dtype=torch.float64, generator=draw)
+    return images, torch.randn(3, size, size, generator=draw).double() * 0.1
+
+
+@cache
+def plain_outputs(name: str) -> list[list[torch.Tensor]]:
+    plain = build(name, PLAIN)
+    return [outputs(plain, *given(name), output) for output in ("logits", "features")]
+
+
+LARGE = ("resnet18", "mobilenetv2_100", "swin_tiny_patch4_window7_224")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in BACKBONES])
 @pytest.mark.parametrize("key", ["all", *(pytest.param(key, marks=pytest.mark.slow) for key in KEYS)])
 def test_it_is_the_plain_backbone(name, key):
-    torch.manual_seed(1)
-    speed = SpeedConfig() if key == "all" else PLAIN.model_copy(update={key: True})
-    plain, fast = build(name, PLAIN), build(name, speed)
-    size = plain.image_size
-    images, added = torch.rand(2, 3, size, size, dtype=torch.float64), torch.randn(3, size, size).double() * 0.1
-    for output in ("logits", "features"):
-        for ours, theirs in zip(
-            outputs(fast, images, added, output), outputs(plain, images, added, output), strict=True
-        ):
+    fast = build(name, SpeedConfig() if key == "all" else PLAIN.model_copy(update={key: True}))
+    for output, expected in zip(("logits", "features"), plain_outputs(name), strict=True):
+        for ours, theirs in zip(outputs(fast, *given(name), output), expected, strict=True):
             # outputs are rounded to float32 at their end, so the comparison is of that
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * theirs.abs().max().item())
 
@@ -138,6 +152,7 @@ def test_attention_by_products_errs_no_more_than_torchs(images, monkeypatch):
         assert (mine - wanted).norm() < 1.3 * (theirs - wanted).norm()
 
 
+@pytest.mark.slow  # without the hardware, bf16 takes its time
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_attention_by_products_is_used_where_there_is_no_mask(name, monkeypatch):
     calls, apply = [], AttentionByProducts.apply
@@ -177,10 +192,12 @@ def test_the_benchmarks_print_their_tables():
 
 
 KEEPS = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from lorvp.speed import keep_memory
 
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a huge page would take a single fault
 torch.set_num_threads(1)
 keep_memory(sys.argv[1] == "on")
 blocks = [torch.ones(12 << 20) for _ in range(3)]  # of 48 MiB
@@ -196,8 +213,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_kept_memory_is_not_asked_for_again():
     """Page faults of blocks that are freed and made again."""
-    faults = {
-        on: int(subprocess.run([sys.executable, "-c", KEEPS, on], capture_output=True, text=True, check=True).stdout)
-        for on in ("on", "off")
-    }
+    faults = {on: int(warm.run(["-c", KEEPS, on], Path.cwd(), dict(os.environ)).stdout) for on in ("on", "off")}
     assert faults["off"] > 20 * max(1, faults["on"])

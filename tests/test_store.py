@@ -199,6 +199,7 @@ def test_an_encoded_store_gives_the_same_images(image_root, tmp_path, small_part
             make("cifar10", tmp_path, tmp_path, encoded=True)
 
 
+@pytest.mark.slow
 def test_crops_come_from_a_store_of_larger_images(image_root, tmp_path):
     small = make("image_folder", image_root, tmp_path, size=32).folder
     config = DatasetConfig(name="store", root=small, val_fraction=0.25, crop_flip=True)
@@ -334,23 +335,39 @@ def test_memory_for_as_many_names_as_imagenet_has(tmp_path):
     assert float(listed.stdout) < 350
 
 
+KILLED = """
+import os, runpy, signal, sys
+from lorvp import prepare
+
+kills, make_part = int(sys.argv.pop(1)), prepare.make_part
+
+def make_part_and_die(task, *rest):
+    done = make_part(task, *rest)
+    if len(list(task.path.parent.glob("train-*.arrow"))) >= kills:
+        os.killpg(0, signal.SIGKILL)
+    return done
+
+prepare.make_part = make_part_and_die
+runpy.run_module("lorvp.data", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_prepare_killed_three_times_and_finished(tmp_path):
     source = tmp_path / "source"
     random = np.random.default_rng(0)
-    for i in range(900):
+    images_of_seven_parts = 7 * (PART_BYTES // (3 * 448**2)) - 10
+    for i in range(images_of_seven_parts):
         path = source / "abc"[i % 3] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(path)
     prepare_it = command("prepare", "image_folder", "--source", source, "--out", tmp_path / "out", "--size", 448)
+    prepare_it += ["--processes", "2"]  # of which the bound below is
     made = tmp_path / "out" / "image_folder-448"
     for kills in range(1, 4):
-        process = subprocess.Popen(prepare_it, stdout=subprocess.DEVNULL, start_new_session=True)
-        while len(list(made.glob("train-*.arrow"))) < kills:
-            assert process.poll() is None
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killed = [sys.executable, "-c", KILLED, str(kills), *prepare_it[3:]]
+        assert subprocess.run(killed, stdout=subprocess.DEVNULL, start_new_session=True).returncode == -signal.SIGKILL
+        assert len(list(made.glob("train-*.arrow"))) >= kills
         assert not (made / "store.json").exists()
     first = min(made.glob("train-0*.arrow"))
     before = first.stat().st_mtime_ns
@@ -363,10 +380,10 @@ def test_prepare_killed_three_times_and_finished(tmp_path):
     assert process.returncode == 0
     assert peak < 1024 - 350, peak
     assert first.stat().st_mtime_ns == before
-    assert len(list(made.glob("train-*.arrow"))) == 1 + -(-900 // (PART_BYTES // (3 * 448**2)))
+    assert len(list(made.glob("train-*.arrow"))) == 1 + 7
     store.verify(made, store.read_manifest(made))
     kept = store.Store.open(made).splits["train"]
-    for row in (0, 450, 899):
+    for row in (0, images_of_seven_parts // 2, images_of_seven_parts - 1):
         assert np.array_equal(kept.read(np.array([row]))[0], images.decode(source / kept.names[row], 448))
     assert sorted(path.suffix for path in made.iterdir() if path.suffix != ".arrow") == [".json"]
 

@@ -25,7 +25,9 @@ def figures(results: list[EpochResult]) -> list[dict]:
     return [{key: value for key, value in asdict(r).items() if key not in MEASURED} for r in results]
 
 
-@pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "fm", "lp"])
+@pytest.mark.parametrize(
+    "mapping", ["ilm", "lp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rlm", "flm", "fm"))]
+)
 @pytest.mark.parametrize("stop_after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, stop_after):
     config = digits(label_mapping=mapping)
@@ -246,7 +248,7 @@ def test_backbones_that_cannot_be_had(tmp_path):
         ("resnet18.tv_in1k", 0.485, 512),
         ("mobilenetv3_small_050", 0.485, 1024),
         ("vit_tiny_patch16_224.augreg_in21k", 0.5, 192),
-        ("vit_base_patch16_224_miil.in21k", 0.0, 768),
+        pytest.param("vit_base_patch16_224_miil.in21k", 0.0, 768, marks=pytest.mark.slow),
     ],
 )
 def test_statistics_and_head_are_the_models_own(name, mean, features):

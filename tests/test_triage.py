@@ -41,6 +41,7 @@ def test_the_nearest_of_a_rank():
     assert torch.linalg.matrix_rank(triage.low_rank(torch.randn(3, 16, 16), 4)).tolist() == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_found_worth_it_on_digits(digits):
     config = digits(dataset={"name": "digits", "val_fraction": 0.2})
     found = triage.triage(config, training.load(config))
