@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -71,8 +71,6 @@ class Relay:
         self._exclude: dict[str, str] = {}  # the node that failed it
         self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
-        self._just_ended: deque[FollowedTrial] = deque()
-        self.scan.subscribe(self._note_end)
         cluster.adopt(self.scan.open())
 
     def take_over(self) -> None:
@@ -87,8 +85,8 @@ class Relay:
         """
         if self._ending:
             return
-        self._free_jobs()
-        open_trials = self.scan.open()
+        open_trials, ended = self.scan.survey()
+        self._free_jobs(ended)
         now = time.monotonic()
         if self._wait and now >= self._refused_until:
             self.cluster.adopt(open_trials)  # a refusal may have been an answer that got lost
@@ -231,14 +229,9 @@ class Relay:
         self._not_before[trial.name] = now + wait
         return True
 
-    def _note_end(self, trial: FollowedTrial) -> None:
-        if trial.ended():
-            self._just_ended.append(trial)
-
-    def _free_jobs(self) -> None:
+    def _free_jobs(self, ended: list[FollowedTrial]) -> None:
         """Find the jobs whose trial has ended and that may take another."""
-        while self._just_ended:
-            trial = self._just_ended.popleft()
+        for trial in ended:
             for kept in (self._submissions, self._exclude, self._not_before, self.troubles):
                 kept.pop(trial.name, None)
             job = trial.job()
@@ -267,7 +260,7 @@ class Relay:
         cancelled: set[str] = set()
         while time.monotonic() < deadline + patience:
             late = time.monotonic() > deadline
-            self._free_jobs()
+            self._free_jobs(self.scan.survey()[1])
             self.dismiss()
             with suppress(OSError):  # the controller may be away; the jobs read their folders all the same
                 alive = self._alive_jobs()

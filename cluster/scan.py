@@ -143,6 +143,7 @@ class Scan:
         self.changed = threading.Event()
         """Set when a trial is to be looked at sooner than was planned."""
         self._listeners: list[Callable[[FollowedTrial], None]] = []
+        self._just_ended: list[FollowedTrial] = []
         for folder in TrialFolder.requested(trials):
             self._add(folder.path)
 
@@ -163,6 +164,12 @@ class Scan:
         """The trials that have not ended, oldest request first."""
         with self._lock:
             return list(self._open.values())
+
+    def survey(self) -> tuple[list[FollowedTrial], list[FollowedTrial]]:
+        """The trials that have not ended, and those that have since the last survey: each is in one of the two."""
+        with self._lock:
+            ended, self._just_ended = self._just_ended, []
+            return self.open(), ended
 
     def subscribe(self, listener: Callable[[FollowedTrial], None]) -> None:
         """Have `listener` told of each trial with news, in the thread that looks."""
@@ -197,6 +204,7 @@ class Scan:
                     trouble = error
                 if trial.ended():
                     del self._open[trial.name]
+                    self._just_ended.append(trial)
                 else:
                     self._plan(trial, now + trial.wait())
             return news, trouble

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import debian
 import psutil
 import pytest
-import warm
-from ports import reserve
-from waiting import LIMIT, answers, wait_for
+from support import warm
+from support.ports import reserve
+from support.waiting import LIMIT, answers, wait_for
 
 if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
     from lorvp.config import TrialConfig
@@ -31,8 +31,9 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the tests beside them
 
 LONGEST = (
-    *("test_slurm.py", "test_sweep.py", "test_docs.py", "test_cluster.py", "test_methods.py", "test_export.py"),
-    *("test_browser.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
+    *("test_slurm_faults.py", "test_docs.py", "test_sweep_faults.py", "test_slurm_drivers.py", "test_slurm.py"),
+    *("test_sweep.py", "test_driver.py", "test_relay.py", "test_methods.py", "test_export.py", "test_browser.py"),
+    *("test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
 )
 
 
@@ -186,7 +187,7 @@ class Server:
     def wait(self) -> None:
         """Until it answers."""
         said = (self.folder / "log").read_text
-        wait_for("MLflow's server", lambda: answers(f"{self.uri}/health") or self.process.poll() is not None, said)
+        wait_for("MLflow's server", lambda: answers(f"{self.uri}/health") or self.process.poll() is not None, said=said)
         assert self.process.poll() is None, said()
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
@@ -219,7 +220,9 @@ def postgres() -> Iterator[str]:
     ready = [tools / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
     try:
         said = (folder / "log").read_text
-        wait_for("PostgreSQL", lambda: not subprocess.call(ready, stdout=DEVNULL) or process.poll() is not None, said)
+        wait_for(
+            "PostgreSQL", lambda: not subprocess.call(ready, stdout=DEVNULL) or process.poll() is not None, said=said
+        )
         assert process.poll() is None, said()
         yield f"postgresql+psycopg2://lorvp@127.0.0.1:{port}/postgres"
     finally:

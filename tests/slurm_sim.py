@@ -282,7 +282,7 @@ class Ports:
         with suppress(FileExistsError):
             LOCKS.mkdir()
             LOCKS.chmod(0o1777)  # other users have clusters, too
-        for first in range(17000, 32000, self.SIZE):  # below those that the system deals out
+        for first in range(14000, 20000, self.SIZE):  # below those of `support.ports`
             self.first = first
             try:
                 self.lock = open(LOCKS / f"{first}.lock", "a")  # noqa: SIM115  closed when it is given back

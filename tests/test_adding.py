@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import warm
 from conftest import digits_values
 from ruamel.yaml import YAML
-from waiting import wait_for
+from support import warm
+from support.waiting import wait_for
 
 from cluster.code import CHECKOUT, PACKAGES
 from cluster.folder import State, TrialFolder

@@ -18,11 +18,11 @@ import debian
 import mlflow
 import pytest
 import synthetic
-import warm
 from conftest import Server
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from waiting import LIMIT, wait_for
+from support import warm
+from support.waiting import LIMIT, wait_for
 
 from sweeps import launch, spec_file
 from sweeps.leaderboard import Leaderboard
@@ -113,7 +113,7 @@ def names(page, wanted: Callable[[list[str]], bool]) -> list[str]:
         found[:] = [name for _, name in sorted(cells)]
         return wanted(found)
 
-    wait_for("the table's runs", look, lambda: f"it shows {found}")
+    wait_for("the table's runs", look, said=lambda: f"it shows {found}")
     return found
 
 

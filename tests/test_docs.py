@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import warm
 from conftest import photo
 from doc_commands import PAGES, commands, is_python
-from ports import reserve
 from slurm_sim import Simulation
+from support import warm
+from support.ports import reserve
+from support.waiting import LIMIT, answers, wait_for
 from test_slurm import installed  # noqa: F401  a fixture
 from test_sources import cifar_archive
-from waiting import LIMIT, answers, wait_for
 
 from cluster.code import CHECKOUT, PACKAGES
 from cluster.folder import TrialFolder

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import warm
 from conftest import digits_values
+from support import warm
 from typer.testing import CliRunner
 
 import lorvp

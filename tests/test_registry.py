@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import digits_values
 from PIL import Image
-from ports import reserve
 from sklearn.datasets import load_digits
-from waiting import LIMIT, answers, wait_for
+from support.ports import reserve
+from support.waiting import LIMIT, answers, wait_for
 
 import lorvp
 import sweeps
@@ -128,7 +128,7 @@ def test_a_served_model_takes_a_jpeg(registered, tmp_path):
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
     try:
         said, ping = (tmp_path / "log").read_text, f"http://127.0.0.1:{port}/ping"
-        wait_for("the served model", lambda: answers(ping) or server.poll() is not None, said)
+        wait_for("the served model", lambda: answers(ping) or server.poll() is not None, said=said)
         assert server.poll() is None, said()
         image = jpeg(3)
         body = {"dataframe_split": {"columns": ["image"], "data": [[base64.b64encode(image).decode()]]}}

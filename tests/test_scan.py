@@ -248,6 +248,20 @@ def test_a_folder_that_can_not_be_read_is_tried_again(scan, trial, clock, told, 
     assert told == [other.name, trial.name]
 
 
+def test_a_survey_has_each_trial_once(scan, trial, clock, digits):
+    """A job whose trial has just ended is free, and never neither busy nor free."""
+    waits = scan.request(digits(init_seed=1))
+    assert scan.survey() == ([trial, waits], [])
+    trial.claim().end(State.FINISHED)
+    assert scan.survey() == ([trial, waits], [])  # nobody has looked
+    clock.now += 1
+    seen = []
+    scan.subscribe(lambda _: seen.append(scan.survey()))  # while listeners are told
+    scan.look()
+    assert seen == [([waits], [trial])]
+    assert scan.survey() == ([waits], [])
+
+
 def test_what_was_there_before_is_news_at_the_first_look(tmp_path, digits, clock):
     done, begun, waits = (TrialFolder.request(tmp_path, digits(init_seed=seed)) for seed in range(3))
     for trial in (done, begun):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import warm
+from support import warm
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
