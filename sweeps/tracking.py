@@ -10,8 +10,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle_format import describe
 from lorvp.errors import UserError
 from sweeps import registry
 from sweeps.leaderboard import epoch_metrics
-from sweeps.run.store import tracking_uri
+from sweeps.run.store import SQLITE, tracking_uri
 from sweeps.spec import Spec, flatten, shortened
 
 SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
@@ -51,10 +54,11 @@ class Tracker:
         self.uri = tracking_uri(spec)
         spec.output.mkdir(parents=True, exist_ok=True)
         try:
+            make_tables(self.uri)
             self.client = mlflow.MlflowClient(self.uri)
             self.experiment = self._experiment()
             found = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
-        except (mlflow.MlflowException, OSError) as error:
+        except (mlflow.MlflowException, SQLAlchemyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"MLflow at {self.uri} can't be used: {reason}") from None
         self.runs = {run.data.tags[TRIAL]: run for run in found if TRIAL in run.data.tags}
@@ -213,6 +217,22 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
 def _short(value: Any) -> str:
     """A parameter as MLflow's table has room for it; a bundle has the whole."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def make_tables(uri: str) -> None:
+    """Has MLflow make the tables of a SQLite file that is not there yet, under another name until they are whole.
+
+    It takes seconds, within which a driver may be killed; MLflow goes on with no file that has a part of them.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        mlflow.MlflowClient(f"{SQLITE}{draft}").search_experiments()
+        with suppress(FileExistsError):  # another sweep has been faster
+            os.link(draft, path)
 
 
 def installed_packages() -> list[str]:

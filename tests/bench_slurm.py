@@ -45,7 +45,7 @@ def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
         slurm.wait(lambda: stamp.exists() and stamp.read_text().strip() != "")  # noqa: B023
         empty.append(float(stamp.read_text()) - begun)
         config = TrialConfig.model_validate(digits_values(epochs=1, init_seed=i, label_mapping="lp"))
-        trial = TrialFolder.request(folder / "trials", config)
+        trial = TrialFolder(relay.scan.request(config).path)  # which reads what is there, and not what was seen last
         begun = time.time()
         relay.scan.look_at_all()
         relay.poll()

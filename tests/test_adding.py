@@ -42,13 +42,12 @@ print(json.dumps({"parameters": result.parameters, "class_names": names, "config
 RELAY = """
 from pathlib import Path
 from cluster import profile
-from cluster.folder import TrialFolder
 from cluster.relay import Relay, make_cluster
 from sweeps import spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
 relay = Relay(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
-trial = TrialFolder.request(spec.trials, spec.trial_config(spec.example()))
+trial = relay.scan.request(spec.trial_config(spec.example()))
 relay.poll()
 print(trial.path.absolute())
 """

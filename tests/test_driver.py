@@ -23,7 +23,7 @@ from sweeps.search.controller import GuardedScheduler
 from sweeps.search.suggest import SpecSearch, Suggestions
 from sweeps.search.tune_trial import SCORE
 from sweeps.spec import Spec
-from sweeps.tracking import Tracker
+from sweeps.tracking import Tracker, make_tables
 
 pytestmark = pytest.mark.slow
 
@@ -206,6 +206,29 @@ def test_a_store_that_fails_while_the_sweep_runs_is_tried_again(sweep, monkeypat
     client = mlflow.MlflowClient(store.tracking_uri(sweep))
     runs = client.search_runs([client.get_experiment_by_name("lorvp").experiment_id])
     assert len(runs) == 2 + 1
+
+
+def test_a_driver_killed_while_tables_are_made_leaves_no_part_of_them(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source: Path, target: Path) -> None:
+        assert source.exists()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", killed)
+        with pytest.raises(Killed):
+            make_tables(uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    make_tables(uri)
+    assert store.is_sure_to_open(uri)
+    made = (tmp_path / "mlflow.db").stat().st_ino
+    make_tables(uri)
+    assert (tmp_path / "mlflow.db").stat().st_ino == made
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_what_a_sqlite_file_shows(tmp_path):

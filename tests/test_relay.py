@@ -127,7 +127,8 @@ def test_the_relay_packs_trials_that_fit(digits, tmp_path):
     assert jobs[0] == jobs[1] == jobs[2]
     assert len(set(jobs)) == 3
     trials[1].claim().end(State.STOPPED)
-    joins = TrialFolder.request(tmp_path / "trials", digits(init_seed=9))
+    relay.scan.look_at_all()
+    joins = relay.scan.request(digits(init_seed=9))
     relay.poll()
     assert joins.job()["id"] in (jobs[0], jobs[3])
     assert {trial.name for trial in job.handed(trials[0])} >= {trial.name for trial in trials[:3]}
@@ -203,7 +204,8 @@ def test_local_jobs_die_are_submitted_again_and_finish(trial, tmp_path, holds):
     assert trial.ended().state == State.STOPPED
     assert len(trial.results()) == 2
     assert trial.newest().bundle.is_dir()
-    assert another_driver.open_trials() == []
+    another_driver.scan.look_at_all()
+    assert another_driver.scan.open() == []
 
 
 @pytest.mark.slow
@@ -265,6 +267,7 @@ def test_the_relay_hands_trials_over(digits, tmp_path, holds):
     relay = Relay(tmp_path / "trials", cluster)
 
     def all_ended() -> bool:
+        relay.scan.look_at_all()
         relay.poll()
         return all(trial.ended() for trial in trials)
 
@@ -275,6 +278,6 @@ def test_the_relay_hands_trials_over(digits, tmp_path, holds):
     assert [each["place"] for each in jobs] == [1, 2, 1, 1]
     log = Path(jobs[1]["log"]).read_text()
     assert log.index(trials[0].name) < log.index(trials[1].name)
-    relay.open_trials()
+    relay.poll()  # sees that the last one's job is free
     relay.dismiss()
     wait_for("end of the job that waits", lambda: not cluster.states([jobs[3]["id"]]))

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import optuna
@@ -94,7 +94,8 @@ def carry_out(
         console.print(Leaderboard.read(spec).table())
         end_without_result(jobs, sender, str(reason), spec, console)
     except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
-        (spec.folder / TRACEBACK).write_text(traceback.format_exc())
+        with suppress(OSError):
+            (spec.folder / TRACEBACK).write_text(traceback.format_exc())
         jobs.stop()
         text = f"{one_line(error)}; the jobs go on, and so does --resume; {spec.folder / TRACEBACK} says where it was"
         end_without_result(jobs, sender, text, spec, console)
