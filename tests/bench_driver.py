@@ -29,7 +29,6 @@ import psutil
 
 from cluster.folder import JobState, State, TrialFolder
 
-LAUNCH = Path(__file__).parent.parent / "sweeps" / "launch.py"
 MIB = 2**20
 
 
@@ -223,7 +222,7 @@ def operations(count: int, seconds: float, window: float) -> float:
     epochs = round(3 * window / seconds) + 5
     with Run(count, count, epochs, seconds) as run:
         run.until(lambda: run.running() == count)
-        time.sleep(1.5 * seconds)  # each has had an epoch
+        time.sleep(1.2 * seconds)  # each has had an epoch
         trace = run.folder / "trace"
         command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", str(trace), "-p", str(run.driver.pid)]
         tracer = subprocess.Popen(command)
@@ -234,7 +233,7 @@ def operations(count: int, seconds: float, window: float) -> float:
 
 
 def disk() -> None:
-    shown = [f"{operations(count, 60, 120):.1f}" for count in (8, 100, 500)]
+    shown = [f"{operations(count, 60, 60):.1f}" for count in (8, 100, 500)]
     row("metadata operations a second, 8 / 100 / 500 running, epochs of 60 s", " / ".join(shown), "10 / 60 / 250")
     row("the same, 8 running, epochs of 2 s", f"{operations(8, 2, 30):.1f}", "60")
 

@@ -121,6 +121,7 @@ WAYS = {
         "| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm", edits=FEW_TRIALS
     ),
     r"python tests/bench_slurm\.py": Here("first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True),
+    r"python tests/bench_driver\.py": Here("CPU a trial, 3 trivial trials", "cpu", edits=(("int = 200", "int = 3"),)),
     r"python -m lorvp\.tiny .*": Here("test top-1", "--epochs 1", edits=((" // batch_size", " // 8"),)),
     r"python -m lorvp\.clip": By("test_clip.py::test_the_command_says_what_is_missing_or_writes_unit_vectors"),
 }

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Server
 from safetensors.torch import save_file
-from support.sweep import LAUNCH, SPEC, Sweep
+from support.sweep import LAUNCH, SHARING, SPEC, Sweep
 
 import lorvp
 from cluster.folder import State, TrialFolder
@@ -65,7 +65,7 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
     )
     text = text.replace("prompt_name: adam", "prompt_name: sgd").replace("rule: asha", "rule: none")
     text = text.replace("[rlm, flm, ilm, lp]", "[lp]").replace("algorithm: tpe, trials: 4,", "algorithm: grid,")
-    sweep = Sweep(tmp_path, text)
+    sweep = Sweep(tmp_path, text, profile=SHARING)
     output = sweep.run()
     assert len(sweep.trials()) == 5
     failed = [run for run in sweep.runs() if run.data.tags.get("state") == "failed"]
@@ -77,7 +77,7 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
     everything = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, lp]", "[lp]")
     everything = everything.replace("trials: 4", "trials: 1")
     (tmp_path / "none").mkdir()
-    assert "no trial finished" in Sweep(tmp_path / "none", everything).run(code=1)
+    assert "no trial finished" in Sweep(tmp_path / "none", everything, profile=SHARING).run(code=1)
 
 
 def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
@@ -122,7 +122,7 @@ def test_tracking_on_a_server(tmp_path, tmp_path_factory, postgres):
 
 def test_a_sweep_that_fails_from_its_start_is_ended(tmp_path):
     text = SPEC.replace("lr: 0.5", "lr: 1e30").replace("[rlm, flm, ilm, lp]", "[lp]").replace("trials: 4", "trials: 40")
-    sweep = Sweep(tmp_path, text + "failure_limit: {share: 0.4, trials: 5}\n")
+    sweep = Sweep(tmp_path, text + "failure_limit: {share: 0.4, trials: 5}\n", profile=SHARING)
     output = sweep.run(code=1)
     assert re.search(r"given up: [345] of the first \d trials failed", output)  # the fifth may end in the same look
     assert re.search(r"failed: \d+ diverged", output)

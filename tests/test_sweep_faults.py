@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.sweep import Sweep
+from support.sweep import SHARING, Sweep
 from support.waiting import wait_for
 
 import lorvp
@@ -95,7 +95,7 @@ confirm: {seeds: [3, 4]}
 
 def test_confirmation_killed_resumed_and_made_longer(tmp_path):
     """Killed while it trains the choice, which is written down before that."""
-    sweep = Sweep(tmp_path, CONFIRMED)
+    sweep = Sweep(tmp_path, CONFIRMED, profile=SHARING)
 
     def stages() -> dict[str, list[TrialFolder]]:
         found = {True: [], False: []}

@@ -46,6 +46,10 @@ control: {}
 """
 
 
+SHARING = "kind: local\ntrials_per_job: 99\n"
+"""A profile whose jobs take trial after trial: where jobs are not what a test is about, their starts only take time."""
+
+
 @cache
 def empty_store() -> Path:
     """MLflow's tables, which take 3 s to make; a sweep finds them as those of an earlier one."""
@@ -101,8 +105,13 @@ class Driver:
 class Sweep:
     """A spec in a folder of its own, what launching it leaves there, and the holds on its processes."""
 
-    def __init__(self, folder: Path, text: str = SPEC, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, text: str = SPEC, environment: dict[str, str] | None = None, profile: str = ""
+    ) -> None:
         self.folder = folder
+        if profile:
+            (folder / "profile.yaml").write_text(profile)
+            text += "cluster: profile.yaml\n"
         (folder / "runs").mkdir()
         shutil.copyfile(empty_store(), folder / "runs" / "mlflow.db")
         (folder / "sweep.yaml").write_text(text)
