@@ -71,12 +71,17 @@ class Relay:
         self._exclude: dict[str, str] = {}  # the node that failed it
         self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
-        cluster.adopt(self.scan.open())
+        self._adopted = False
 
     def take_over(self) -> None:
         """Void what an earlier driver told jobs: to stop, as it was ending, or by a search that is now asked again."""
         for trial in self.scan.open():
             trial.clear_stop()
+
+    def adopt(self) -> None:
+        """Find the jobs that were submitted and not noted. Raises OSError when the cluster does not answer."""
+        self.cluster.adopt(self.scan.open())
+        self._adopted = True
 
     def poll(self) -> None:
         """Gets jobs for the trials that wait and those whose job died, within the limit of jobs in flight.
@@ -88,8 +93,8 @@ class Relay:
         open_trials, ended = self.scan.survey()
         self._free_jobs(ended)
         now = time.monotonic()
-        if self._wait and now >= self._refused_until:
-            self.cluster.adopt(open_trials)  # a refusal may have been an answer that got lost
+        if not self._adopted or (self._wait and now >= self._refused_until):
+            self.adopt()  # an earlier driver's; and a refusal may have been an answer that got lost
         jobs = {trial.name: job["id"] for trial in open_trials if (job := trial.job())}
         by_job = self.cluster.states([*jobs.values(), *self._free])
         self.states = {name: by_job[job_id] for name, job_id in jobs.items() if job_id in by_job}
@@ -242,6 +247,7 @@ class Relay:
 
     def dismiss(self) -> None:
         """Sends jobs home that wait for a trial."""
+        self._free_jobs(self.scan.survey()[1])
         for ended in self._free.values():
             for trial in ended:
                 trial.hand_over(None)
@@ -252,17 +258,17 @@ class Relay:
         Jobs that wait are cancelled at once, those that run stop by themselves, or are cancelled after `patience` s.
         """
         self._ending = True
-        with suppress(OSError):
+        with suppress(Exception):
             self.scan.look_at_all()
         for trial in self.scan.open():
-            trial.stop(StopReason.INTERRUPT)
+            with suppress(OSError):  # a full disk: its job is cancelled when it is late
+                trial.stop(StopReason.INTERRUPT)
         deadline = time.monotonic() + patience
         cancelled: set[str] = set()
         while time.monotonic() < deadline + patience:
             late = time.monotonic() > deadline
-            self._free_jobs(self.scan.survey()[1])
-            self.dismiss()
             with suppress(OSError):  # the controller may be away; the jobs read their folders all the same
+                self.dismiss()
                 alive = self._alive_jobs()
                 now = {job_id for job_id, state in alive.items() if late or state.waiting} - cancelled
                 self.cluster.cancel(sorted(now))
@@ -270,9 +276,9 @@ class Relay:
                 if not alive:
                     break
             time.sleep(INTERRUPT_POLL)
-            with suppress(OSError):
+            with suppress(Exception):
                 self.scan.look()
-        with suppress(OSError):
+        with suppress(Exception):
             self.scan.look_at_all()
 
     def _alive_jobs(self) -> dict[str, JobState]:

@@ -83,7 +83,7 @@ class FollowedTrial(TrialFolder):
         unread, self._unread = self._unread, False
         try:
             signature = _signature(self.path / NEWS)
-            if signature == self._signature and not unread:
+            if signature == self._signature and signature is not None and not unread:
                 return False
             found = self._read()
         except BaseException:
@@ -176,15 +176,18 @@ class Scan:
         self._listeners.append(listener)
 
     def look(self) -> None:
-        """Look at the trials that are due. Raises OSError when one could not be read, once the others were."""
+        """Look at the trials that are due. Raises the last error, of a trial or a listener, once all have been told."""
         news, trouble = self._look()
         for trial in news:
             for listener in self._listeners:
-                listener(trial)
+                try:
+                    listener(trial)
+                except Exception as error:  # a screen that is gone costs nobody else the news
+                    trouble = error
         if trouble:
             raise trouble
 
-    def _look(self) -> tuple[list[FollowedTrial], OSError | None]:
+    def _look(self) -> tuple[list[FollowedTrial], Exception | None]:
         with self._lock:
             self.changed.clear()
             now = time.monotonic()
@@ -195,22 +198,24 @@ class Scan:
                     trial.due = NEVER
                     due.append(trial)
             news: list[FollowedTrial] = []
-            trouble: OSError | None = None
+            trouble: Exception | None = None
             for trial in due:
+                pause = SHORTEST
                 try:
                     if trial.look():
                         news.append(trial)
-                except OSError as error:  # a shared disk has its moods
+                    pause = trial.wait()
+                except Exception as error:  # a shared disk has its moods, and gives back what nobody has written
                     trouble = error
                 if trial.ended():
                     del self._open[trial.name]
                     self._just_ended.append(trial)
                 else:
-                    self._plan(trial, now + trial.wait())
+                    self._plan(trial, now + pause)
             return news, trouble
 
     def look_at_all(self) -> None:
-        """Look at every open trial, whatever was planned. Raises OSError as `look` does."""
+        """Look at every open trial, whatever was planned. Raises what `look` raises."""
         for trial in self.open():
             trial.wake()
         self.look()

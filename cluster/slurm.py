@@ -89,7 +89,7 @@ class SlurmCluster:
                 raise
             for trial, job in zip(part, jobs, strict=True):
                 trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
-            intent.unlink()
+            intent.unlink(missing_ok=True)
         self._pause, self._next_question = FIRST_POLL, 0.0
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
@@ -105,7 +105,8 @@ class SlurmCluster:
                     trial = by_name.get(asked_for[int(index or 0)])
                     if trial:
                         trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")
-            intent.unlink()
+                        self._next_question = 0.0  # the answer that is kept may be older than the job
+            intent.unlink(missing_ok=True)
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """What SLURM last said of each job; those that it never knew are left out."""

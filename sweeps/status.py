@@ -134,8 +134,11 @@ def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
     deadline = time.monotonic() + patience
     while running_driver(spec.folder) and time.monotonic() < deadline:
         time.sleep(0.2)
-    relay.interrupt()
-    return len(relay.scan.open())
+    last = Relay(spec.trials, relay.cluster)  # which knows what the driver asked for until its end
+    with suppress(OSError):  # the controller is away; what is noted is told to stop all the same
+        last.adopt()
+    last.interrupt()
+    return len(last.scan.open())
 
 
 def detached_driver(sweep: Path) -> str | None:

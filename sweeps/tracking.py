@@ -225,7 +225,7 @@ def make_tables(uri: str) -> None:
     It takes seconds, within which a driver may be killed; MLflow goes on with no file that has a part of them.
     """
     path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
+    if not uri.startswith(SQLITE) or "?" in uri or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 from collections import Counter
 
@@ -75,6 +76,7 @@ def test_a_look_that_finds_nothing_costs_one_stat_of_each_trial(scan, trial, clo
     other = scan.request(digits(init_seed=1))
     other.submitted("2", tmp_path / "log")
     trial.claim().append(result(1))
+    other.claim()
     clock.now += 1
     scan.look()
     clock.now += LONGEST
@@ -260,6 +262,46 @@ def test_a_survey_has_each_trial_once(scan, trial, clock, digits):
     scan.look()
     assert seen == [([waits], [trial])]
     assert scan.survey() == ([waits], [])
+
+
+@pytest.mark.parametrize("line", ["\0\0\0\n", "{\n"])
+def test_a_line_that_nobody_wrote_costs_the_others_no_news(scan, trial, clock, told, digits, tmp_path, line):
+    """As a power cut may leave it."""
+    others = [scan.request(digits(init_seed=seed)) for seed in (1, 2)]
+    for each in others:
+        each.submitted(each.name, tmp_path / "log")
+    scan.look()
+    told.clear()
+    others[0].claim().end(State.FAILED)
+    broken = trial.claim()
+    broken.append(result(1))
+    (broken.path / "results.jsonl").write_text(line)
+    others[1].claim().append(result(1))
+    for _ in range(2):  # it is tried again
+        clock.now += LONGEST
+        with pytest.raises(json.JSONDecodeError):
+            scan.look()
+    assert told == [each.name for each in others]
+    others[1].newest().append(result(2))
+    clock.now += LONGEST
+    with pytest.raises(json.JSONDecodeError):
+        scan.look()
+    assert len(others[1].results()) == 2
+
+
+def test_a_listener_that_fails_costs_the_others_no_news(scan, trial, clock):
+    heard = []
+
+    def gone(_: FollowedTrial) -> None:
+        raise OSError(5, "Input/output error")
+
+    scan.subscribe(gone)
+    scan.subscribe(lambda trial: heard.append(trial.name))
+    trial.claim().append(result(1))
+    clock.now += 1
+    with pytest.raises(OSError, match="Input/output error"):
+        scan.look()
+    assert heard == [trial.name]
 
 
 def test_what_was_there_before_is_news_at_the_first_look(tmp_path, digits, clock):

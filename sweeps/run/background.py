@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster.scan import FollowedTrial
@@ -34,7 +35,8 @@ class Attempts:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             if lines[0] != self._trouble:
                 self._trouble = lines[0]
-                self._show(f"trying again: {lines[0]}")
+                with suppress(OSError):  # of a screen that is gone, or a log on a full disk
+                    self._show(f"trying again: {lines[0]}")
             return False
         self._trouble = ""
         return True
@@ -93,8 +95,7 @@ class Sender(threading.Thread):
             if self.tracker is None:
                 well = self._attempts.attempt(self._open)
             else:
-                trials = list(self._pending.values())
-                well = all([self._attempts.attempt(lambda: self._send(trial)) for trial in trials])  # noqa: B023
+                well = self._attempts.attempt(self._send_all)
             pause = POLL_SECONDS if well else min(2 * pause, LONGEST_PAUSE)
             with self._news:
                 if not well:
@@ -115,6 +116,19 @@ class Sender(threading.Thread):
 
     def _open(self) -> None:
         self.tracker = self._connect()
+
+    def _send_all(self) -> None:
+        """Send what is pending of each trial. Raises the last error, once each was tried."""
+        trouble: Exception | None = None
+        for trial in list(self._pending.values()):
+            if self._ended:
+                return
+            try:
+                self._send(trial)
+            except Exception as error:
+                trouble = error
+        if trouble:
+            raise trouble
 
     def _send(self, trial: FollowedTrial) -> None:
         assert self.tracker is not None

@@ -80,20 +80,27 @@ def carry_out(
         close(sender.tracker, "KILLED")
         if ending.time_limit_nears:
             console.print("the time limit nears: this driver is requeued", highlight=False)
-            requeue_this_job()
+            try:
+                requeue_this_job()
+            except OSError as error:
+                console.print(f"it can't be: {error}; --resume goes on where {spec.folder} stands", highlight=False)
         else:
             console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
         return EXIT_INTERRUPTED
     except GivenUp as reason:
+        ending.begin()
         jobs.stop()
         console.print("ending: the jobs write their checkpoints and stop")
         jobs.interrupt()
         end_without_result(jobs, sender, f"given up: {reason}", spec, console)
     except SearchFailed as reason:
+        ending.begin()
         jobs.stop()
-        console.print(Leaderboard.read(spec).table())
+        with suppress(Exception):  # of the disk that the search failed by
+            console.print(Leaderboard.read(spec).table())
         end_without_result(jobs, sender, str(reason), spec, console)
     except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
+        ending.begin()
         with suppress(OSError):
             (spec.folder / TRACEBACK).write_text(traceback.format_exc())
         jobs.stop()
@@ -213,8 +220,9 @@ def end_without_result(jobs: Jobs, sender: Sender, reason: str, spec: Spec, cons
     jobs.finish(patience=5)
     close(sender.tracker, "FAILED")
     console.print(reason, style="red", markup=False, highlight=False)
-    for line in Leaderboard.read(spec).failures():
-        console.print(line, highlight=False, markup=False)
+    with suppress(Exception):  # of a disk that gives nothing back
+        for line in Leaderboard.read(spec).failures():
+            console.print(line, highlight=False, markup=False)
 
 
 @contextmanager

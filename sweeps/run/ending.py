@@ -26,6 +26,10 @@ class Ending:
         """Whether this driver is a job that will be ended soon; the sweep's own jobs need not be."""
         return self.signal == signal.SIGUSR2 and "SLURM_JOB_ID" in os.environ
 
+    def begin(self) -> None:
+        """The driver ends by itself: from now on a signal ends it at once."""
+        self.signal = self.signal or signal.SIGINT
+
     def _interrupt(self, signum: int, frame: object) -> None:
         if self.signal is not None:
             os.write(2, b"\nended at once: jobs may run on; --cancel ends them, --resume goes on with them\n")

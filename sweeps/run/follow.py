@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class Follower:
 
     def stop(self) -> None:
         if self._live:
-            self._live.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._live.stop()
 
     def confirm(self, names: set[str]) -> None:
         """From here on it is the confirmation that goes on, by the trials of these names."""
@@ -97,7 +99,8 @@ class Follower:
             raise GivenUp(f"{failed} of the first {len(self._outcomes)} trials failed (failure_limit)")
 
     def warn(self, text: str) -> None:
-        self.console.print(text, style="yellow", markup=False, highlight=False)
+        with suppress(OSError):
+            self.console.print(text, style="yellow", markup=False, highlight=False)
 
     def see(self, trial: FollowedTrial) -> None:
         """Show what is new of a trial."""

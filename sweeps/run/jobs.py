@@ -27,7 +27,7 @@ class Jobs:
         self._scan = relay.scan
         self._news: set[str] = set()
         self._given_up: list[FollowedTrial] = []  # whose jobs do not know yet
-        self._attempts = Attempts(follower.warn)
+        self._looks, self._words = Attempts(follower.warn), Attempts(follower.warn)
         self._polls = Repeated(relay.poll, follower.warn)
         for listener in (follower.see, sender.see, self._note):
             self.subscribe(listener)
@@ -38,8 +38,8 @@ class Jobs:
 
     def start(self) -> None:
         """Read what is there, and begin to look after the jobs."""
-        self._relay.take_over()
-        self._attempts.attempt(self._scan.look)
+        self._looks.attempt(self._relay.take_over)
+        self._looks.attempt(self._scan.look)
         self._follower.start()
         self._polls.start()
         self._sender.start()
@@ -56,7 +56,7 @@ class Jobs:
     def wait(self) -> set[str]:
         """Go through one round; the names of the trials with news. Raises GivenUp as the follower does."""
         self._scan.changed.wait(min(self._scan.until_due(), LONGEST_ROUND))
-        self._attempts.attempt(self._scan.look)
+        self._looks.attempt(self._scan.look)
         self._tell_given_up()
         self._follower.check()
         news, self._news = self._news, set()
@@ -87,5 +87,5 @@ class Jobs:
 
     def _tell_given_up(self) -> None:
         """Leave the word to end in the folders; on a full disk it is tried again in the next round."""
-        told = [trial for trial in self._given_up if self._attempts.attempt(lambda: trial.stop(StopReason.SEARCH))]  # noqa: B023
+        told = [trial for trial in self._given_up if self._words.attempt(lambda: trial.stop(StopReason.SEARCH))]  # noqa: B023
         self._given_up = [trial for trial in self._given_up if trial not in told]

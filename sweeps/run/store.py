@@ -29,7 +29,7 @@ def is_sure_to_open(uri: str) -> bool:
 
     That is a file yet to be made, or one with the tables of the MLflow that is installed. Of any other store: False.
     """
-    if not uri.startswith(SQLITE):
+    if not uri.startswith(SQLITE) or "?" in uri:
         return False
     path = Path(uri.removeprefix(SQLITE))
     if not path.exists():

@@ -203,7 +203,9 @@ class Actors:
         on_error: Callable[..., None] | None = None,
         _return_future: bool = False,
     ) -> None:
-        """Take on the task `train`; `stop`, the only other one that Tune has here, needs no work."""
+        """Take on the task `train`; `stop` needs no work. Raises ValueError for any other: Tune has none here."""
+        if method_name not in ("train", "stop"):
+            raise ValueError(f"no actor can {method_name}")
         if method_name == "train":
             assert on_result is not None
             assert on_error is not None
@@ -285,6 +287,7 @@ class SweepController(TuneController):
             checkpoint_period=10**9,
             callbacks=[GiveUp(trials)],
         )
+        self._buffer_length, self._max_pending_trials = 1, 1  # which the user's environment may set otherwise
         self._spec, self._trials_of_sweep, self._failure, self._tell = spec, trials, failure, tell
         self._actor_manager: Actors = Actors(trials)  # type: ignore[assignment]  # stands for RayActorManager
 
