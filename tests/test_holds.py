@@ -45,6 +45,6 @@ class Ended:
 
 
 def test_nothing_waits_for_a_driver_that_has_ended():
-    with pytest.raises(AssertionError, match=r"no miracle; the driver said:\s+its last words"):
+    with pytest.raises(AssertionError, match=r"there was no miracle:\s+its last words"):
         wait_for("miracle", lambda: False, Ended())
     assert wait_for("what is there", lambda: "this", Ended()) == "this"

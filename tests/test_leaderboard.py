@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -119,7 +121,8 @@ def test_the_best_of_each_share_are_confirmed(tmp_path):
     assert vals == [80, 50, 77]
     assert [choice.control for choice in choices] == [False, False, True]
     assert confirm.chosen(spec) == choices
-    names = confirm.request(spec, choices)
+    jobs = SimpleNamespace(request=partial(TrialFolder.request, spec.trials))
+    names = confirm.request(spec, choices, jobs)
     assert names == {name for choice in choices for name in choice.seeds.values()}
     assert len(names) == spec.number_of_confirmations() == 9
     for choice in choices:
