@@ -246,6 +246,16 @@ def test_a_trial_that_can_not_be_asked_for_ends_the_search(tmp_path):
     assert [len(trial.recorded) for trial in script.trials.values()] == [3, 3]
 
 
+def test_what_the_users_environment_says_of_tune_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_LENGTH", "5")
+    monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "50")
+    grid, script = spec(tmp_path), Script(whole(1, 2, 3, 4, 5, 6))
+    SweepController(grid, SpecSearch(grid), make_scheduler(grid), script, Failure()).run()
+    assert script.asked == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match="no actor can save"):
+        Actors(script).schedule_actor_task(None, "save")
+
+
 def test_ended_trials_are_forgotten(tmp_path):
     """Tune keeps 17 KiB of each, and goes through all of them in places."""
     grid, script = spec(tmp_path), Script(whole(1, 2, 3, 4, 5, 6))
@@ -344,10 +354,19 @@ def test_what_an_actors_life_calls(name):
     assert list(inspect.signature(getattr(TuneController, name)).parameters) == ["self", "tracked_actor", *more]
 
 
-STATE = ["_trial_to_actor", "_actor_to_trial", "_trials", "_live_trials", "_stopped_trials", "_failed_trials"]
+STATE = [
+    "_buffer_length",
+    "_max_pending_trials",
+    "_trial_to_actor",
+    "_actor_to_trial",
+    "_trials",
+    "_live_trials",
+    "_stopped_trials",
+    "_failed_trials",
+]
 
 
-@pytest.mark.parametrize("name", [*STATE, "_trials_to_cache", "_actor_manager"])
+@pytest.mark.parametrize("name", [*STATE, "_trials_to_cache", *SET])
 def test_what_is_read_of_the_controllers_state(name, tmp_path):
     assert re.search(rf"self\.{name}\b[^=\n]* = |self\.{name} = ", SOURCE)
     grid = spec(tmp_path)

@@ -134,6 +134,20 @@ def test_the_relay_packs_trials_that_fit(digits, tmp_path):
     assert {trial.name for trial in job.handed(trials[0])} >= {trial.name for trial in trials[:3]}
 
 
+def test_a_job_is_sent_home_when_its_last_trial_has_ended(digits, tmp_path):
+    """Also when nobody has polled since: at a sweep's end."""
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack, cluster.trials_per_job = 1, 8
+    trial = TrialFolder.request(tmp_path / "trials", digits())
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    trial.claim().end(State.FINISHED)
+    relay.scan.look_at_all()
+    assert trial.handed_over() is None
+    relay.dismiss()
+    assert trial.handed_over() == ""
+
+
 def test_one_job_measures_before_others_start(digits, tmp_path):
     cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
     cluster.pack = "auto"
