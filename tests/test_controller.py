@@ -354,16 +354,8 @@ def test_what_an_actors_life_calls(name):
     assert list(inspect.signature(getattr(TuneController, name)).parameters) == ["self", "tracked_actor", *more]
 
 
-STATE = [
-    "_buffer_length",
-    "_max_pending_trials",
-    "_trial_to_actor",
-    "_actor_to_trial",
-    "_trials",
-    "_live_trials",
-    "_stopped_trials",
-    "_failed_trials",
-]
+STATE = ["_trial_to_actor", "_actor_to_trial", "_trials", "_live_trials", "_stopped_trials", "_failed_trials"]
+SET = ["_buffer_length", "_max_pending_trials", "_actor_manager"]
 
 
 @pytest.mark.parametrize("name", [*STATE, "_trials_to_cache", *SET])
