@@ -26,6 +26,7 @@ class Jobs:
         self._relay, self._follower, self._sender = relay, follower, sender
         self._scan = relay.scan
         self._news: set[str] = set()
+        self._requested = False
         self._given_up: list[FollowedTrial] = []  # whose jobs do not know yet
         self._looks, self._words = Attempts(follower.warn), Attempts(follower.warn)
         self._polls = Repeated(relay.poll, follower.warn)
@@ -45,9 +46,8 @@ class Jobs:
         self._sender.start()
 
     def request(self, config: TrialConfig) -> FollowedTrial:
-        trial = self._scan.request(config)
-        self._polls.wake()
-        return trial
+        self._requested = True
+        return self._scan.request(config)
 
     def give_up(self, trial: FollowedTrial) -> None:
         self._given_up.append(trial)
@@ -55,6 +55,9 @@ class Jobs:
 
     def wait(self) -> set[str]:
         """Go through one round; the names of the trials with news. Raises GivenUp as the follower does."""
+        if self._requested:  # now that all are known that can start, so that they go to the cluster together
+            self._requested = False
+            self._polls.wake()
         self._scan.changed.wait(min(self._scan.until_due(), LONGEST_ROUND))
         self._looks.attempt(self._scan.look)
         self._tell_given_up()
