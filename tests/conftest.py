@@ -78,6 +78,7 @@ def _no_process_left() -> Iterator[None]:
     """What a failed test has started does not disturb the next ones; what several tests share was there before."""
     before = set(psutil.Process().children())
     yield
+    warm.end_all()
     for process in set(psutil.Process().children()) - before:
         if process.pid in warm.started:
             continue

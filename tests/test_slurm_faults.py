@@ -33,40 +33,13 @@ pytest_plugins = ["support.slurm"]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-def test_one_requeued_and_one_cancelled_by_someone_else(slurm, tmp_path):
-    sweep = make_sweep(slurm, tmp_path, **TWO)
-    driver, _, first = held_in_epoch_2(sweep, attempt="0001")
-    before = sweep.results()
-    slurm.say("scontrol", "requeue", first.job_id)
-    slurm.say("scancel", sweep.trials()[1].job_id)
-    finish(sweep, slurm, driver, trials=2)
-    sweep.check_kept(before)
-    assert attempts(sweep) == ["0002", "0002"]
+SCAVENGE = PROFILE.replace("partition: gpu", "partition: scavenge")
+"""Whose jobs give way to those of other partitions."""
 
 
-def test_suspended_and_resumed(slurm, tmp_path):
-    """A suspended job is not taken for dead: nobody starts another."""
-    sweep = make_sweep(slurm, tmp_path, **TWO)
-    driver, step, trial = held_in_epoch_2(sweep)
-    jobs = sweep.jobs()
-    (held,) = [each for each in step.those() if each.trial == trial.name]
-    slurm.say("scontrol", "suspend", trial.job_id)
-    wait_for("stop of the process", lambda: held.process().status() == psutil.STATUS_STOPPED, driver)
-    sweep.holds.asked_again(driver)
-    assert "suspended" in sweep.run("--status")
-    assert sweep.jobs() == jobs
-    step.release()
-    wait_for("end of the other", sweep.trials()[1].ended, driver)
-    assert len(trial.results()) == 1
-    slurm.say("scontrol", "resume", trial.job_id)
-    finish(sweep, slurm, driver, trials=2)
-    assert sweep.jobs() == jobs
-    assert attempts(sweep) == ["0001", "0001"]
-
-
-def test_a_signal_before_python_has_its_handlers(slurm, tmp_path):
-    """A job that its limit's signal has killed at its start is submitted again."""
-    sweep = make_sweep(slurm, tmp_path, **TWO)
+def test_what_happens_to_two_jobs(slurm, tmp_path):
+    """A signal before python has its handlers, a suspension, a requeue, a scancel by someone else, and a preemption."""
+    sweep = make_sweep(slurm, tmp_path, SCAVENGE, **TWO)
     begin = sweep.holds.hold("start")
     driver = sweep.start()
     held = begin.reached(driver, count=2)
@@ -76,10 +49,45 @@ def test_a_signal_before_python_has_its_handlers(slurm, tmp_path):
     slurm.say("scancel", "--signal=USR2", first.job_id)
     (killed,) = [each for each in held if each.job == first.job_id]
     wait_for("end of the process", lambda: not killed.alive(), driver)
+    step = sweep.holds.hold("step", epoch=2, step=3)
     begin.release()
-    finish(sweep, slurm, driver, trials=2)
-    assert (first.job() != jobs[first.name], second.job() != jobs[second.name]) == (True, False)
+    step.reached(driver, count=2)
+    wait_for("note of the new job", lambda: first.job() != jobs[first.name], driver)
+    assert second.job() == jobs[second.name]
+
+    # suspended: it is not taken for dead, nobody starts another
+    jobs = sweep.jobs()
+    (suspended,) = [each for each in step.those() if each.trial == first.name]
+    slurm.say("scontrol", "suspend", first.job_id)
+    wait_for("stop of the process", lambda: suspended.process().status() == psutil.STATUS_STOPPED, driver)
+    sweep.holds.asked_again(driver)
+    assert "suspended" in sweep.run("--status")
+    later = sweep.holds.hold("step", epoch=3, step=2, attempt="0001")
+    step.release()
+    (other,) = later.reached(driver)
+    assert other.trial == second.name
+    assert len(first.results()) == 1
+    slurm.say("scontrol", "resume", first.job_id)
+    later.reached(driver, count=2)
+    assert sweep.jobs() == jobs
     assert attempts(sweep) == ["0001", "0001"]
+
+    # requeued, and cancelled by someone else
+    before = sweep.results()
+    again = sweep.holds.hold("step", epoch=3, step=3, attempt="0002")
+    slurm.say("scontrol", "requeue", first.job_id)
+    slurm.say("scancel", second.job_id)
+    again.reached(driver, count=2)
+    wait_for("note of the new job", lambda: second.job() != jobs[second.name], driver)
+    assert first.job() == jobs[first.name]
+
+    # preempted by a higher partition, where the site requeues what it preempts
+    jobs = sweep.jobs()
+    preempted(slurm, driver, sweep.trials(), attempt="0002")
+    finish(sweep, slurm, driver, trials=2)
+    sweep.check_kept(before)
+    assert sweep.jobs() == jobs
+    assert attempts(sweep) == ["0003", "0003"]
 
 
 @pytest.mark.usefixtures("installed")
@@ -125,7 +133,7 @@ def test_split_brain(slurm, tmp_path):
     assert trial.newest().path.name == "0002"
 
 
-def preempted(slurm: Simulation, driver: Driver, trials: list[TrialFolder]) -> None:
+def preempted(slurm: Simulation, driver: Driver, trials: list[TrialFolder], attempt: str) -> None:
     """Jobs of a higher partition take both nodes of the type that the trials want, until they have run."""
     release = slurm.folder / "go"
     wait = f"--wrap=until [ -e {release} ]; do sleep 0.1; done"
@@ -133,7 +141,7 @@ def preempted(slurm: Simulation, driver: Driver, trials: list[TrialFolder]) -> N
     job = slurm.say(*command, "--output=/dev/null", "--mem=100M").strip()
     states = ["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T"]
     wait_for("preemption", lambda: slurm.say(*states).split() == ["RUNNING"] * 2, driver)
-    assert [trial.newest().path.name for trial in trials] == ["0001"] * len(trials)
+    assert [trial.newest().path.name for trial in trials] == [attempt] * len(trials)
     release.touch()
 
 
@@ -141,25 +149,14 @@ def preempted(slurm: Simulation, driver: Driver, trials: list[TrialFolder]) -> N
 def test_preempted_and_cancelled(tmp_path):
     """Where the site cancels what it preempts, the driver submits anew."""
     with started(PreemptMode="CANCEL") as slurm:
-        sweep = make_sweep(slurm, tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **TWO)
+        sweep = make_sweep(slurm, tmp_path, SCAVENGE, **TWO)
         driver, _, _ = held_in_epoch_2(sweep, attempt="0001")
         before, jobs = sweep.results(), sweep.jobs()
-        preempted(slurm, driver, sweep.trials())
+        preempted(slurm, driver, sweep.trials(), attempt="0001")
         finish(sweep, slurm, driver, trials=2)
         sweep.check_kept(before)
         assert all(job["id"] != jobs[name]["id"] for name, job in sweep.jobs().items())
         assert attempts(sweep) == ["0002", "0002"]
-
-
-def test_preempted_by_a_higher_partition(slurm, tmp_path):
-    sweep = make_sweep(slurm, tmp_path, PROFILE.replace("partition: gpu", "partition: scavenge"), **TWO)
-    driver, _, _ = held_in_epoch_2(sweep, attempt="0001")
-    before, jobs = sweep.results(), sweep.jobs()
-    preempted(slurm, driver, sweep.trials())
-    finish(sweep, slurm, driver, trials=2)
-    sweep.check_kept(before)
-    assert sweep.jobs() == jobs
-    assert attempts(sweep) == ["0002", "0002"]
 
 
 @pytest.mark.usefixtures("installed")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_sweep_from_yaml_to_mlflow(tmp_path):
-    sweep = Sweep(tmp_path)
+    sweep = Sweep(tmp_path, cold=True)
     shutil.rmtree(tmp_path / "runs")  # this one makes its own
     assert "log ratio of the evidences, an image: +0." in sweep.run("--triage")
     output = sweep.run()

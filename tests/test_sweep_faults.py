@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def test_driver_killed_and_resumed(tmp_path):
     """While it asks for its third trial, which is written down and not yet requested."""
-    sweep = Sweep(tmp_path)
+    sweep = Sweep(tmp_path, cold=True)
     third = sweep.holds.hold("suggested", number=3)
     driver = sweep.start()
     third.reached(driver)
@@ -35,40 +35,35 @@ def test_driver_killed_and_resumed(tmp_path):
     assert sweep.results().items() >= ended.items()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_driver_interrupted_and_resumed(tmp_path, signum):
-    """One that runs alone: another is refused."""
-    sweep = Sweep(tmp_path)
+def test_drivers_interrupted_and_resumed(tmp_path):
+    """Three in a row: each runs alone, SIGINT and SIGTERM end the jobs, too, and a second signal ends one at once."""
+    sweep = Sweep(tmp_path, profile=SHARING)
     step = sweep.holds.hold("step", epoch=2, step=3)
     driver = sweep.start()
     step.reached(driver, count=2)
     assert f"another driver runs this sweep: process {driver.pid} on" in sweep.run("--resume", code=2)
-    assert "--resume goes on" in sweep.interrupt(driver, signum)
+    assert "--resume goes on" in sweep.interrupt(driver, signal.SIGINT)
     assert not sweep.processes()
     before = sweep.results()
     interrupted = [trial for trial in sweep.trials() if trial.stop_reason() == StopReason.INTERRUPT]
     assert interrupted
     assert not any(trial.ended() for trial in interrupted)
-    sweep.run("--resume")
-    sweep.check_complete(trials=5)
-    sweep.check_kept(before)
-
-
-def test_a_second_signal_ends_the_driver_at_once(tmp_path):
-    """Its jobs, which it would have waited for, are left as they are."""
-    sweep = Sweep(tmp_path)
-    step = sweep.holds.hold("step", epoch=2, step=3)
-    driver = sweep.start()
+    step = sweep.holds.hold("step", epoch=2, step=4)
+    driver = sweep.start("--resume")
+    step.reached(driver, count=2)
+    assert "--resume goes on" in sweep.interrupt(driver, signal.SIGTERM)
+    assert not sweep.processes()
+    step = sweep.holds.hold("step", epoch=2, step=5)
+    driver = sweep.start("--resume")
     held = step.reached(driver, count=2)
     driver.signal(signal.SIGINT)
     driver.says("ending: ")
     sweep.all_asked_to_stop(driver)
     driver.signal(signal.SIGINT)
     driver.end(code=130)
-    assert all(each.alive() for each in held)
+    assert all(each.alive() for each in held)  # which the driver would have waited for
     step.release()
     wait_for("end of the jobs, which are told to stop", lambda: not any(each.alive() for each in held))
-    before = sweep.results()
     sweep.run("--resume")
     sweep.check_complete(trials=5)
     sweep.check_kept(before)

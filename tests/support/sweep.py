@@ -22,6 +22,7 @@ import pytest
 import lorvp
 from cluster.folder import State, TrialFolder
 from lorvp.predict import predict
+from support import warm
 from support.holds import Holds
 from support.waiting import wait_for
 
@@ -62,11 +63,17 @@ def empty_store() -> Path:
 class Driver:
     """One call of `sweeps/launch.py`. Its output goes to a file, so that it can be read at any time."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *arguments: str, cold: bool = False) -> None:
         self.log = Path(tempfile.mkstemp(prefix="driver-", suffix=".log", dir=folder)[1])
+        self.process: subprocess.Popen | warm.Process
+        command = [str(LAUNCH), "sweep.yaml", *arguments]
         with open(self.log, "w") as log:
-            command = [sys.executable, str(LAUNCH), "sweep.yaml", *arguments]
-            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+            if cold:
+                self.process = subprocess.Popen(
+                    [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
+                )
+            else:
+                self.process = warm.start(command, folder, environment, log, log)
 
     @property
     def pid(self) -> int:
@@ -106,9 +113,17 @@ class Sweep:
     """A spec in a folder of its own, what launching it leaves there, and the holds on its processes."""
 
     def __init__(
-        self, folder: Path, text: str = SPEC, environment: dict[str, str] | None = None, profile: str = ""
+        self,
+        folder: Path,
+        text: str = SPEC,
+        environment: dict[str, str] | None = None,
+        profile: str = "",
+        cold: bool = False,
     ) -> None:
         self.folder = folder
+        self.cold = cold
+        """Whether its drivers have to import their libraries, as a user's have to."""
+        self._drivers: list[Driver] = []
         if profile:
             (folder / "profile.yaml").write_text(profile)
             text += "cluster: profile.yaml\n"
@@ -120,7 +135,8 @@ class Sweep:
         self.environment = usual | self.holds.environment() | (environment or {})
 
     def start(self, *arguments: str) -> Driver:
-        return Driver(self.folder, self.environment, *arguments)
+        self._drivers.append(Driver(self.folder, self.environment, *arguments, cold=self.cold))
+        return self._drivers[-1]
 
     def run(self, *arguments: str, code: int = 0) -> str:
         return self.start(*arguments).end(code)
@@ -156,10 +172,11 @@ class Sweep:
         self.holds.release_all()
         return driver.end(code=130)
 
-    def processes(self) -> list[psutil.Process]:
-        """Drivers and jobs of this sweep that live here."""
+    def processes(self) -> set[int]:
+        """The drivers and jobs of this sweep that live here."""
         named = [p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])]
-        return [process for process in named if _lives(process)]
+        drivers = {driver.pid for driver in self._drivers if not driver.ended()}
+        return drivers | {process.pid for process in named if _lives(process)}
 
     def client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(self.tracking_uri)

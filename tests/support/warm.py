@@ -11,43 +11,92 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 LIBRARIES = ("torch", "torch._dynamo", "timm", "sklearn.datasets", "scipy.stats", "pandas", "pyarrow.parquet", "optuna")
-LIBRARIES += ("mlflow", "mlflow.pytorch", "matplotlib.figure", "typer", "rich.table")
+LIBRARIES += ("optuna.importance", "ray.tune.execution.tune_controller", "mlflow", "mlflow.pytorch", "typer")
+LIBRARIES += ("mlflow.store.tracking.sqlalchemy_store", "matplotlib.figure", "matplotlib.backends.backend_agg")
+LIBRARIES += ("rich.table", "submitit")
 started: set[int] = set()
 """Process ids, which a test must leave to those after it."""
 _requests: socket.socket | None = None
 
 
-def run(arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """What `python` with these arguments did: `-m MODULE ...`, `-c CODE ...` or `FILE ...`, in this folder."""
+class Process:
+    """A command that was started; what it has of subprocess.Popen means the same."""
+
+    def __init__(self, status: int) -> None:
+        self._status = os.fdopen(status, "rb", buffering=0)
+        self.pid = int(self._status.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            self.returncode = int(self._status.readline())
+            self._status.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    arguments: Sequence[str], folder: Path, environment: dict[str, str], stdout: IO[str], stderr: IO[str]
+) -> Process:
+    """Starts `python` with these arguments: `-m MODULE ...`, `-c CODE ...` or `FILE ...`, in this folder."""
     request = {"arguments": list(arguments), "folder": str(folder), "environment": environment}
+    ended, end = os.pipe()
+    try:
+        message = json.dumps(request).encode()
+        socket.send_fds(_process(), [len(message).to_bytes(4)], [stdout.fileno(), stderr.fileno(), end])
+        _process().sendall(message)
+    finally:
+        os.close(end)
+    return Process(ended)
+
+
+def run(arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What `python` with these arguments did, once it has ended."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        ended, end = os.pipe()
-        with open(ended) as status:
-            try:
-                message = json.dumps(request).encode()
-                socket.send_fds(_process(), [len(message).to_bytes(4)], [out.fileno(), err.fileno(), end])
-                _process().sendall(message)
-            finally:
-                os.close(end)
-            group = int(status.readline())
-            try:
-                code = int(status.readline())
-            except BaseException:  # pytest's timeout
-                os.killpg(group, signal.SIGKILL)
-                raise
+        process = start(arguments, folder, environment, out, err)
+        try:
+            code = process.wait()
+        except BaseException:  # pytest's timeout
+            process.kill()
+            raise
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(list(arguments), code, out.read(), err.read())
+
+
+def end_all() -> None:
+    """Ends what was started and still runs, and what that has started."""
+    for pid in started:
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _process() -> socket.socket:
@@ -84,7 +133,7 @@ def _serve(requests: socket.socket) -> dict[str, Any]:
     os.setsid()
     pid = os.fork()
     if pid:
-        os.write(status, f"{os.getpid()}\n".encode())
+        os.write(status, f"{pid}\n".encode())
         _, ended = os.waitpid(pid, 0)
         os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
         os._exit(0)
@@ -100,6 +149,7 @@ def _carry_out(arguments: list[str], folder: str, environment: dict[str, str]) -
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.orig_argv = ["python", *arguments]
     first, *rest = arguments
     program = rest.pop(0) if first in ("-m", "-c") else first
     sys.argv = ["-c" if first == "-c" else program, *rest]
@@ -107,6 +157,8 @@ def _carry_out(arguments: list[str], folder: str, environment: dict[str, str]) -
     beside = str(Path(program).absolute().parent) if program is first else folder if first == "-m" else ""
     sys.path[:] = [beside, *filter(None, places), *(path for path in sys.path[1:] if path not in _PYTHONPATH)]
     importlib.invalidate_caches()
+    with suppress(ImportError):
+        importlib.import_module("sitecustomize")
     if first == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     elif first == "-c":
