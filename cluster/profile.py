@@ -30,7 +30,7 @@ class DriverJob(Part):
 
 
 class Profile(Part):
-    """One place to run jobs. All keys but `kind`, `jobs_in_flight` and `gpu_memory_gb` are SLURM's."""
+    """One place to run jobs. All keys but `kind`, `jobs_in_flight`, `trials_per_job` and `gpu_memory_gb` are SLURM's."""
 
     kind: Literal["local", "slurm"] = Field(description="local: processes on this machine")
     jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
