@@ -87,6 +87,13 @@ CANNOT_START = (
 """How SLURM's reasons begin for a job to wait that time alone does not end: an impossible request, drained nodes."""
 
 
+ENDS = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+}
+"""SLURM's states of a job that has ended."""
+
+
 @dataclass(frozen=True)
 class JobState:
     """What the place where a job runs says of it, in SLURM's words."""
@@ -114,8 +121,8 @@ class JobState:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs or will run; a suspended job does."""
-        return self.waiting or self.state in ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT")
+        """Whether it runs or may run again: in any state that is no end, one that we have never heard of among them."""
+        return self.state not in ENDS
 
 
 @dataclass(frozen=True)
@@ -304,6 +311,9 @@ class TrialFolder:
         except FileNotFoundError:
             return None
 
+    def clear_handed_over(self) -> None:
+        (self.path / "next").unlink(missing_ok=True)
+
     def stop(self, reason: StopReason) -> None:
         """Asks the job to end within a batch. The first reason given stays."""
         create(self.path / "stop", reason)
@@ -324,6 +334,11 @@ class TrialFolder:
             return Path(job["log"]).read_text(errors="replace").strip().splitlines()[-count:] if job else []
         except FileNotFoundError:
             return []
+
+    def has_log(self) -> bool:
+        """Whether its newest job has written anything."""
+        job = self.job()
+        return job is not None and Path(job["log"]).exists()
 
 
 def ring(trial: Path) -> None:

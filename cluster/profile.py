@@ -30,7 +30,7 @@ class DriverJob(Part):
 
 
 class Profile(Part):
-    """One place to run jobs. All keys but `kind`, `jobs_in_flight`, `trials_per_job` and `gpu_memory_gb` are SLURM's."""
+    """One place to run jobs. Most keys are SLURM's: `kind: local` looks at `jobs_in_flight` and `trials_per_job`."""
 
     kind: Literal["local", "slurm"] = Field(description="local: processes on this machine")
     jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
@@ -54,6 +54,9 @@ class Profile(Part):
     mail_user: str | None = Field(None, description="whom SLURM writes to")
     mail_type: str | None = Field(None, description="of what, as END,FAIL")
     sbatch: SbatchOptions = Field({}, description="other options of sbatch, by their long name")
+    slurm_variables: list[Annotated[str, Field(pattern="^[A-Z]+_[A-Z_]+$")]] = Field(
+        [], description="what SLURM's commands see of SLURM's own variables in your shell, as SLURM_CLUSTERS"
+    )
     driver: DriverJob = DriverJob()
 
     @property

@@ -19,6 +19,11 @@ from cluster.slurm import SlurmCluster
 
 NO_USE = {"OUT_OF_MEMORY": Cause.OUT_OF_MEMORY, "DEADLINE": Cause.LOST}
 """States of a job that another start would end in again."""
+HELD_BY_A_NODE = "launch failed requeued held"
+"""SLURM's reason for a job that a node could not start, as its prolog failed: SLURM leaves it to somebody to go on."""
+OF_MEMORY = ("out of memory", "oom-kill", "oom_kill")
+TELLING = (*OF_MEMORY, "killed", "no such file", "cannot open shared object", "no space left")
+"""What lines of a log say, in small letters, that tell why a job ended without a word of ours."""
 UNEXPLAINED = 3
 """Starts of a job that keeps dying without a word, which the place where it ran has no word for either."""
 LONGEST_WAIT = 60.0
@@ -68,6 +73,7 @@ class Relay:
         self._ending = False
         # What this relay has seen of a trial; an earlier driver's is another story.
         self._submissions: Counter[str] = Counter()
+        self._starts: dict[str, tuple[int, int]] = {}  # epochs recorded, and the starts since
         self._exclude: dict[str, str] = {}  # the node that failed it
         self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
@@ -103,6 +109,8 @@ class Relay:
         due = []
         for trial in open_trials:
             if jobs.get(trial.name) in alive:
+                if by_job[jobs[trial.name]].reason.startswith(HELD_BY_A_NODE):
+                    self._free_of_its_node(trial, jobs[trial.name])
                 continue
             if trial.name in jobs and TrialFolder(trial.path).ended():  # since the last look at its folder
                 trial.wake()
@@ -133,14 +141,20 @@ class Relay:
         for trial in trials:
             groups[self._exclude.get(trial.name, "")].append(trial)
         for exclude, group in groups.items():
+            jobs = {trial.name: trial.job() for trial in group}
             # SLURM may yet requeue what it called dead: not beside the new one
-            before = [job["id"] for trial in group if (job := trial.job()) and trial.name in self.states]
+            before = [job["id"] for name, job in jobs.items() if job and name in self.states]
             try:
                 self.cluster.cancel(before)
+                for trial in group:
+                    trial.clear_handed_over()  # to its last job, which a new one shall not wait for
                 self.cluster.submit(group, exclude)
             except Exception as error:  # submitit and the file system raise their own kinds
                 for trial in group:
-                    self._exclude.pop(trial.name, None)  # it may be the only node there is
+                    if trial.job() != jobs[trial.name]:  # the site had room for this one
+                        self._count_start(trial)
+                    else:
+                        self._exclude.pop(trial.name, None)  # it may be the only node there is
                 self._wait = min(LONGEST_WAIT, 2 * self._wait + 1)
                 self._refused_until = time.monotonic() + self._wait
                 last_line = str(error).strip().splitlines()[-1:]
@@ -204,12 +218,20 @@ class Relay:
 
     def _count_start(self, trial: FollowedTrial) -> None:
         self._submissions[trial.name] += 1
+        epochs, starts = self._starts.get(trial.name, (0, 0))
+        now = len(trial.results())
+        self._starts[trial.name] = now, 1 + (starts if now == epochs else 0)
         self._not_before.pop(trial.name, None)
         self.troubles.pop(trial.name, None)
 
     def _may_start_again(self, trial: FollowedTrial, now: float) -> bool:
-        """Decides about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again."""
-        starts = self._submissions[trial.name]
+        """Decides about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again.
+
+        What counts are the starts since its last epoch: a job that gets on is worth another.
+        """
+        epochs, starts = self._starts[trial.name]
+        if len(trial.results()) > epochs:
+            starts = 0
         state = self.states.get(trial.name)
         kind = state.state if state else ""
         log = trial.last_log_lines(LOG_LINES)
@@ -224,9 +246,14 @@ class Relay:
             cause = Cause.NODE_FAILURE
         elif kind in ("", "FAILED", "COMPLETED"):
             limit = min(UNEXPLAINED, limit)
+            if any(word in line.lower() for line in log for word in OF_MEMORY):
+                cause = Cause.OUT_OF_MEMORY
+            if not trial.has_log():
+                wait = min(LONGEST_WAIT, 5 * 2.0**starts)
+                self.troubles[trial.name] = why_it_ended(log, kind)
         if starts >= limit:
             reason = "" if kind in NO_USE else f"its job ended {starts} times without a result: "
-            trial.claim().end(State.FAILED, reason + "".join(log[-1:]), cause)
+            trial.claim().end(State.FAILED, reason + why_it_ended(log, kind), cause)
             trial.wake()
             return False
         if state and cause in (Cause.DISK_FULL, Cause.NODE_FAILURE):
@@ -237,7 +264,7 @@ class Relay:
     def _free_jobs(self, ended: list[FollowedTrial]) -> None:
         """Find the jobs whose trial has ended and that may take another."""
         for trial in ended:
-            for kept in (self._submissions, self._exclude, self._not_before, self.troubles):
+            for kept in (self._submissions, self._starts, self._exclude, self._not_before, self.troubles):
                 kept.pop(trial.name, None)
             job = trial.job()
             if job is None or (self._pack == 1 and job["place"] >= self.cluster.trials_per_job):
@@ -281,6 +308,20 @@ class Relay:
         with suppress(Exception):
             self.scan.look_at_all()
 
+    def _free_of_its_node(self, trial: FollowedTrial, job_id: str) -> None:
+        """Cancels a job that would wait for ever; the next poll submits another, and the node is drained by SLURM."""
+        self.troubles[trial.name] = f"{HELD_BY_A_NODE}: job {job_id} is cancelled, and another submitted"
+        self.cluster.cancel([job_id])
+
     def _alive_jobs(self) -> dict[str, JobState]:
         jobs = [job["id"] for trial in self.scan.open() if (job := trial.job())]
         return {job_id: state for job_id, state in self.cluster.states([*jobs, *self._free]).items() if state.alive}
+
+
+def why_it_ended(log: list[str], state: str) -> str:
+    """The line of a job's log that says most of why it ended, or what the cluster says; never nothing."""
+    telling = [line for line in log if any(word in line.lower() for word in TELLING)]
+    if lines := telling or log:
+        return lines[-1]
+    called = f" and was called {state}" if state else ""
+    return f"the job wrote no log{called}: can its node see the sweep's folder?"

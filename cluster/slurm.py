@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import shlex
-import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 from submitit.slurm import slurm
 
-from cluster import code
+from cluster import code, slurm_commands
 from cluster.folder import JobState, TrialFolder
 from cluster.job import TrialJob
 from cluster.profile import Profile
-from lorvp.files import write_json
+from lorvp.files import replacing, write_json
 
 FIRST_POLL, LAST_POLL = 2.0, 30.0
 """Seconds between two questions to the controller: the first while something changes, growing to the last."""
-CLIENT_TIMEOUT = 30
-"""Seconds that a command of SLURM's may take."""
-NO_ANSWER = "{} did not answer within {} s"
-TIMED_OUT = 124
-"""The exit code of `timeout` for a command that it ended."""
+MISSES = 2
+"""Answers in a row in which nobody knows of a job, after which it counts as gone."""
+UNLISTED = JobState("UNKNOWN", "squeue does not list it")
+"""What is known of a job before that: it may live."""
+SQUEUE = ("squeue", "--noheader", "--array", "--states=all")
+MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
+"""Of sbatch's, which exclude each other."""
 
 
 def _sbatch_in_time(executor: submitit.SlurmExecutor, submission_file_path: Path) -> list[str]:
-    """submitit's command, with the time limit that submitit does not give it."""
-    return ["timeout", "--kill-after=5", str(CLIENT_TIMEOUT), "sbatch", str(submission_file_path)]
+    """submitit's command, with the environment and the time limit that submitit does not give it."""
+    return [*slurm_commands.prefix(), "sbatch", str(submission_file_path)]
 
 
 # Set in the class itself, since submitit submits an array by a new executor, which is none of a class of ours.
@@ -44,7 +46,8 @@ class SlurmCluster:
     """Submits in arrays, and keeps the last answer of squeue between two questions.
 
     squeue knows the jobs that wait and run and, for some minutes, those that ended. Of older ones, which a driver asks
-    for that was away, accounting knows; where it is off they count as lost.
+    for that was away, accounting knows; where it is off they count as lost. A job is known by its id, since a site may
+    rename it.
     """
 
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
@@ -56,98 +59,143 @@ class SlurmCluster:
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.max_submissions = 1 + profile.requeues
         self.name = sweep_name(sweep_id)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._states: dict[str, JobState] = {}
         self._past: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
+        self._missed: Counter[str] = Counter()
         self._accounting = True
         self._pause = FIRST_POLL
         self._next_question = 0.0
+        slurm_commands.keep(profile.slurm_variables)
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
 
-        `exclude` names a node that is not to be used, or is empty.
+        `exclude` names a node that is not to be used, or is empty. An array that is refused is halved, since a site
+        may have room for a part. Raises OSError with SLURM's words when a single job is refused; those that were
+        taken until then are noted.
         """
-        profile = self.profile.model_copy(
-            update={"exclude": ",".join(filter(None, [self.profile.exclude, exclude])) or None}
-        )
+        self.folder.mkdir(parents=True, exist_ok=True)
         chunk = min(self.profile.array_chunk, max_array_size())
-        for start in range(0, len(trials), chunk):
-            part = trials[start : start + chunk]
-            # Written first: a driver that is killed before it has noted the ids finds the jobs by their name.
-            intent = self.folder / f"{self.name}-{uuid.uuid4().hex[:8]}.json"
-            write_json(intent, [trial.name for trial in part])
-            executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
-            executor.update_parameters(**sbatch_parameters(profile, intent.stem))
-            arguments = (self._threads, self.trials_per_job, self.pack)
+        waiting = [trials[start : start + chunk] for start in range(0, len(trials), chunk)]
+        while waiting:
+            part = waiting.pop(0)
             try:
-                with executor.batch():
-                    jobs = [executor.submit(TrialJob(), trial.path, *arguments) for trial in part]
-            except submitit.core.utils.FailedJobError as error:
-                if getattr(error.__cause__, "returncode", None) == TIMED_OUT:
-                    raise OSError(NO_ANSWER.format("sbatch", CLIENT_TIMEOUT)) from None
-                raise
-            for trial, job in zip(part, jobs, strict=True):
-                trial.submitted(job.job_id, self.folder / f"{job.job_id}_0_log.out")
-            intent.unlink(missing_ok=True)
-        self._pause, self._next_question = FIRST_POLL, 0.0
+                self._submit_array(part, exclude)
+            except FailedJobError as error:
+                if getattr(error.__cause__, "returncode", None) == slurm_commands.TIMED_OUT:
+                    raise OSError(slurm_commands.NO_ANSWER.format("sbatch", slurm_commands.LIMIT)) from None
+                if len(part) == 1:
+                    raise OSError("".join(str(error).strip().splitlines()[-1:])) from error
+                half = (len(part) + 1) // 2
+                waiting[:0] = [part[:half], part[half:]]
+            finally:
+                self._pause, self._next_question = FIRST_POLL, 0.0
+
+    def _submit_array(self, trials: Sequence[TrialFolder], exclude: str) -> None:
+        # Written first: a driver that is killed before it has noted the ids finds the jobs by this name.
+        intent = self.folder / f"{self.name}-{uuid.uuid4().hex[:8]}.json"
+        write_json(intent, [trial.name for trial in trials])
+        executor = submitit.SlurmExecutor(self.folder, max_num_timeout=self.profile.requeues, python=self.python)
+        excluded = ",".join(filter(None, [self.profile.exclude, exclude])) or None
+        profile = self.profile.model_copy(update={"exclude": excluded})
+        executor.update_parameters(**sbatch_parameters(profile, intent.stem))
+        try:
+            with executor.batch():
+                jobs = [executor.submit(TrialJob(), *self._arguments(trial)) for trial in trials]
+        except FailedJobError as error:
+            if getattr(error.__cause__, "returncode", None) != slurm_commands.TIMED_OUT:
+                intent.unlink()  # sbatch has said no; where it said nothing, the jobs may be there
+            raise
+        for trial, job in zip(trials, jobs, strict=True):
+            self._note(trial, job.job_id)
+        intent.unlink()
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
         """Finds the jobs that were submitted and not noted: by a driver that was killed, or that got no answer."""
         by_name = {trial.name: trial for trial in trials}
         intents = list(self.folder.glob(f"{self.name}-*.json"))
-        jobs = self._squeue("%i|%j") if intents else []
+        jobs = slurm_commands.rows(3, *SQUEUE, f"--user={os.getuid()}", "--format=%i|%j|%k") if intents else []
         for intent in intents:
             asked_for = json.loads(intent.read_text())
-            for job_id, job_name in jobs:
-                if job_name == intent.stem:
+            for job_id, job_name, comment in jobs:
+                if intent.stem in (job_name, comment):
                     _, _, index = job_id.partition("_")
                     trial = by_name.get(asked_for[int(index or 0)])
                     if trial:
-                        trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")
+                        self._give_work(trial, job_id)
+                        self._note(trial, job_id)
                         self._next_question = 0.0  # the answer that is kept may be older than the job
             intent.unlink(missing_ok=True)
 
+    def _arguments(self, trial: TrialFolder) -> tuple[Path, int, int, int | str]:
+        """Of `TrialJob`."""
+        return trial.path, self.profile.cpus_per_gpu * self.profile.gpus, self.trials_per_job, self.pack
+
+    def _note(self, trial: TrialFolder, job_id: str) -> None:
+        trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")
+
+    def _give_work(self, trial: TrialFolder, job_id: str) -> None:
+        """Writes down what a job does that was submitted, where submitit has not come to that."""
+        path = JobPaths(self.folder, job_id).submitted_pickle
+        if not path.exists():
+            work = DelayedSubmission(TrialJob(), *self._arguments(trial))
+            work.set_timeout(self.profile.time_limit_minutes, self.profile.requeues)
+            with replacing(path) as temporary:
+                work.dump(temporary)
+
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """What SLURM last said of each job; those that it never knew are left out."""
+        """What SLURM last said of each job; those that nobody knows any longer are left out.
+
+        A job that squeue does not list is asked for by its id, then of accounting; what either calls alive is.
+        """
         if time.monotonic() >= self._next_question:
-            rows = self._squeue("%i|%T|%r|%N")
-            states = {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in rows}
+            of_user = self._ask_squeue(f"--user={os.getuid()}")
+            states = {job_id: of_user[job_id] for job_id in job_ids if job_id in of_user}
+            missing = [job_id for job_id in job_ids if job_id not in states and job_id not in self._past]
+            if missing:
+                states |= self._ask_by_id(missing)
+                states |= self._ask_accounting([job_id for job_id in missing if job_id not in states])
+            unknown = [job_id for job_id in missing if job_id not in states and job_id not in self._past]
+            self._missed = Counter({job_id: self._missed[job_id] + 1 for job_id in unknown})
+            states |= {job_id: UNLISTED for job_id in unknown if self._missed[job_id] < MISSES}
             self._pause = FIRST_POLL if states != self._states else min(1.5 * self._pause, LAST_POLL)
             self._states = states
             self._next_question = time.monotonic() + self._pause
-            self._ask_accounting([job_id for job_id in job_ids if job_id not in states and job_id not in self._past])
         known = self._past | self._states
         return {job_id: known[job_id] for job_id in job_ids if job_id in known}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         if job_ids:
-            _client("scancel", "--quiet", *job_ids)
+            slurm_commands.run("scancel", "--quiet", *job_ids)
             self._next_question = 0.0
 
-    @property
-    def _threads(self) -> int:
-        return self.profile.cpus_per_gpu * self.profile.gpus
+    def _ask_squeue(self, whose: str) -> dict[str, JobState]:
+        """Raises OSError when the controller doesn't answer."""
+        said = slurm_commands.rows(4, *SQUEUE, whose, "--format=%i|%T|%r|%N")
+        return {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in said}
 
-    def _ask_accounting(self, job_ids: Sequence[str]) -> None:
-        """How jobs ended that squeue no longer lists, where the site keeps account."""
+    def _ask_by_id(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        try:
+            return self._ask_squeue(f"--jobs={','.join(job_ids)}")
+        except OSError as error:
+            if "Invalid job id" in str(error):
+                return {}
+            raise
+
+    def _ask_accounting(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """What the site's account calls alive, where it keeps one; how the others ended goes to `_past`."""
         if not (job_ids and self._accounting):
-            return
+            return {}
         columns = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList"]
         try:
-            rows = [row.split("|") for row in _client("sacct", *columns, f"--jobs={','.join(job_ids)}").splitlines()]
+            said = slurm_commands.rows(3, "sacct", *columns, f"--jobs={','.join(job_ids)}")
         except OSError:
             self._accounting = False
-            return
-        # `CANCELLED by 0`; what accounting takes to be alive has died without its knowledge
-        past = {job_id: JobState(state.split()[0], node=nodes) for job_id, state, nodes in rows}
-        self._past |= {job_id: state for job_id, state in past.items() if not state.alive}
-
-    def _squeue(self, columns: str) -> list[list[str]]:
-        """All jobs of this sweep, an array's each on its own. Raises OSError when the controller doesn't answer."""
-        question = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}"]
-        rows = [row.split("|") for row in _client(*question, f"--format=%j|{columns}").splitlines()]
-        return [row[1:] for row in rows if row[0].startswith(self.name)]
+            return {}
+        # a state may be `CANCELLED by 0`
+        found = {job_id: JobState(state.split()[0], node=node) for job_id, state, node in said}
+        self._past |= {job_id: state for job_id, state in found.items() if not state.alive}
+        return {job_id: state for job_id, state in found.items() if state.alive}
 
 
 def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
@@ -171,8 +219,10 @@ def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
         "signal_delay_s": min(90, 60 * limit // 3),
         "setup": profile.setup or None,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, **profile.sbatch},
+        "additional_parameters": {"requeue": True, "comment": name, **profile.sbatch},
     }
+    if MEMORY_OPTIONS & profile.sbatch.keys():
+        del parameters["mem"]
     return {key: value for key, value in parameters.items() if value is not None}
 
 
@@ -207,13 +257,14 @@ def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Seque
     command = ["sbatch", "--parsable"]
     command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
     lines = [*profile.setup, f"exec {code.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
-    job_id = _client(*command, "--wrap", "\n".join(lines)).strip().split(";")[0]
+    slurm_commands.keep(profile.slurm_variables)
+    job_id = slurm_commands.job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
     return job_id, Path(str(log).replace("%j", job_id))
 
 
 def requeue_this_job() -> None:
     """Ends the job that this process is, and has SLURM start it again. Raises OSError if it can't."""
-    _client("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    slurm_commands.run("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
 
 
 def sweep_name(sweep_id: str) -> str:
@@ -223,20 +274,8 @@ def sweep_name(sweep_id: str) -> str:
 
 def max_array_size() -> int:
     """How many jobs this site lets an array have."""
-    for line in _client("scontrol", "show", "config").splitlines():
+    for line in slurm_commands.run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":
             return max(1, int(value) - 1)
     return 1
-
-
-def _client(*command: str) -> str:
-    """What a SLURM command prints. Raises OSError with its own words when it fails or doesn't answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise OSError(NO_ANSWER.format(command[0], CLIENT_TIMEOUT)) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
-    return done.stdout

@@ -61,7 +61,7 @@ class DeadCluster:
 @pytest.mark.parametrize(
     ("state", "submissions", "reason"),
     [
-        (None, UNEXPLAINED, "job lost: its job ended 3 times without a result: slurmstepd: error: Detected 1 oom_kill"),
+        (None, UNEXPLAINED, "out of memory: its job ended 3 times without a result: slurmstepd: error: Detected 1 oom"),
         ("FAILED", UNEXPLAINED, "3 times without a result"),
         ("OUT_OF_MEMORY", 1, "out of memory: slurmstepd"),
         ("TIMEOUT", DeadCluster.max_submissions, "job lost: its job ended 10 times without a result"),
