@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from lorvp.config import TrialConfig
-from lorvp.files import create, write_json
+from lorvp.files import create, link_or_copy, read_line, write_json
 
 NEWS, RESULTS = "news", "results.jsonl"
 ROOM_BYTES = 1 << 20
@@ -252,7 +252,7 @@ class TrialFolder:
             write_json(draft / "started.json", started)
             if before:
                 if before.checkpoint.exists():
-                    os.link(before.checkpoint, draft / before.checkpoint.name)  # replaced later, never written into
+                    link_or_copy(before.checkpoint, draft / before.checkpoint.name)
                 if results := before.results():
                     (draft / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results))
             try:
@@ -284,7 +284,12 @@ class TrialFolder:
 
     def job(self) -> dict[str, Any] | None:
         """The job that trains it: `id`, `log`, `place` among the job's trials, `submissions`, `time` of the last."""
-        return _read_json(self.path / "job.json")
+        job = _read_json(self.path / "job.json")
+        return job and job | {"log": str(self._sweep / job["log"])}
+
+    @property
+    def _sweep(self) -> Path:
+        return self.path.parent.parent
 
     @property
     def job_id(self) -> str | None:
@@ -294,7 +299,8 @@ class TrialFolder:
     def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
         before = self.job()
         submissions = before["submissions"] + 1 if before else 1
-        values = {"id": job_id, "log": str(log), "place": place, "submissions": submissions, "time": time.time()}
+        path = os.path.relpath(log, self._sweep)  # the sweep's folder may be moved
+        values = {"id": job_id, "log": path, "place": place, "submissions": submissions, "time": time.time()}
         write_json(self.path / "job.json", values)
 
     def hand_over(self, following: TrialFolder | None) -> bool:
@@ -306,10 +312,7 @@ class TrialFolder:
 
     def handed_over(self) -> str | None:
         """The name of the trial that follows in the same job, empty if there is none; None while nobody has said."""
-        try:
-            return (self.path / "next").read_text()
-        except FileNotFoundError:
-            return None
+        return read_line(self.path / "next")
 
     def clear_handed_over(self) -> None:
         (self.path / "next").unlink(missing_ok=True)
@@ -319,10 +322,8 @@ class TrialFolder:
         create(self.path / "stop", reason)
 
     def stop_reason(self) -> StopReason | None:
-        try:
-            return StopReason((self.path / "stop").read_text())
-        except FileNotFoundError:
-            return None
+        reason = read_line(self.path / "stop")
+        return None if reason is None else StopReason(reason)
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 HAND_OVER_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""
 HAND_OVER_POLL = 0.1
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk says that takes no more, of anybody or of this user."""
 
 
 class TrialJob:
@@ -284,7 +286,7 @@ def cause_of(error: Exception) -> Cause:
         return Cause.BAD_INPUT
     for each in chain(error):
         text = str(each).lower()
-        if getattr(each, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC).lower() in text:
+        if getattr(each, "errno", None) in FULL or any(os.strerror(number).lower() in text for number in FULL):
             return Cause.DISK_FULL
         if (
             isinstance(each, MemoryError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+"""What disks say that have no hard links, or no more of them."""
 
 
 @contextmanager
@@ -28,16 +32,55 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def create(path: Path, text: str) -> bool:
-    """Writes a file that is not there yet, whole at once; False, and nothing done, if somebody has been faster."""
+    """Write a line to a file that is not there yet; False, and nothing done, if somebody has been faster.
+
+    `read_line` reads it. Raises OSError where the disk does.
+    """
     temporary = _beside(path)
-    temporary.write_text(text)
+    temporary.write_text(f"{text}\n")
+    try:
+        return publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_line(path: Path) -> str | None:
+    """Read what `create` wrote; None while it is not there whole."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    return text[:-1] if text.endswith("\n") else None
+
+
+def publish(temporary: Path, path: Path) -> bool:
+    """Give a whole file its name, unless that is taken; whether it was free.
+
+    A disk without hard links (FAT, some network disks) gets a copy: its name is taken at once, it is whole soon after.
+    """
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            with open(temporary, "rb") as source, open(path, "xb") as target:
+                shutil.copyfileobj(source, target)
+        except FileExistsError:
+            return False
     return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have `target` hold what `source` holds; both must be replaced from then on, never written into."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
 
 
 def write_json(path: Path, value: Any) -> None:

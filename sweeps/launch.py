@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -26,10 +23,13 @@ from lorvp.files import replacing, write_json
 from lorvp.store import read_manifest
 from sweeps import spec_file, status, triage
 from sweeps.memory import memory_line
+from sweeps.run import lock
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT = 2
+PLACE = {"name", "output"}
+"""Keys that say where a sweep's folder is: it may have been moved or renamed since."""
 EXTENDABLE = {"search": {"trials", "concurrent", "seconds"}, "failure_limit": {"share", "trials"}}
 """Keys that may differ when a sweep is resumed: none of them changes what a trial is."""
 
@@ -119,7 +119,7 @@ def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) ->
         job_id, log = submit_driver(profile, spec.folder, sweep_id, arguments)
     except OSError as error:
         raise UserError(f"cluster: {spec.cluster}: the driver can't be a job: {error}") from None
-    write_json(spec.folder / status.DRIVER_JOB, {"id": job_id, "log": str(log)})
+    write_json(spec.folder / status.DRIVER_JOB, {"id": job_id, "log": log.name})
     console.print(f"the driver is job {job_id}; --status shows the sweep, --cancel ends it, {log} is its log")
 
 
@@ -181,20 +181,14 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         raise UserError(
             f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
         )
-    try:
-        spec.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(spec.folder / "driver.lock", "a+")  # noqa: SIM115  held until the sweep ends
-    except OSError as error:
-        raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(f"{spec.folder}: another driver runs this sweep: {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+            spec.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(spec.folder))
+        except lock.Held as other:
+            raise UserError(f"{spec.folder}: another driver runs this sweep: {other}") from None
+        except OSError as error:
+            raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
         sweep_id = before["id"] if resume else uuid.uuid4().hex
         write_json(spec.folder / spec_file.RECORD, {"id": sweep_id, "spec": values})
         try:
@@ -215,6 +209,8 @@ def make_relay(spec: Spec, sweep_id: str) -> Relay:
 def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
     """Raises UserError when a resumed sweep would train something else than it did before."""
     for key, value in now.items():
+        if key in PLACE:
+            continue
         allowed = EXTENDABLE.get(key, set())
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):

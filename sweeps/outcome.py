@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.explain import explain
-from sweeps import confirm, spec_file, status
+from sweeps import confirm, spec_file
 from sweeps.comparison import Comparison
 from sweeps.leaderboard import Entry, Leaderboard
+from sweeps.run import lock
 from sweeps.spec import Spec
 
 
@@ -31,9 +32,9 @@ class Outcome:
         another version, one that still runs, and one without a trial that finished.
         """
         sweep_id, spec = spec_file.recorded(folder)
-        driver = status.running_driver(spec.folder)
+        driver = lock.holder(spec.folder)
         if driver:
-            raise UserError(f"{folder}: still running, by process {driver[1]} on {driver[0]}; wait for its end")
+            raise UserError(f"{folder}: still running, by {driver}; wait for its end")
         try:
             board = Leaderboard.read(spec)
         except ValidationError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
-import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -18,6 +16,7 @@ from rich.table import Table
 from cluster.folder import End, JobState, State, TrialFolder
 from cluster.relay import Relay
 from lorvp.errors import UserError
+from sweeps.run import lock
 from sweeps.spec import Spec
 
 DRIVER_JOB = "driver.json"
@@ -29,9 +28,13 @@ def table(spec: Spec, relay: Relay) -> Table:
     trials = TrialFolder.requested(spec.trials)
     jobs = {trial.name: job["id"] for trial in trials if (job := trial.job())}
     driver_job = detached_driver(spec.folder)
-    states = relay.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
     shown = Table(title=f"sweep {spec.name}", title_justify="left", box=None, caption_justify="left")
-    shown.caption = _driver(running_driver(spec.folder), driver_job, states)
+    try:
+        states = relay.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
+        shown.caption = _driver(lock.holder(spec.folder), driver_job, states)
+    except OSError as error:
+        states = dict.fromkeys(jobs.values(), JobState("UNKNOWN", str(error)))
+        shown.caption = f"the folders alone say this: {error}"
     stage = ["stage"] if spec.confirm else []
     for column in ("trial", *stage, "job", "state", "node", "epoch", spec.objective, "queued", "running", "why"):
         shown.add_column(column, overflow="fold")
@@ -48,11 +51,11 @@ def table(spec: Spec, relay: Relay) -> Table:
     return shown
 
 
-def _driver(running: tuple[str, int] | None, job: str | None, states: dict[str, JobState]) -> str:
+def _driver(running: lock.Holder | None, job: str | None, states: dict[str, JobState]) -> str:
     state = states.get(job) if job else None
     if state is not None and state.alive:
         return f"driver: job {job}, {state} {state.node}".rstrip()
-    return f"driver: process {running[1]} on {running[0]}" if running else "no driver runs; --resume starts one"
+    return f"driver: {running}" if running else "no driver runs; --resume starts one"
 
 
 def _state(end: End | None, state: JobState | None) -> str:
@@ -69,7 +72,7 @@ def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
         return "\n".join([f"{end.cause}: {end.reason}", *trial.last_log_lines()]) if failed else ""
     if state is None:
         return "waits to be submitted"
-    return state.reason if state.waiting else "" if state.alive else state.state.lower()
+    return state.reason if state.alive else state.state.lower()
 
 
 def _times(trial: TrialFolder) -> tuple[str, str]:
@@ -120,19 +123,21 @@ def follow(spec: Spec, name: str, console: Console) -> None:
 def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
     """Ends the sweep's driver, if there is one, and every job; how many trials are left unfinished.
 
-    Raises UserError for a driver on another machine that is no job.
+    Raises UserError for a driver on another machine that is no job, and where the cluster does not answer.
     """
-    driver_job, driver = detached_driver(spec.folder), running_driver(spec.folder)
-    state = relay.cluster.states([driver_job]).get(driver_job) if driver_job else None
-    if driver_job and state is not None and state.alive:
-        relay.cluster.cancel([driver_job])
-    elif driver is not None:
-        host, process = driver
-        if host != socket.gethostname():
-            raise UserError(f"{spec.folder}: its driver is process {process} on {host}; end it there first")
-        os.kill(process, signal.SIGINT)
+    driver_job, driver = detached_driver(spec.folder), lock.holder(spec.folder)
+    try:
+        state = relay.cluster.states([driver_job]).get(driver_job) if driver_job else None
+        if driver_job and state is not None and state.alive:
+            relay.cluster.cancel([driver_job])
+        elif driver is not None and driver.lives_here():
+            os.kill(driver.process, signal.SIGINT)
+        elif driver is not None:
+            raise UserError(f"{spec.folder}: its driver is {driver}; end it there first")
+    except OSError as error:
+        raise UserError(f"{spec.folder}: nothing was cancelled, try again: {error}") from None
     deadline = time.monotonic() + patience
-    while running_driver(spec.folder) and time.monotonic() < deadline:
+    while lock.holder(spec.folder) and time.monotonic() < deadline:
         time.sleep(0.2)
     last = Relay(spec.trials, relay.cluster)  # which knows what the driver asked for until its end
     with suppress(OSError):  # the controller is away; what is noted is told to stop all the same
@@ -147,15 +152,3 @@ def detached_driver(sweep: Path) -> str | None:
         return json.loads((sweep / DRIVER_JOB).read_text())["id"]
     except FileNotFoundError:
         return None
-
-
-def running_driver(sweep: Path) -> tuple[str, int] | None:
-    """Host and process id of the driver that holds the sweep's lock."""
-    with open(sweep / "driver.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except OSError:
-            lock.seek(0)
-            _, process, _, host = lock.read().split()
-            return host, int(process)

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle_format import describe
 from lorvp.errors import UserError
+from lorvp.files import publish
 from sweeps import registry
 from sweeps.leaderboard import epoch_metrics
 from sweeps.run.store import SQLITE, tracking_uri
@@ -231,8 +231,7 @@ def make_tables(uri: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         mlflow.MlflowClient(f"{SQLITE}{draft}").search_experiments()
-        with suppress(FileExistsError):  # another sweep has been faster
-            os.link(draft, path)
+        publish(draft, path)  # unless another sweep has been faster
 
 
 def installed_packages() -> list[str]:

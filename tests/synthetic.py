@@ -30,7 +30,6 @@ def make(spec: Spec, trials: int, stopped: int = 0, failed: int = 0, curves: Cur
     """
     curves = curves or Family(spec, EPOCH_SECONDS, seed=0)
     spec.folder.mkdir(parents=True)
-    (spec.folder / "driver.lock").touch()
     write_json(spec.folder / spec_file.RECORD, {"id": "synthetic", "spec": spec.model_dump(mode="json", by_alias=True)})
     clock = _Clock()
     for config in spec.control_configs():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from lorvp.files import write_json
 from sweeps import report, spec_file
 from sweeps.figures import PARTS
 from sweeps.outcome import Outcome
+from sweeps.run import lock
 from sweeps.spec import Spec
 
 
@@ -154,11 +156,9 @@ def test_what_there_is_no_report_of(spoil, said, sweep: Spec, capsys, monkeypatc
 
 
 def test_a_sweep_that_still_runs(sweep: Spec, capsys, monkeypatch):
-    with open(sweep.folder / "driver.lock", "r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("process 123 on node7")
-        lock.flush()
-        refused(sweep.folder, "still running, by process 123 on node7", capsys, monkeypatch)
+    with lock.held(sweep.folder):
+        said = f"still running, by process {os.getpid()} on {socket.gethostname()}"
+        refused(sweep.folder, said, capsys, monkeypatch)
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys, monkeypatch):
