@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.sweep import SHARING, Sweep
+from support.sweep import SHARING, SPEC, Sweep
 from support.waiting import wait_for
 
 import lorvp
@@ -37,7 +37,7 @@ def test_driver_killed_and_resumed(tmp_path):
 
 def test_drivers_interrupted_and_resumed(tmp_path):
     """Three in a row: each runs alone, SIGINT and SIGTERM end the jobs, too, and a second signal ends one at once."""
-    sweep = Sweep(tmp_path, profile=SHARING)
+    sweep = Sweep(tmp_path, SPEC.replace("rule: asha", "rule: none"), profile=SHARING)
     step = sweep.holds.hold("step", epoch=2, step=3)
     driver = sweep.start()
     step.reached(driver, count=2)
