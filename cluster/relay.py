@@ -147,7 +147,7 @@ class Relay:
             try:
                 self.cluster.cancel(before)
                 for trial in group:
-                    trial.clear_handed_over()  # to its last job, which a new one shall not wait for
+                    trial.clear_handed_over()  # to its last job
                 self.cluster.submit(group, exclude)
             except Exception as error:  # submitit and the file system raise their own kinds
                 for trial in group:
@@ -207,6 +207,7 @@ class Relay:
                     self._free[job_id].remove(last)
                 job = last.job()
                 assert job is not None  # it is one of those that run or have ended
+                trial.clear_handed_over()  # to its last job
                 # Noted before it is said: a driver that is killed in between finds the trial's job gone, in the end.
                 trial.submitted(job_id, Path(job["log"]), place=job["place"] + 1)
                 if not last.hand_over(trial):

@@ -85,7 +85,7 @@ class SlurmCluster:
                 if getattr(error.__cause__, "returncode", None) == slurm_commands.TIMED_OUT:
                     raise OSError(slurm_commands.NO_ANSWER.format("sbatch", slurm_commands.LIMIT)) from None
                 if len(part) == 1:
-                    raise OSError("".join(str(error).strip().splitlines()[-1:])) from error
+                    raise OSError(_words(str(error))) from error
                 half = (len(part) + 1) // 2
                 waiting[:0] = [part[:half], part[half:]]
             finally:
@@ -196,6 +196,13 @@ class SlurmCluster:
         found = {job_id: JobState(state.split()[0], node=node) for job_id, state, node in said}
         self._past |= {job_id: state for job_id, state in found.items() if not state.alive}
         return {job_id: state for job_id, state in found.items() if state.alive}
+
+
+def _words(said: str) -> str:
+    """What sbatch says in its own lines, if it has any, of all that was printed."""
+    lines = [line.strip() for line in said.strip().splitlines()]
+    own = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
+    return f"sbatch: {'; '.join(dict.fromkeys(own))}" if own else "".join(lines[-1:])
 
 
 def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from support.holds import Holds
 from support.waiting import wait_for
 
 from cluster import job
-from cluster.folder import JobState, State, StopReason, TrialFolder, pack_file
+from cluster.folder import Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.profile import Profile
 from cluster.relay import UNEXPLAINED, Relay, make_cluster
 
@@ -81,6 +81,54 @@ def test_a_job_that_dies_every_time_is_given_up(trial, tmp_path, state, submissi
     assert cluster.excluded == ("node7" if state == "NODE_FAIL" else "")
 
 
+def test_a_job_that_gets_on_between_its_ends_is_submitted_as_often_as_it_takes(trial, tmp_path):
+    """Each start trains an epoch, then its python is killed, or the site's limit ends a job that may not requeue."""
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED"))
+    relay = Relay(trial.path.parent, cluster)
+    for epoch in range(1, 3 * UNEXPLAINED):
+        relay.poll()
+        trial.claim().append({"epoch": epoch, "seconds": 1.0})
+        relay.scan.look_at_all()
+    assert trial.ended() is None
+    for _ in range(UNEXPLAINED + 1):
+        relay.poll()
+    assert trial.ended().cause == Cause.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "epoch 1\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0\nsrun: error: node1: task 0\n",
+            "oom_kill",
+        ),
+        ("bash: line 1: 7 Killed  python\nsrun: error\n", "Killed"),
+        ("python: error while loading libcuda.so.1: cannot open shared object file\nsrun: error\n", "libcuda"),
+        ("env: '/data/venv/bin/python': No such file or directory\nsrun: error\n", "/data/venv/bin/python"),
+        ("the last line\n", "the last line"),
+        ("", "the job wrote no log and was called FAILED: can its node see the sweep's folder?"),
+    ],
+)
+def test_what_the_log_says_is_the_reason(trial, tmp_path, log, reason):
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED"))
+    cluster.log.write_text(log)
+    relay = Relay(trial.path.parent, cluster)
+    for _ in range(UNEXPLAINED + 1):
+        relay.poll()
+    assert reason in trial.ended().reason
+
+
+def test_a_folder_that_nodes_do_not_see_is_told_after_the_first_job(trial, tmp_path):
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED"))
+    cluster.log.unlink()
+    relay = Relay(trial.path.parent, cluster)
+    relay.poll()
+    relay.poll()
+    assert relay.troubles == {
+        trial.name: "the job wrote no log and was called FAILED: can its node see the sweep's folder?"
+    }
+
+
 def test_a_refused_submission_is_tried_again_later(trial, tmp_path, monkeypatch):
     cluster = DeadCluster(tmp_path / "log", None)
     relay = Relay(trial.path.parent, cluster)
@@ -132,6 +180,25 @@ def test_the_relay_packs_trials_that_fit(digits, tmp_path):
     relay.poll()
     assert joins.job()["id"] in (jobs[0], jobs[3])
     assert {trial.name for trial in job.handed(trials[0])} >= {trial.name for trial in trials[:3]}
+
+
+def test_a_packed_job_that_died_comes_back_packed(digits, tmp_path):
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(3)]
+    relay = Relay(tmp_path / "trials", cluster)
+
+    def polls() -> set[str]:
+        for _ in range(4):
+            relay.poll()
+        return {trial.job()["id"] for trial in trials}
+
+    (first,) = polls()
+    assert first == f"job-{trials[0].name}"
+    cluster.submit = lambda trials, exclude: [trial.submitted(f"again-{trial.name}", cluster.log) for trial in trials]
+    cluster.states = lambda ids: {job_id: JobState("RUNNING" if "again" in job_id else "NODE_FAIL") for job_id in ids}
+    (second,) = polls()
+    assert second == f"again-{trials[0].name}"
+    assert {trial.name for trial in job.handed(trials[0])} == {trial.name for trial in trials}
 
 
 def test_a_job_is_sent_home_when_its_last_trial_has_ended(digits, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from slurm_sim import PROFILE, TYPES
-from support.slurm import CONTROL, finish, installed, make_sweep, no_jobs, noted, started  # noqa: F401  a fixture
+from support.slurm import CONTROL, attempts, finish, installed, make_sweep, no_jobs, noted, started  # noqa: F401  a fixture
 from support.sweep import SPEC, Sweep
 from support.waiting import wait_for
 from typer.testing import CliRunner
@@ -56,8 +56,17 @@ def test_two_simulations_side_by_side():
             assert slurm.say("sinfo", "--noheader", "--Node", "--format=%T", "--partition=gpu").split() == ["idle"] * 3
 
 
+OF_THE_SHELL = {
+    **{"LOGNAME": "somebody", "SQUEUE_PARTITION": "scavenge", "SQUEUE_FORMAT": "%i", "SQUEUE_STATES": "FAILED"},
+    **{"SBATCH_JOB_NAME": "mine", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE", "SBATCH_PARTITION": "none"},
+    **{"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "500", "SLURM_NTASKS": "7", "SLURM_CPUS_PER_TASK": "3"},
+    **{"SBATCH_NO_REQUEUE": "1", "SCANCEL_STATE": "PENDING"},
+}
+"""What a user's settings and an allocation that the driver runs in (`salloc --mem-per-cpu`) tell SLURM's commands."""
+
+
 def test_grid_on_three_nodes(slurm, tmp_path):
-    """4 cells and the control; the type of GPU asked for is the one got."""
+    """4 cells and the control; the type of GPU asked for is the one got, whatever the shell says to SLURM."""
     sweep = make_sweep(
         slurm,
         tmp_path,
@@ -68,8 +77,10 @@ def test_grid_on_three_nodes(slurm, tmp_path):
         mappings=("[rlm, flm, ilm, lp]", "[flm, lp]"),
         short=("epochs: 3", "epochs: 1"),
     )
+    sweep.environment |= OF_THE_SHELL
     output = finish(sweep, slurm, sweep.start(), trials=5)
     sweep.check_model(output)
+    assert attempts(sweep) == ["0001"] * 5
     assert "small: 5 trials" in output
     for trial in sweep.trials():
         first = Path(trial.job()["log"]).read_text()

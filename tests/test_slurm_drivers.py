@@ -106,6 +106,8 @@ def test_controller_down_during_submission(slurm, tmp_path):
     driver = sweep.start()
     driver.says("trying again: ")
     assert not any(sweep.jobs().values())
+    shown = " ".join(sweep.run("--status").split())
+    assert "the folders alone say this: squeue: " in shown
     slurm.start("slurmctld", "-D")
     finish(sweep, slurm, driver, trials=2)
     assert attempts(sweep) == ["0001", "0001"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ SCAVENGE = PROFILE.replace("partition: gpu", "partition: scavenge")
 
 
 def test_what_happens_to_two_jobs(slurm, tmp_path):
-    """A signal before python has its handlers, a suspension, a requeue, a scancel by someone else, and a preemption."""
+    """A signal before python has its handlers, stops, a requeue, a scancel by someone else, and a preemption."""
     sweep = make_sweep(slurm, tmp_path, SCAVENGE, **TWO)
     begin = sweep.holds.hold("start")
     driver = sweep.start()
@@ -55,13 +56,18 @@ def test_what_happens_to_two_jobs(slurm, tmp_path):
     wait_for("note of the new job", lambda: first.job() != jobs[first.name], driver)
     assert second.job() == jobs[second.name]
 
-    # suspended: it is not taken for dead, nobody starts another
+    # suspended by SLURM and stopped by a signal: neither is taken for dead, nobody starts another
     jobs = sweep.jobs()
     (suspended,) = [each for each in step.those() if each.trial == first.name]
     slurm.say("scontrol", "suspend", first.job_id)
     wait_for("stop of the process", lambda: suspended.process().status() == psutil.STATUS_STOPPED, driver)
     sweep.holds.asked_again(driver)
     assert "suspended" in sweep.run("--status")
+    slurm.say("scancel", "--signal=STOP", second.job_id)
+    (stopped,) = [each for each in step.those() if each.trial == second.name]
+    wait_for("stop of the other", lambda: stopped.process().status() == psutil.STATUS_STOPPED, driver)
+    sweep.holds.asked_again(driver)
+    slurm.say("scancel", "--signal=CONT", second.job_id)
     later = sweep.holds.hold("step", epoch=3, step=2, attempt="0001")
     step.release()
     (other,) = later.reached(driver)
@@ -157,6 +163,40 @@ def test_preempted_and_cancelled(tmp_path):
         sweep.check_kept(before)
         assert all(job["id"] != jobs[name]["id"] for name, job in sweep.jobs().items())
         assert attempts(sweep) == ["0002", "0002"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_site_that_lets_a_user_have_two_jobs(tmp_path):
+    """It refuses the array of four: two of them run, the others are submitted when there is room, and why is said."""
+    with started(accounting=True, AccountingStorageEnforce="limits") as slurm:
+        for words in ("add account lab", f"add user {getpass.getuser()} account=lab MaxSubmitJobs=2"):
+            slurm.say("sacctmgr", "--immediate", *words.split())
+        concurrent = ("concurrent: 2", "concurrent: 4")
+        profile = PROFILE.replace("flight: 2", "flight: 4") + "account: lab\n"
+        sweep = make_sweep(slurm, tmp_path, profile, concurrent=concurrent, alone=(CONTROL, "control: null\n"))
+        sweep.holds.set("cluster.relay.LONGEST_WAIT", 2.0)
+        step = sweep.holds.hold("step", epoch=2, step=3)
+        driver = sweep.start()
+        step.reached(driver, count=2)
+        driver.says("trying again: submission refused, again in . s: sbatch: AssocMaxSubmitJobLimit; ")
+        assert len([job for job in sweep.jobs().values() if job]) == 2
+        step.release()
+        finish(sweep, slurm, driver, trials=4)
+        assert attempts(sweep) == ["0001"] * 4
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_node_whose_prolog_fails(tmp_path):
+    """SLURM holds the job for ever: it is cancelled, which is said, and another goes to another node."""
+    prolog = tmp_path / "prolog"
+    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != node1 ]\n')
+    prolog.chmod(0o755)
+    with started(Prolog=str(prolog)) as slurm:
+        sweep = make_sweep(slurm, tmp_path, **TWO)
+        driver = sweep.start()
+        driver.says("launch failed requeued held: job .* is cancelled, and another submitted")
+        finish(sweep, slurm, driver, trials=2)
+        assert attempts(sweep) == ["0001", "0001"]
 
 
 @pytest.mark.usefixtures("installed")
