@@ -109,6 +109,7 @@ class Tracker:
         if run.info.status == "RUNNING":  # else an earlier driver has closed it
             self._close(run.info.run_id, trial, end)
         self._closed.add(trial.name)
+        self._begun.discard(trial.name)
         for kept in (self.runs, self._started, self._epochs_sent):
             kept.pop(trial.name, None)
 

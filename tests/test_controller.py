@@ -265,7 +265,10 @@ def test_ended_trials_are_forgotten(tmp_path):
     assert made.get_trials() == []
     for name in ("_live_trials", "_stopped_trials", "_failed_trials", "_trials_to_cache", "_trial_to_actor"):
         assert not getattr(made, name), name
-    assert search._shares[None]._ot_trials == {}
+    share = search._shares[None]
+    assert (share._ot_trials, share._completed_trials) == ({}, set())
+    told = share._ot_study.get_trials(deepcopy=False)
+    assert [(trial.value, trial.intermediate_values) for trial in told] == 6 * [(50.0, {})]
     assert made._actor_manager.num_live_actors == 0
 
 
@@ -373,7 +376,9 @@ def test_what_is_taken_of_other_classes(tmp_path):
     assert trial.temporary_state.ray_actor is None
     trial.update_last_result({"epoch": 1})
     assert trial.last_result == {"epoch": 1, "trial_id": "0"}
-    assert hasattr(SpecSearch(spec(tmp_path))._shares[None], "_ot_trials")
+    share = SpecSearch(spec(tmp_path))._shares[None]
+    assert hasattr(share, "_ot_trials")
+    assert hasattr(share, "_completed_trials")
 
 
 def test_the_methods_that_tune_calls_by_name_are_two():

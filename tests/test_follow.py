@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from io import StringIO
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import digits_values
 from rich.console import Console
 
-from cluster.folder import State
+from cluster.folder import End, State, TrialFolder
 from cluster.scan import Scan
 from lorvp.config import TrialConfig
+from sweeps.run.background import Sender
 from sweeps.run.follow import Follower, GivenUp
 from sweeps.spec import Spec
 
@@ -95,3 +97,34 @@ def test_what_fails_in_the_confirmation_does_not_end_the_sweep(spec, follower):
     with pytest.raises(GivenUp, match=r"^2 of the first 2 trials failed \(failure_limit\)$"):
         following.look()
     follower().look()
+
+
+def test_of_an_ended_trial_the_name_is_kept_until_mlflow_has_it(spec, follower):
+    """In memory a trial takes 6 KiB, and MLflow may be away for thousands of them."""
+    told: list[tuple] = []
+    away = [OSError("it is away")]
+
+    class Told:
+        def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
+            if away:
+                raise away.pop()
+            told.append((trial.name, trial.config, [result["epoch"] for result in results], control))
+
+        def end(self, trial: TrialFolder, end: End, control: bool) -> None:
+            told.append((trial.name, end.state))
+
+    config = spec.trial_config({"prompt.rank": 1})
+    following, sender = follower(), Sender(Told, spec.trials, spec.control_names(), print)
+    running = following.request(config)
+    attempt = running.claim()
+    attempt.append({"epoch": 1, "val_top1": 50.0})
+    following.look()
+    sender.see(running)
+    assert sender._pending == {running.name: running}
+    attempt.end(State.FINISHED)
+    following.look()
+    sender.see(running)
+    assert sender._pending == {running.name: None}
+    sender.start()
+    assert sender.finish(patience=20)
+    assert told == [(running.name, config, [1], False), (running.name, State.FINISHED)]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.folder import TrialFolder
 from cluster.scan import FollowedTrial
 
 if TYPE_CHECKING:
@@ -72,13 +74,16 @@ class Repeated(threading.Thread):
 class Sender(threading.Thread):
     """Opens MLflow's store and sends it what trials have recorded; what it does not take is kept and sent again."""
 
-    def __init__(self, connect: Callable[[], Tracker], controls: Collection[str], show: Callable[[str], None]) -> None:
+    def __init__(
+        self, connect: Callable[[], Tracker], trials: Path, controls: Collection[str], show: Callable[[str], None]
+    ) -> None:
         super().__init__(name="sender", daemon=True)
         self.tracker: Tracker | None = None
         """None until the store is open."""
-        self._connect, self._controls = connect, controls
+        self._connect, self._trials, self._controls = connect, trials, controls
         self._attempts = Attempts(show)
-        self._pending: dict[str, FollowedTrial] = {}
+        # Of one that has ended the name alone: MLflow may be thousands behind, and in memory each takes 6 KiB.
+        self._pending: dict[str, FollowedTrial | None] = {}
         self._news = threading.Condition()
         self._idle, self._ended = False, False
 
@@ -86,7 +91,7 @@ class Sender(threading.Thread):
         """Take on what is new of a trial. One that has no job yet is no run of MLflow's."""
         if trial.results() or trial.job():
             with self._news:
-                self._pending[trial.name] = trial
+                self._pending[trial.name] = None if trial.ended() else trial
                 self._news.notify_all()
 
     def run(self) -> None:
@@ -120,17 +125,17 @@ class Sender(threading.Thread):
     def _send_all(self) -> None:
         """Send what is pending of each trial. Raises the last error, once each was tried."""
         trouble: Exception | None = None
-        for trial in list(self._pending.values()):
+        for name in list(self._pending):
             if self._ended:
                 return
             try:
-                self._send(trial)
+                self._send(self._pending[name] or TrialFolder(self._trials / name))
             except Exception as error:
                 trouble = error
         if trouble:
             raise trouble
 
-    def _send(self, trial: FollowedTrial) -> None:
+    def _send(self, trial: TrialFolder) -> None:
         assert self.tracker is not None
         end = trial.ended()  # before the results: what was recorded before the end is sent, too
         results = list(trial.results())
@@ -139,5 +144,5 @@ class Sender(threading.Thread):
         if end is not None:
             self.tracker.end(trial, end, control)
         with self._news:
-            if end == trial.ended() and len(results) == len(trial.results()):
+            if end is not None or (trial.ended() is None and len(results) == len(trial.results())):
                 self._pending.pop(trial.name, None)

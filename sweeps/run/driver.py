@@ -58,7 +58,7 @@ def carry_out(
     opened = None if is_sure_to_open(uri) else connect()
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {uri}", highlight=False)
     follower, spent = Follower(spec, relay, console), Spent(spec)
-    sender = Sender((lambda: opened) if opened else connect, spec.control_names(), follower.warn)
+    sender = Sender((lambda: opened) if opened else connect, spec.trials, spec.control_names(), follower.warn)
     jobs = Jobs(relay, follower, sender)
     jobs.subscribe(spent.note)
     try:

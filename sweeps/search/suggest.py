@@ -112,12 +112,13 @@ class SpecSearch(Searcher):
         return self._shares[value].suggest(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._share_of[trial_id].on_trial_result(trial_id, result)
+        """Nothing: a sampler learns from what a trial came to. Epochs are for a pruner, and Optuna has none here."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         share = self._share_of.pop(trial_id)
         share.on_trial_complete(trial_id, result, error)
         del share._ot_trials[trial_id]  # the study has what it learns from; this is 2 KiB more
+        share._completed_trials.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a sweep is resumed from its own files."""
