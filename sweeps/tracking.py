@@ -6,6 +6,7 @@ twice, and an epoch that MLflow has is not sent again.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -34,6 +35,9 @@ from sweeps import registry
 from sweeps.leaderboard import epoch_metrics
 from sweeps.run.store import SQLITE, tracking_uri
 from sweeps.spec import Spec, flatten, shortened
+
+# A store that fails is told in a line by who tries again; MLflow would write down a traceback each time.
+logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
 
 SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
 PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")

@@ -181,7 +181,7 @@ def test_detached_driver(slurm, tmp_path):
     assert "no driver runs" in sweep.run("--status")
     assert not any(trial.ended() for trial in sweep.trials())
     sweep.run("--detach", "--resume")
-    log = Path(json.loads((sweep.path / "driver.json").read_text())["log"])
+    log = sweep.path / json.loads((sweep.path / "driver.json").read_text())["log"]
     wait_for("end of the sweep", lambda: log.exists() and "as a model" in log.read_text())
     no_jobs(slurm)
     sweep.check_complete(trials=2)

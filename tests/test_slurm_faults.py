@@ -5,9 +5,6 @@ from __future__ import annotations
 import getpass
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
@@ -24,7 +21,7 @@ from support.slurm import (
     started,
     wait_for_attempt,
 )
-from support.sweep import Driver
+from support.sweep import Driver, small_disk
 from support.waiting import wait_for
 
 from cluster.folder import TrialFolder
@@ -238,17 +235,6 @@ def test_tracking_server_away_for_a_while(slurm, tmp_path, server):
     finish(sweep, slurm, driver, trials=2)
 
 
-@contextmanager
-def small_disk(path: Path) -> Iterator[Path]:
-    """A disk of its own for a folder, with room for next to nothing."""
-    path.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
 @pytest.mark.usefixtures("installed")
 def test_disk_full_in_one_trials_folder(tmp_path):
     """It is said, the other trials go on, and so does this one once there is room."""
@@ -261,7 +247,7 @@ def test_disk_full_in_one_trials_folder(tmp_path):
     sweep = make_sweep(None, tmp_path, **changes)
     spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])
     full = TrialFolder(spec.trials / spec.trial_config(spec.cells()[0]).content_hash())
-    with small_disk(full.path), started() as slurm:  # in this order: the nodes see what was mounted before them
+    with small_disk(full.path, "32k"), started() as slurm:  # in this order: the nodes see what was mounted before them
         sweep.environment |= {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
         driver = sweep.start()
         others = lambda: [trial for trial in sweep.trials() if trial.ended() and trial.name != full.name]  # noqa: E731

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.sweep import SHARING, SPEC, Sweep
+from support.sweep import SHARING, SPEC, Sweep, empty_store, small_disk
 from support.waiting import wait_for
 
 import lorvp
@@ -67,6 +69,29 @@ def test_drivers_interrupted_and_resumed(tmp_path):
     sweep.run("--resume")
     sweep.check_complete(trials=5)
     sweep.check_kept(before)
+
+
+def test_the_disk_under_sqlite_is_full_for_a_while(tmp_path):
+    """That is one line, whatever is sent meanwhile; once there is room, all of it arrives."""
+    text = SPEC.replace("trials: 4", "trials: 2").replace("rule: asha", "rule: none")
+    sweep = Sweep(tmp_path, text, profile=SHARING)
+    with small_disk(tmp_path / "small", "4m") as disk:
+        shutil.copyfile(empty_store(), disk / "mlflow.db")
+        sweep.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{disk / 'mlflow.db'}"
+        step = sweep.holds.hold("step", epoch=2, step=3)
+        driver = sweep.start()
+        step.reached(driver, count=2)
+        wait_for("an epoch in MLflow", lambda: any("val_top1" in run.data.metrics for run in sweep.runs()), driver)
+        filler = disk / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while file.write(bytes(1024)):
+                pass
+        step.release()
+        driver.says(r"trying again: \(sqlite3.OperationalError\) (database or disk is full|disk I/O error)")
+        wait_for("end of all trials", lambda: all(trial.ended() for trial in sweep.trials()), driver)
+        filler.unlink()
+        assert driver.end().count("sqlite3") <= 2
+        sweep.check_complete(trials=3)
 
 
 CONFIRMED = """\

@@ -22,6 +22,12 @@ LONGEST_PAUSE = 10.0
 """Between two tries to send what MLflow did not take."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, after SQLAlchemy's word on when it happened."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+    return lines[0] if lines else type(error).__name__
+
+
 class Attempts:
     """Tries what may fail and is tried again later. What goes wrong is shown once."""
 
@@ -34,11 +40,11 @@ class Attempts:
         try:
             action()
         except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next time may be good
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            if lines[0] != self._trouble:
-                self._trouble = lines[0]
+            line = first_line(error)
+            if line != self._trouble:
+                self._trouble = line
                 with suppress(OSError):  # of a screen that is gone, or a log on a full disk
-                    self._show(f"trying again: {lines[0]}")
+                    self._show(f"trying again: {line}")
             return False
         self._trouble = ""
         return True
