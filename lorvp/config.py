@@ -75,18 +75,27 @@ class BackboneConfig(Part):
 
 
 class DatasetConfig(Part):
-    """The downstream data. The validation set is split off the training set, stratified and seeded."""
+    """The downstream data. The validation set is its own, or else split off the training set, stratified and seeded."""
 
     name: Literal["store", "image_folder", "digits"] = Field(
         description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
     )
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
-    val_fraction: Fraction = Field(0.1, description="of the training images: those to choose by")
-    val_images: PositiveInt | None = Field(None, description="in place of val_fraction: as many, stratified")
-    train_images: PositiveInt | None = Field(None, description="train on so many of the rest; 800 and 200 as VTAB does")
-    split_seed: NonNegativeInt = Field(0, description="of that split")
+    val_fraction: Fraction = Field(
+        0.1, description="of the training images: those to choose by, where the data has no validation set of its own"
+    )
+    val_images: PositiveInt | None = Field(
+        None,
+        description="in place of val_fraction: so many images, stratified; of the data's own validation set so many",
+    )
+    train_images: PositiveInt | None = Field(
+        None, description="train on so many of the rest, stratified; default: on all"
+    )
+    split_seed: NonNegativeInt = Field(0, description="of these draws")
     max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
-    max_per_class: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first images of a class")
+    max_per_class: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="so many training images of a class, drawn; the test set stays whole"
+    )
     skip_unreadable: bool = Field(False, description="go on without images that can't be read")
     crop_flip: bool = Field(False, description="train on random crops (224 of 252 px) and mirror images, as published")
     crop_root: AbsolutePath | None = Field(None, description="store of the same images at the size before the crop")

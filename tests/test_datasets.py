@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make
 from PIL import Image
 
 from lorvp import datasets, pipeline
@@ -66,6 +67,37 @@ def test_limits(image_root):
     assert (len(splits.train) + len(splits.val), len(splits.test)) == (8, 8)
 
 
+def used(splits: datasets.Splits) -> set[bytes]:
+    """The images to train and to choose by."""
+    both = (part.read([i]).numpy().tobytes() for part in (splits.train, splits.val) for i in range(len(part)))
+    return set(both)
+
+
+@pytest.mark.parametrize("kind", ["digits", "divided folder", "undivided folder", "store"])
+def test_a_few_of_each_class_are_drawn_by_the_seed_and_the_test_set_stays(image_root, tmp_path, kind):
+    config = {
+        "digits": lambda: DatasetConfig(name="digits"),
+        "divided folder": lambda: folder_config(image_root),
+        "undivided folder": lambda: folder_config(image_root / "train"),
+        "store": lambda: folder_config(make("image_folder", image_root, tmp_path, size=8).folder, name="store"),
+    }[kind]()
+    whole = datasets.load(config, 8)
+
+    def few(seed: int) -> datasets.Splits:
+        return datasets.load(config.model_copy(update={"max_per_class": 4, "split_seed": seed}), 8)
+
+    one, again, other = few(0), few(0), few(1)
+    for found in (one, again, other):
+        assert np.bincount([*found.train.labels, *found.val.labels]).tolist() == [4] * len(whole.class_names)
+        every = range(len(whole.test))
+        assert torch.equal(found.test.read(every), whole.test.read(every))
+    assert used(one) == used(again) != used(other)
+    assert used(one) <= used(whole)
+    labels = whole.train.labels
+    first = np.concatenate([np.flatnonzero(labels == label)[:4] for label in np.unique(labels)])
+    assert not used(one) <= {whole.train.read([i]).numpy().tobytes() for i in first}
+
+
 def test_digits_have_a_test_split_of_their_own():
     splits = datasets.load(DatasetConfig(name="digits"), 32)
     assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
@@ -115,5 +147,5 @@ def test_folders_that_are_not_datasets(image_root, tmp_path):
         datasets.load(folder_config(image_root), 8)
     (image_root / "train" / "n04").rmdir()
     (image_root / "val" / "n03").rename(image_root / "val" / "n09")
-    with pytest.raises(UserError, match="differ in their classes: n03, n09"):
+    with pytest.raises(UserError, match="val: its class folders are not those of the other split: n03, n09"):
         datasets.load(folder_config(image_root), 8)
