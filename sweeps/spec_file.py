@@ -128,6 +128,13 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
     """That what the confirmation decides is decided by nothing else."""
     if spec.confirm is None:
         return
+    used = [seed for seed in spec.seeds if spec.trains_under(seed)]
+    if used:
+        fail(
+            ("confirm", "seeds"),
+            f"the search trains under seed {used[0]} (init_seed, order_seed) and has chosen by it; others confirm, as "
+            f"{spec.unused_seeds(len(spec.seeds))}",
+        )
     for kind in ("trial", "space", "control"):
         if "read_test" in (getattr(spec, kind) or {}):
             fail((kind, "read_test"), "leave it out beside confirm: only the confirmation reads the test set")
