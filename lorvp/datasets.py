@@ -155,6 +155,7 @@ def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -
 class Splits:
     """The three parts of a dataset; `val` is its own, or else split off the training images, stratified and seeded.
 
+    Under `train_on_val` the images of `val` are the last of `train`, too.
     Where random crops are asked for, `train` has images of the size that they are taken from.
     """
 
@@ -198,22 +199,49 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
     parts = _read(config, image_size)
     train, test = parts.train, parts.test
     assert test is not None  # by _read
-    if parts.val is not None:
-        kept, val = np.arange(len(train)), parts.val
-        if config.val_images is not None:
-            val = val.subset(stratified_sample(val.labels, config.val_images, config.split_seed)[1])
-    else:
-        if config.val_images is None:
-            kept, held_back = stratified_split(train.labels, config.val_fraction, config.split_seed)
-        else:
-            kept, held_back = stratified_sample(train.labels, config.val_images, config.split_seed)
-        val = train.subset(held_back)
+    source = train if parts.val is None else parts.val
+    kept, held_back = _chosen(config, train.labels, None if parts.val is None else parts.val.labels)
+    val = source.subset(held_back)
     if not len(val):
         raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
-    if config.train_images is not None:
-        kept = kept[stratified_sample(train.labels[kept], config.train_images, config.split_seed)[1]]
+    if config.train_on_val:
+        if parts.val is not None:
+            raise UserError(f"dataset.train_on_val: {config.root} has validation images apart; put them into train")
+        kept = np.concatenate([kept, held_back])
     trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
     return Splits(trained_on.subset(kept), val, test)
+
+
+def _chosen(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which images to train and to choose by: indices of those with `labels`, and of those or of the `own` ones of a
+    validation set.
+
+    Raises UserError when there are not so many.
+    """
+    every, seed = np.arange(len(labels)), config.split_seed
+    if config.val_from is not None:
+        assert config.train_images is not None  # by _has_root
+        assert config.val_images is not None
+        first, last = config.val_from, config.val_from + config.val_images
+        if last > len(labels if own is None else own) or config.train_images > (
+            len(labels) if own is not None else first
+        ):
+            raise UserError(
+                f"dataset.val_from: the first {config.train_images:,} images and those from {first:,} to {last - 1:,} "
+                f"must be there, and not the same: {config.title} has {len(labels):,} to train on"
+                + (f" and {len(own):,} to choose by" if own is not None else "")
+            )
+        return every[: config.train_images], np.arange(first, last)
+    if own is not None:
+        val = np.arange(len(own)) if config.val_images is None else stratified_sample(own, config.val_images, seed)[1]
+        kept = every
+    elif config.val_images is not None:
+        kept, val = stratified_sample(labels, config.val_images, seed)
+    else:
+        kept, val = stratified_split(labels, config.val_fraction, seed)
+    if config.train_images is not None:
+        kept = kept[stratified_sample(labels[kept], config.train_images, seed)[1]]
+    return kept, val
 
 
 def crop_size(image_size: int) -> int:

@@ -126,6 +126,10 @@ class Confirm(Part):
         description="of the trial and of its data's order, none of them the search's; default: the three after those",
     )
 
+    all_images: bool = Field(
+        False, description="train on the validation images, too, to the last epoch; VTAB's last training"
+    )
+
     @model_validator(mode="after")
     def _has_different_seeds(self) -> Confirm:
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
@@ -208,6 +212,11 @@ class Spec(Part):
             return []
         return self.confirm.seeds or self.unused_seeds(DEFAULT_SEEDS)
 
+    @property
+    def all_images(self) -> bool:
+        """Whether what confirms is trained on the validation images, too."""
+        return self.confirm is not None and self.confirm.all_images
+
     def unused_seeds(self, count: int) -> list[int]:
         """The next after the largest that the search trains under."""
         first = 1 + math.floor(max(self._searched_seeds()[1]))
@@ -255,7 +264,10 @@ class Spec(Part):
         """A config of the search as it is trained to confirm it."""
         select = self.trial.get("select", config.select)
         changes = {"init_seed": seed, "order_seed": seed, "read_test": True, "select": select}
-        return TrialConfig.model_validate(config.model_dump(mode="json") | changes)
+        values = config.model_dump(mode="json") | changes
+        if self.all_images:
+            values["dataset"]["train_on_val"] = True
+        return TrialConfig.model_validate(values)
 
     def stage(self, config: TrialConfig) -> Stage:
         return Stage.CONFIRM if self.confirm and config.read_test else Stage.SEARCH

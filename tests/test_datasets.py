@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,61 @@ def test_a_few_of_each_class_are_drawn_by_the_seed_and_the_test_set_stays(image_
     labels = whole.train.labels
     first = np.concatenate([np.flatnonzero(labels == label)[:4] for label in np.unique(labels)])
     assert not used(one) <= {whole.train.read([i]).numpy().tobytes() for i in first}
+
+
+def pixels(images: datasets.Images) -> torch.Tensor:
+    return images.read(range(len(images)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_positions_in_place_of_draws(image_root, tmp_path, stored):
+    """As VTAB takes them: the first images, and so many from a place on, whatever their classes."""
+    config = folder_config(image_root)
+    if stored:
+        config = folder_config(make("image_folder", image_root, tmp_path, size=8).folder, name="store")
+    rows = datasets.image_folder(image_root / "train", 8)
+
+    def load(**changes: object) -> datasets.Splits:
+        return datasets.load(DatasetConfig(**config.model_dump() | {"train_images": 10, "val_images": 3} | changes), 8)
+
+    for seed in (0, 1):
+        found = load(val_from=20, split_seed=seed)
+        assert torch.equal(pixels(found.train), rows.read(range(10)))
+        assert torch.equal(pixels(found.val), rows.read(range(20, 23)))
+        assert found.val.labels.tolist() == [2] * 3
+        assert len(found.test) == 12
+    for first in (9, 22):
+        with pytest.raises(
+            UserError, match=rf"dataset.val_from: the first 10 images and those from {first} to .* has 24 to"
+        ):
+            load(val_from=first)
+    assert len(load(val_from=21).val) == 3
+    shutil.copytree(image_root / "val", image_root / "test")
+    if not stored:  # with validation images of its own it is a place among those
+        found = load(val_from=1)
+        assert torch.equal(pixels(found.train), rows.read(range(10)))
+        assert torch.equal(pixels(found.val), datasets.image_folder(image_root / "val", 8).read(range(1, 4)))
+        with pytest.raises(UserError, match=r"those from 10 to 12 .* has 24 to train on and 12 to choose by"):
+            load(val_from=10)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"val_images": 6, "train_images": 10}, {"val_images": 6, "train_images": 10, "val_from": 12}]
+)
+@pytest.mark.parametrize("crop_flip", [False, True])
+def test_the_last_training_is_on_the_validation_images_too(image_root, changes, crop_flip):
+    config = folder_config(image_root, crop_flip=crop_flip, **changes)
+    apart, together = (datasets.load(config.model_copy(update={"train_on_val": on}), 8) for on in (False, True))
+    assert len(together.train) == len(apart.train) + len(apart.val) == (16 if changes else 24)
+    assert torch.equal(pixels(together.val), pixels(apart.val))
+    last = range(len(apart.train), len(together.train))
+    assert together.train.labels[last].tolist() == apart.val.labels.tolist()
+    assert torch.equal(together.train.read(range(len(apart.train))), pixels(apart.train))
+    if not crop_flip:
+        assert torch.equal(together.train.read(last), pixels(apart.val))
+    shutil.copytree(image_root / "val", image_root / "test")
+    with pytest.raises(UserError, match=r"train_on_val: .* has validation images apart; put them into train"):
+        datasets.load(folder_config(image_root, train_on_val=True), 8)
 
 
 def test_digits_have_a_test_split_of_their_own():

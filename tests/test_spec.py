@@ -220,6 +220,28 @@ def test_only_the_confirmation_reads_the_test_set(write):
     assert {without.stage(config) for config in [without.trial_config(without.example()), again]} == {"search"}
 
 
+def test_only_the_confirmation_trains_on_the_validation_images(write):
+    spec = spec_file.load(write(), ["confirm.all_images=true"])
+    found = spec.trial_config(spec.cells()[0])
+    again = spec.confirmed(found, 1)
+    assert (found.dataset.train_on_val, again.dataset.train_on_val) == (False, True)
+    assert found.canonical()["dataset"].keys() == again.canonical()["dataset"].keys() - {"train_on_val"}
+    for key in (
+        "trial.dataset.train_on_val=true",
+        "space.dataset.train_on_val={choice: [true, false]}",
+        "control.dataset.train_on_val=true",
+    ):
+        with pytest.raises(
+            UserError, match=r"dataset.train_on_val: the search chooses by the validation images: confirm.all_images"
+        ):
+            spec_file.load(write(), ["confirm={}", key])
+    rungs = "trial.rungs=[{epochs: 1, train_share: 0.5}]"
+    with pytest.raises(
+        UserError, match=r"confirm.all_images: a rung trains on a part of the images: leave its train_share out"
+    ):
+        spec_file.load(write(), ["confirm.all_images=true", rungs])
+
+
 @pytest.mark.parametrize(
     ("overrides", "seeds"),
     [
