@@ -459,9 +459,12 @@ def test_folders_of_classes_are_not_asked_about(tmp_path):
 SIGNS = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2"
 
 
-def official_gtsrb(root: Path) -> Path:
-    """GTSRB's official archives, unpacked side by side; the class is said by the lists."""
-    training, test = root / "GTSRB" / "Final_Training" / "Images", root / "GTSRB" / "Final_Test" / "Images"
+def official_gtsrb(root: Path, apart: bool = False) -> Path:
+    """GTSRB's official archives, unpacked into one folder, or each into its own; the class is said by the lists."""
+    where = {
+        name: root / f"GTSRB_{name}" if apart else root for name in ("Final_Training", "Final_Test", "Final_Test_GT")
+    }
+    training, test = (where[name] / "GTSRB" / name / "Images" for name in ("Final_Training", "Final_Test"))
     for label in (0, 14):
         rows = [f"{SIGNS};ClassId"]
         for i in range(2):
@@ -473,14 +476,16 @@ def official_gtsrb(root: Path) -> Path:
     plain = "\n".join([SIGNS, *(f"{i:05}.ppm;53;54;6;5;48;49" for i in range(2))])
     (test / "GT-final_test.test.csv").write_text(plain)
     labelled = [f"{SIGNS};ClassId", *(f"{i:05}.ppm;53;54;6;5;48;49;{label}" for i, label in enumerate((14, 0)))]
-    (root / "GT-final_test.csv").write_text("\n".join(labelled))
-    (root / "GTSRB" / "Readme-Images.txt").write_text("about them")
+    where["Final_Test_GT"].mkdir(exist_ok=True)
+    (where["Final_Test_GT"] / "GT-final_test.csv").write_text("\n".join(labelled))
+    (training.parents[1] / "Readme-Images.txt").write_text("about them")
     return root
 
 
 def test_gtsrb_as_its_publishers_have_it(tmp_path):
     source = official_gtsrb(tmp_path / "source")
     opened = make("gtsrb", source, tmp_path / "out", size=16)
+    assert make("gtsrb", official_gtsrb(tmp_path / "apart", True), tmp_path / "out", size=16).folder == opened.folder
     assert opened.splits["train"].labels.tolist() == [0, 0, 14, 14]
     assert opened.splits["test"].labels.tolist() == [14, 0]
     assert len(opened.description.class_names) == 43
