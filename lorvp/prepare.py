@@ -34,7 +34,7 @@ from lorvp.store import MANIFEST, Description, File, Manifest, SplitFiles, Store
 PART_BYTES = 32 << 20
 ROW_BYTES = 256
 """What a row's label and name take, at most, of the index and of the plan."""
-SAMPLE = 64
+SAMPLE = 16
 """Of so many images of a split it is asked whether a store was made of them."""
 PLAN = "plan.json"
 DEFAULT_SIZE = 224

@@ -155,11 +155,12 @@ def test_a_head_for_all_images_has_the_c_that_was_best_on_val(cache):
     points, cpu = blobs(), torch.device("cpu")
     train, val = points.subset(np.arange(60)), points.subset(np.arange(60, 180))
     cs = np.array([1e-5, 1e-2, 10.0])
-    for how_far in ("best", 0.1):
+    apart = [probe.head(train, val, "best", cpu, cs[:count]) for count in (1, 2, 3)]
+    reached = [probe.accuracy(head, val.pixels, torch.from_numpy(val.labels)) for head in apart]
+    chosen = cs[int(np.argmax(reached))]
+    for how_far, c in (("best", chosen), (0.1, 0.1)):
         found = probe.head(train, val, how_far, cpu, cs, points)
-        apart = probe.head(train, val, how_far, cpu, cs)
-        (chosen,) = [c for c in (*cs, 0.1) if torch.equal(probe.head(train, val, c, cpu)[0], apart[0])] or [cs[1]]
-        torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, chosen))
+        torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, c))
 
 
 def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatch):
