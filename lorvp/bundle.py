@@ -28,7 +28,7 @@ from lorvp.bundle_format import (
     describe,
     digest,
 )
-from lorvp.card import SELECTION, card
+from lorvp.card import card, selection
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.files import replacing
@@ -65,7 +65,7 @@ def save(
             "trial": config.content_hash(),
             "sha256": digest(temporary / TENSORS),
             "metrics": {
-                "selection": SELECTION[config.select],
+                "selection": selection(config),
                 "epoch": best_epoch,
                 "epochs_trained": last.epoch,
                 "val_top1": best.val_top1,

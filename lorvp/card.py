@@ -9,8 +9,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from lorvp.config import TrialConfig
 
 SELECTION = {
-    "val": "the best epoch on the validation split, which was split off the training set; the test set was read once, "
-    "with that epoch's prompt and head",
+    "val": "the best epoch on validation images, which were not trained on; the test set was read once, with that "
+    "epoch's prompt and head",
+    "last": "nothing: it is the last epoch, and was trained on the validation images, too, whose figure is no measure; "
+    "the test set was read once",
     "test_best_epoch": "the published protocol: the best epoch on the test set itself, an optimistic figure",
 }
 TEXT = """\
@@ -84,13 +86,18 @@ def card(description: dict[str, Any]) -> str:
         dataset=config.dataset.title,
         classes=len(classes),
         epochs=metrics["epochs_trained"],
-        selection=SELECTION[config.select],
+        selection=selection(config),
         trial=description["trial"],
         digest=source["digest"],
         licence=licence,
         **figures,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def selection(config: TrialConfig) -> str:
+    """What the epoch was chosen by, in words."""
+    return SELECTION["last" if config.select == "val" and config.dataset.train_on_val else config.select]
 
 
 def _what(config: TrialConfig) -> str:

@@ -75,18 +75,35 @@ class BackboneConfig(Part):
 
 
 class DatasetConfig(Part):
-    """The downstream data. The validation set is split off the training set, stratified and seeded."""
+    """The downstream data. The validation set is its own, or else split off the training set, stratified and seeded."""
 
     name: Literal["store", "image_folder", "digits"] = Field(
         description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
     )
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
-    val_fraction: Fraction = Field(0.1, description="of the training images: those to choose by")
-    val_images: PositiveInt | None = Field(None, description="in place of val_fraction: as many, stratified")
-    train_images: PositiveInt | None = Field(None, description="train on so many of the rest; 800 and 200 as VTAB does")
-    split_seed: NonNegativeInt = Field(0, description="of that split")
+    val_fraction: Fraction = Field(
+        0.1, description="of the training images: those to choose by, where the data has no validation set of its own"
+    )
+    val_images: PositiveInt | None = Field(
+        None,
+        description="in place of val_fraction: so many images, stratified; of the data's own validation set so many",
+    )
+    train_images: PositiveInt | None = Field(
+        None, description="train on so many of the rest, stratified; default: on all"
+    )
+    val_from: NonNegativeInt | None = Field(
+        None,
+        description="no draws: the first train_images, and val_images from this position on, in the data's own order; "
+        "800, 200 and 45000 are VTAB's of CIFAR-100",
+    )
+    train_on_val: bool = Field(
+        False, description="train on both, to the last epoch, as VTAB does at the end; confirm.all_images sets it"
+    )
+    split_seed: NonNegativeInt = Field(0, description="of these draws")
     max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
-    max_per_class: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first images of a class")
+    max_per_class: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="so many training images of a class, drawn; the test set stays whole"
+    )
     skip_unreadable: bool = Field(False, description="go on without images that can't be read")
     crop_flip: bool = Field(False, description="train on random crops (224 of 252 px) and mirror images, as published")
     crop_root: AbsolutePath | None = Field(None, description="store of the same images at the size before the crop")
@@ -109,6 +126,10 @@ class DatasetConfig(Part):
             raise ValueError(f"dataset {self.name} needs root: the folder where it lies")
         if self.exact and self.name == "digits":
             raise ValueError("dataset digits is resized on the device: exact can't be had")
+        if self.val_from is not None and not (self.val_images and self.train_images):
+            raise ValueError("val_from is a position: train_images and val_images must say how many images there are")
+        if self.val_from is not None and (self.max_classes or self.max_per_class):
+            raise ValueError("val_from counts all images: leave max_classes and max_per_class out")
         if self.crop_root and not (self.crop_flip and self.name == "store"):
             raise ValueError("crop_root goes with name: store and crop_flip: true")
         return self
@@ -278,6 +299,8 @@ class TrialConfig(Part):
             raise ValueError("method linear_probe trains only a head: label_mapping must be lp or fm")
         if sum(rung.epochs for rung in self.rungs) >= self.epochs:
             raise ValueError(f"rungs: their epochs must be fewer than epochs ({self.epochs}): the last ones are whole")
+        if self.dataset.train_on_val and any(rung.train_share for rung in self.rungs):
+            raise ValueError("rungs: dataset.train_on_val trains on all images, train_share on a part: leave one out")
         if self.select == "test_best_epoch" and not self.read_test:
             raise ValueError("select: test_best_epoch chooses by the test set: read_test must be true")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
@@ -391,6 +414,8 @@ class TrialConfig(Part):
         if self.schedule.name != "steps":
             unused += ["schedule.milestones"]
         unused += ["dataset.val_fraction"] if self.dataset.val_images else ["dataset.val_images"]
+        unused += ["dataset.val_from"] if self.dataset.val_from is None else []
+        unused += [] if self.dataset.train_on_val else ["dataset.train_on_val"]
         for key in unused:
             *parents, last = key.split(".")
             part = values

@@ -36,11 +36,13 @@ def prepare_command(
     partial: Annotated[bool, typer.Option("--partial", help="take a part of the dataset, too")] = False,
     encoded: Annotated[bool, typer.Option("--encoded", help="keep the files as they are: smaller, slower")] = False,
     name: Annotated[str, typer.Option(help="what the store is called; default: NAME")] = "",
+    nested: Annotated[bool, typer.Option("--nested", help="of image_folder: every folder in it is a class")] = False,
 ) -> None:
-    """Decodes a dataset once. A call that was interrupted is gone on with by another."""
+    """Decodes a dataset once. A call that was interrupted is gone on with by another; a store of something else that is
+    there is refused."""
     if download:
         torchvision_sets.download(dataset, source)
-    folder = prepare(dataset, source, out, size, processes, skip_unreadable, partial, encoded, name)
+    folder = prepare(dataset, source, out, size, processes, skip_unreadable, partial, encoded, name, nested)
     show(folder)
 
 

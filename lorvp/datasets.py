@@ -9,22 +9,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lorvp import shuffle, store
+from lorvp import folders, shuffle, store
 from lorvp.config import DatasetConfig
 from lorvp.errors import UserError
 from lorvp.images import decode
-from lorvp.sources import class_folders
+from lorvp.rows import Rows
 
+SPLITS = ("train", "val", "test")
 TEST_FRACTION = 0.2
 """Share held back for testing, stratified and always the same, where a dataset has no test split of its own."""
 IN_MEMORY_BYTES = 4 << 30
@@ -152,8 +153,9 @@ def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a dataset; `val` is split off the training images, stratified and seeded.
+    """The three parts of a dataset; `val` is its own, or else split off the training images, stratified and seeded.
 
+    Under `train_on_val` the images of `val` are the last of `train`, too.
     Where random crops are asked for, `train` has images of the size that they are taken from.
     """
 
@@ -166,10 +168,26 @@ class Splits:
         return self.train.class_names
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A dataset as it comes: not every one has images of its own to choose and to test by."""
+
+    train: Images
+    val: Images | None = None
+    test: Images | None = None
+
+    def each(self, change: Callable[[Images], Images]) -> Parts:
+        """Those that there are, changed alike."""
+        return Parts(change(self.train), self.val and change(self.val), self.test and change(self.test))
+
+
 def image_folder(folder: Path, size: int) -> FolderImages:
     """The images of `folder`/CLASS/*, classes in sorted order. Raises UserError for a missing or an empty folder."""
-    class_names, rows = class_folders(folder)
-    paths = np.array([folder / name for name in rows.names], dtype=object)
+    return _files(*folders.class_folders(folder), size)
+
+
+def _files(class_names: Sequence[str], rows: Rows, size: int) -> FolderImages:
+    paths = np.array([Path(rows.root or "", name) for name in rows.names], dtype=object)
     return FolderImages(paths, rows.labels, tuple(class_names), size)
 
 
@@ -178,24 +196,52 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
 
     Raises UserError when it isn't there, is too small, or holds images that can't be read and may not be skipped.
     """
-    train, test = _read(config, image_size)
-    rest = np.arange(len(train))
-    if test is None:
-        rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
-        test = train.subset(held_back)
-    if test.class_names != train.class_names:
-        odd = sorted(set(test.class_names) ^ set(train.class_names))
-        raise UserError(f"{config.root}: train and test differ in their classes: {', '.join(odd[:5])}")
-    if config.val_images is None:
-        kept, val = stratified_split(train.labels[rest], config.val_fraction, config.split_seed)
-    else:
-        kept, val = stratified_sample(train.labels[rest], config.val_images, config.split_seed)
+    parts = _read(config, image_size)
+    train, test = parts.train, parts.test
+    assert test is not None  # by _read
+    source = train if parts.val is None else parts.val
+    kept, held_back = _chosen(config, train.labels, None if parts.val is None else parts.val.labels)
+    val = source.subset(held_back)
     if not len(val):
         raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
-    if config.train_images is not None:
-        kept = kept[stratified_sample(train.labels[rest[kept]], config.train_images, config.split_seed)[1]]
+    if config.train_on_val:
+        if parts.val is not None:
+            raise UserError(f"dataset.train_on_val: {config.root} has validation images apart; put them into train")
+        kept = np.concatenate([kept, held_back])
     trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
-    return Splits(trained_on.subset(rest[kept]), train.subset(rest[val]), test)
+    return Splits(trained_on.subset(kept), val, test)
+
+
+def _chosen(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which images to train and to choose by: indices of those with `labels`, and of those or of the `own` ones of a
+    validation set.
+
+    Raises UserError when there are not so many.
+    """
+    every, seed = np.arange(len(labels)), config.split_seed
+    if config.val_from is not None:
+        assert config.train_images is not None  # by _has_root
+        assert config.val_images is not None
+        first, last = config.val_from, config.val_from + config.val_images
+        if last > len(labels if own is None else own) or config.train_images > (
+            len(labels) if own is not None else first
+        ):
+            raise UserError(
+                f"dataset.val_from: the first {config.train_images:,} images and those from {first:,} to {last - 1:,} "
+                f"must be there, and not the same: {config.title} has {len(labels):,} to train on"
+                + (f" and {len(own):,} to choose by" if own is not None else "")
+            )
+        return every[: config.train_images], np.arange(first, last)
+    if own is not None:
+        val = np.arange(len(own)) if config.val_images is None else stratified_sample(own, config.val_images, seed)[1]
+        kept = every
+    elif config.val_images is not None:
+        kept, val = stratified_sample(labels, config.val_images, seed)
+    else:
+        kept, val = stratified_split(labels, config.val_fraction, seed)
+    if config.train_images is not None:
+        kept = kept[stratified_sample(labels[kept], config.train_images, seed)[1]]
+    return kept, val
 
 
 def crop_size(image_size: int) -> int:
@@ -233,15 +279,22 @@ def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndar
     return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
-def _read(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
-    """The images to train and to test on, without those that are not wanted or can't be read."""
-    train, test = LOADERS[config.name](config, image_size)
-    return _wanted(train, config), _wanted(test, config) if test is not None else None
+def _read(config: DatasetConfig, image_size: int) -> Parts:
+    """The images to train, to choose and to test on, without those that are not wanted or can't be read.
 
-
-def _wanted(images: Images, config: DatasetConfig) -> Images:
-    images = _limit(images, config)
-    return _readable(images, config.skip_unreadable) if isinstance(images, FolderImages) else images
+    There is always a test set; `max_per_class` does not make it smaller.
+    """
+    parts = LOADERS[config.name](config, image_size)
+    if config.max_classes is not None:
+        parts = parts.each(partial(_of_classes, count=config.max_classes))
+    train, test = parts.train, parts.test
+    if test is None:
+        rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
+        train, test = train.subset(rest), train.subset(held_back)
+    if config.max_per_class is not None:
+        take = np.minimum(np.bincount(train.labels), config.max_per_class)
+        train = train.subset(_hold_back(train.labels, take, config.split_seed)[1])
+    return Parts(train, parts.val, test).each(partial(_readable, skip_unreadable=config.skip_unreadable))
 
 
 def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Images:
@@ -255,27 +308,26 @@ def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Image
             return train
         check_size(opened, large, wanted="dataset.crop_root needs")
         config = config.model_copy(update={"root": opened.folder})
-    crops, _ = _read(config, large)
+    crops = _read(config, large).train
     if not np.array_equal(crops.labels, train.labels):
         raise UserError(f"dataset.crop_root: {config.crop_root} has other images than {config.root}")
     return crops
 
 
-def _limit(images: Images, config: DatasetConfig) -> Images:
-    """The first `max_classes` classes and the first `max_per_class` images of each."""
-    if config.max_classes is None and config.max_per_class is None:
-        return images
-    classes = len(images.class_names) if config.max_classes is None else config.max_classes
-    keep = np.concatenate([np.flatnonzero(images.labels == c)[: config.max_per_class] for c in range(classes)])
-    return replace(images.subset(np.sort(keep)), class_names=images.class_names[:classes])
+def _of_classes(images: Images, count: int) -> Images:
+    """Those of the first `count` classes."""
+    chosen = images.subset(np.flatnonzero(images.labels < count))
+    return replace(chosen, class_names=images.class_names[:count])
 
 
-def _readable(folder: FolderImages, skip_unreadable: bool) -> Images:
-    """`folder` without the files that can't be read, decoded into memory where it fits.
+def _readable(folder: Images, skip_unreadable: bool) -> Images:
+    """Of files those that can be read, decoded into memory where they fit; other images as they are.
 
     A folder too large to keep is checked by each file's header and end marker: that finds what is empty, truncated
     or no image, without decoding it all before every trial.
     """
+    if not isinstance(folder, FolderImages):
+        return folder
     fits = len(folder) * 3 * folder.size**2 <= IN_MEMORY_BYTES
     pixels = torch.empty(len(folder), 3, folder.size, folder.size, dtype=torch.uint8) if fits else None
 
@@ -316,16 +368,15 @@ def _check_header(path: Path) -> None:
         raise UserError(f"{path}: not a readable image (truncated)")
 
 
-def _image_folder(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
-    """`root`/train and `root`/test or, as in ImageNet's layout, `root`/val as the test set; or `root` undivided."""
-    root = config.folder
-    if not (root / "train").is_dir():
-        return image_folder(root, image_size), None
-    test = root / "test" if (root / "test").is_dir() else root / "val"
-    return image_folder(root / "train", image_size), image_folder(test, image_size) if test.is_dir() else None
+def _image_folder(config: DatasetConfig, image_size: int) -> Parts:
+    """As `folders.image_folder` finds it; says what it leaves out."""
+    source = folders.image_folder(config.folder)
+    for remark in source.remarks(config.folder):
+        print(remark, flush=True)
+    return Parts(**{split: _files(source.class_names, rows, image_size) for split, rows in source.splits.items()})
 
 
-def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+def _digits(config: DatasetConfig, image_size: int) -> Parts:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
     # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
     spec = importlib.util.find_spec("sklearn")
@@ -334,17 +385,16 @@ def _digits(config: DatasetConfig, image_size: int) -> tuple[Images, Images | No
     table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     grey = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
     pixels = grey[:, None].repeat(1, 3, 1, 1)
-    return ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))), None
+    return Parts(ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))))
 
 
-def _store(config: DatasetConfig, image_size: int) -> tuple[Images, Images | None]:
+def _store(config: DatasetConfig, image_size: int) -> Parts:
     """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
     opened = store.Store.open(config.folder)
     check_size(opened, image_size, config.exact)
     if "train" not in opened.splits:
         raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")
-    test = stored(opened, "test", image_size) if "test" in opened.splits else None
-    return stored(opened, "train", image_size), test
+    return Parts(**{split: stored(opened, split, image_size) for split in SPLITS if split in opened.splits})
 
 
 def check_size(opened: store.Store, image_size: int, exact: bool = False, wanted: str = "the backbone takes") -> None:
@@ -366,4 +416,4 @@ def stored(opened: store.Store, split: str, image_size: int) -> StoreImages:
 
 
 LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
-"""name -> (config, image size) -> (train, test or None). A dataset is a function here and a name in DatasetConfig."""
+"""name -> (config, image size) -> its parts. A dataset is a function here and a name in DatasetConfig."""

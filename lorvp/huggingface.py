@@ -7,6 +7,9 @@ huggingface/datasets: features of the types Image and ClassLabel), so that pyarr
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lorvp import folders
 from lorvp.errors import UserError
 from lorvp.rows import Rows, Source
 
-TEST_SPLITS = ("test", "validation", "valid", "val")
-"""What the test images may be called; the first of them whose images have labels is taken."""
+PART = re.compile(r"(?P<split>[^-]+)(?:-(?P<number>\d+))?(?:-of-(?P<of>\d+))?(?:-.*)?\.(?:parquet|arrow)")
+"""A file's name: its split, which of its parts it is, and of how many."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Which is the class where there are several columns of classes."""
 
@@ -66,34 +70,107 @@ class Tables:
 
 
 def saved(root: Path) -> Source:
-    """A dataset on disk. Raises UserError where its tables don't say what is an image and what its class."""
-    files = _split_files(root)
+    """A dataset on disk. A validation split is the test split where no other has labels.
+
+    Raises UserError where its tables don't say what is an image and what its class, or a part of a split is missing.
+    """
+    files, left_out = _split_files(root)
     if "train" not in files:
-        raise UserError(f"{root}: no train split of a Hugging Face dataset, of save_to_disk or in Parquet files")
+        there = f"; there are {', '.join(sorted({*files} | {*left_out}))}" if files or left_out else ""
+        raise UserError(f"{root}: no train split of a Hugging Face dataset, of save_to_disk or in Parquet files{there}")
     image, label, class_names = _columns(files["train"][0])
-    splits = {"train": _rows(files["train"], "train", image, label)}
-    _check_labels(splits["train"], class_names, root, "train")
-    for name in TEST_SPLITS:
-        if name in files:
-            rows = _rows(files[name], name, image, label)
-            if len(rows) and rows.labels.min() >= 0:  # -1 is "not told"
-                _check_labels(rows, class_names, root, name)
-                splits["test"] = rows
-                break
-    return Source(class_names, splits)
+    splits: dict[str, Rows] = {}
+    notes = []
+    for split in ("train", "val", "test"):
+        if split not in files:
+            continue
+        rows = _rows(files[split], split, image, label)
+        if split != "train" and (not len(rows) or rows.labels.max() < 0):  # -1 is "not told"
+            left_out[f"{split} split, which has no labels"] += 1
+        else:
+            _check_labels(rows, class_names, root, split)
+            splits[split] = rows
+    if "val" in splits and "test" not in splits:
+        splits["test"] = splits.pop("val")
+        notes = [f"{root}: the validation split is the test set, as no other has labels; validation images are train's"]
+    return Source(class_names, splits, notes=tuple(notes), left_out=left_out)
 
 
-def _split_files(root: Path) -> dict[str, list[Path]]:
-    """The tables of each split, by its name."""
+def _split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str]]:
+    """The tables of each split, and what is none."""
+    left_out: Counter[str] = Counter()
     if (root / "state.json").is_file():
-        return {"train": sorted(root.glob("data-*.arrow"))}
+        return {"train": _whole("train", root.glob("data-*.arrow"), root)}, left_out
     if (root / "dataset_dict.json").is_file():
         names = json.loads((root / "dataset_dict.json").read_text())["splits"]
-        return {name: sorted((root / name).glob("data-*.arrow")) for name in names}
-    found: dict[str, list[Path]] = {}
-    for path in sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")]):
-        found.setdefault(path.name.split("-")[0].removesuffix(".parquet"), []).append(path)
+        left_out.update(f"{name}/" for name in names if folders.split_name(name) is None)
+        found = folders.by_split(names, root)
+        return {
+            split: _whole(name, (root / name).glob("data-*.arrow"), root / name) for split, name in found.items()
+        }, left_out
+    configurations = _parquet_files(root, left_out)
+    trained = sorted(name for name, splits in configurations.items() if "train" in folders.by_split(splits, root))
+    if len(trained) > 1:
+        raise UserError(
+            f"{root}: has {len(trained)} configurations: {', '.join(trained)}; name one: {root / trained[0]}"
+        )
+    chosen = trained[0] if trained else next(iter(configurations), "")
+    for name in configurations.keys() - {chosen}:
+        left_out[f"{name}/"] += 1
+    named = configurations.get(chosen, {})
+    return {
+        split: _whole(name, named[name], root / chosen) for split, name in folders.by_split(named, root).items()
+    }, left_out
+
+
+def _parquet_files(root: Path, left_out: Counter[str]) -> dict[str, dict[str, list[Path]]]:
+    """By configuration and split, as they are called there: data/SPLIT-*.parquet, CONFIG/SPLIT-*.parquet, or
+    CONFIG/SPLIT/0000.parquet, as the hub converts them.
+    """
+    found: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(root.rglob("*.parquet")):
+        inside = path.relative_to(root)
+        if any(map(folders.is_system, inside.parts)):  # the hub's client keeps a .cache
+            continue
+        own, *_ = _named(path)
+        parents = list(inside.parts[:-1])
+        name = parents.pop() if folders.split_name(own) is None and parents else own
+        if folders.split_name(name) is None:
+            left_out[f"{inside.parent / own} (a split of another name)"] += 1
+            continue
+        if parents and parents[-1] == "data":
+            parents.pop()
+        found.setdefault("/".join(parents), {}).setdefault(name, []).append(path)
     return found
+
+
+def _named(path: Path) -> tuple[str, int | None, int | None]:
+    """What a file's name says: its split, which part of it is there, and of how many."""
+    found = PART.fullmatch(path.name)
+    if found is None:
+        return path.stem, None, None
+    split, *numbers = found.groups()
+    number, of = (None if each is None else int(each) for each in numbers)
+    return split, number, of
+
+
+def _whole(split: str, paths: Iterable[Path], root: Path) -> list[Path]:
+    """The parts of a split. Raises UserError where their names tell of others that are not there."""
+    files = sorted(paths)
+    if not files:
+        raise UserError(f"{root}: {split} has no file there")
+    named = [_named(path) for path in files]
+    counts = {of for _, _, of in named if of is not None}
+    if len(counts) > 1:
+        raise UserError(f"{files[0].parent}: parts of several {split} splits: of {min(counts)} and of {max(counts)}")
+    for count in counts:
+        missing = sorted(set(range(count)) - {number for _, number, _ in named})
+        if missing:
+            raise UserError(
+                f"{files[0].parent}: {split} has {count} parts, and {len(missing)} of them are missing, as number "
+                f"{missing[0]:05}"
+            )
+    return files
 
 
 def _columns(file: Path) -> tuple[str, str, list[str]]:

@@ -34,6 +34,8 @@ from lorvp.store import MANIFEST, Description, File, Manifest, SplitFiles, Store
 PART_BYTES = 32 << 20
 ROW_BYTES = 256
 """What a row's label and name take, at most, of the index and of the plan."""
+SAMPLE = 16
+"""Of so many images of a split it is asked whether a store was made of them."""
 PLAN = "plan.json"
 DEFAULT_SIZE = 224
 
@@ -135,21 +137,21 @@ def prepare(
     partial: bool = False,
     encoded: bool = False,
     name: str = "",
+    nested: bool = False,
 ) -> Path:
     """Makes the store of `dataset`, or goes on making it, and returns its folder, `name`-`size` in `out`.
 
     `size` is the side of the images in pixels: by default their own where all have the same, else 224. `encoded` keeps
     image files as they are. Raises UserError for a source that isn't the dataset, images that can't be read, a disk
-    without room, a folder that can't be written.
+    without room, a folder that can't be written or holds another store.
     """
-    source = read_source(dataset, source_folder, partial)
+    source = read_source(dataset, source_folder, partial, nested)
+    for remark in source.remarks(source_folder):
+        console.print(remark, style="yellow", markup=False)
     if encoded and any(rows.pixels is not None for rows in source.splits.values()):
         raise UserError(f"--encoded: {dataset} comes as pixels, not as image files")
     size = None if encoded else size or source.native_size or DEFAULT_SIZE
     folder = out / f"{name or dataset}-{size or store.ENCODED}"
-    if (folder / MANIFEST).exists():
-        store.Store.open(folder)
-        return folder
     resize = size != source.native_size
     description = Description(
         dataset=name or dataset,
@@ -158,6 +160,9 @@ def prepare(
         class_names=tuple(source.class_names),
         source=digest(source),
     )
+    if (folder / MANIFEST).exists():
+        check_same(store.Store.open(folder), description, source, skip_unreadable)
+        return folder
     check_room(folder, source, size or DEFAULT_SIZE, encoded)
     begin(folder, description)
     skipped: list[str] = []
@@ -261,6 +266,53 @@ def begin(folder: Path, description: Description) -> None:
             write_json(begun, description.model_dump(mode="json"))
     except OSError as error:
         raise UserError(f"--out {folder.parent}: can't be written ({error.strerror})") from None
+
+
+def check_same(there: store.Store, asked: Description, source: Source, skip_unreadable: bool) -> None:
+    """Raises UserError where the store that is there is not the one that is asked for.
+
+    Of each split the bytes of up to SAMPLE images are compared, the rest by names, labels and sizes.
+    """
+    found = there.description
+    counts = {split: len(rows) for split, rows in there.splits.items()}
+    wanted = {split: len(rows) for split, rows in source.splits.items()}
+    if counts.keys() != wanted.keys() or any(counts[split] > wanted[split] for split in wanted):
+        other = f"has {amounts(counts)}, and the source {amounts(wanted)}"
+    elif found.class_names != asked.class_names:
+        odd = sorted({*found.class_names} ^ {*asked.class_names}) or ["in another order"]
+        other = f"has other classes than the source: {', '.join(odd[:3])}"
+    elif found.source != asked.source:
+        other = "was made of other files than lie in the source: their names, classes or sizes differ"
+    elif bool(found.transform) != bool(asked.transform):
+        other = f"has images {found.transform or 'as they were'}, not {asked.transform or 'as they are'}"
+    elif counts != wanted and not skip_unreadable:
+        left_out = sum(wanted.values()) - sum(counts.values())
+        other = f"leaves out {left_out:,} images that could not be read, which --skip-unreadable would accept"
+    elif changed := next(changed_images(there, source), None):
+        other = f"was made when {changed} was another image"
+    else:
+        return
+    raise UserError(f"{there.folder}: {other}; --name NAME makes another store, or remove this one first")
+
+
+def changed_images(there: store.Store, source: Source) -> Iterator[str]:
+    """The names of those of a sample whose source is not what it was."""
+    for split, rows in source.splits.items():
+        kept = there.splits[split]
+        if len(kept) < len(rows):  # without some that could not be read, rows are not at their places
+            continue
+        for row in np.unique(np.linspace(0, len(rows) - 1, SAMPLE, dtype=np.int64)).tolist():
+            try:
+                content = rows.file(row) if rows.pixels is None else np.ascontiguousarray(rows.pixels[row])
+            except OSError:  # it could be read before
+                yield rows.names[row]
+            else:
+                if zlib_ng.crc32(content) != kept.checksum(row):
+                    yield rows.names[row]
+
+
+def amounts(counts: dict[str, int]) -> str:
+    return " and ".join(f"{count:,} {split}" for split, count in counts.items())
 
 
 def digest(source: Source) -> str:

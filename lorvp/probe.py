@@ -53,17 +53,25 @@ def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
 
 
-def head(train: ArrayImages, val: ArrayImages, how_far: float | str, device: torch.device, cs: np.ndarray = CS) -> Head:
+def head(
+    train: ArrayImages,
+    val: ArrayImages,
+    how_far: float | str,
+    device: torch.device,
+    cs: np.ndarray = CS,
+    whole: ArrayImages | None = None,
+) -> Head:
     """The head for `train`, fitted as far as `TrialConfig.head_fit` says; from the cache, where it is put if missing.
 
     `train` and `val` are what a backbone says of the images (`frozen.outputs`); `cs`, rising, are those to choose from.
+    With `whole` it is the head for those images, with the C that was chosen so.
     """
     classes = len(train.class_names)
-    x, labels = train.pixels.to(device), torch.from_numpy(train.labels).to(device)
 
-    def of(c: float, start: Head | None) -> Head:
+    def of(c: float, start: Head | None, images: ArrayImages = train) -> Head:
+        x, labels = images.pixels.to(device), torch.from_numpy(images.labels).to(device)
         chain = None if start is None else len(cs)  # a head depends a little on the one that it started from
-        name = key("probe", train.digest, train.labels.tobytes(), classes, float(c), chain, ITERATIONS)
+        name = key("probe", images.digest, images.labels.tobytes(), classes, float(c), chain, ITERATIONS)
         path = cache_folder() / f"probe-{name}.safetensors"
         with once(path) as missing:
             if missing:
@@ -74,11 +82,12 @@ def head(train: ArrayImages, val: ArrayImages, how_far: float | str, device: tor
         return kept["weight"], kept["bias"]
 
     if not isinstance(how_far, str):
-        return of(how_far, None)
+        return of(how_far, None, whole or train)
     heads: list[Head] = []
     for c in cs:
         heads.append(of(c, heads[-1] if heads else None))
     x, labels = val.pixels.to(device), torch.from_numpy(val.labels).to(device)
     reached = [accuracy(each, x, labels) for each in heads]
     enough = max(reached) * (1.0 if how_far == BEST else float(how_far.removesuffix("%")) / 100)
-    return heads[next(i for i, found in enumerate(reached) if found >= enough)]
+    chosen = next(i for i, found in enumerate(reached) if found >= enough)
+    return heads[chosen] if whole is None else of(cs[chosen], None, whole)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,8 @@ class Rows:
     cells: Cells | None = None
     first: int = 0
     """Where in `cells` these rows begin."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What lies beside them and is none of them, by kind."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,9 +70,26 @@ def _size(path: str) -> int:
         return 0
 
 
+KINDS = 8
+"""How many kinds of what was left out are named."""
+
+
 @dataclass(frozen=True)
 class Source:
     class_names: list[str]
     splits: dict[str, Rows]
     native_size: int | None = None
     """Side of the images where all have the same, so that they need not be resized."""
+    notes: tuple[str, ...] = ()
+    """What whoever asks for it should know, a line each."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What lies beside the splits and is in none, by kind."""
+    expected: dict[str, int] | None = None
+    """How many classes and images of each split it should have, where that is not the same of all its layouts."""
+
+    def remarks(self, root: Path) -> list[str]:
+        """What to say of a source in `root` that was read: its notes, and what was left out."""
+        left_out = sum((rows.left_out for rows in self.splits.values()), self.left_out)
+        kinds = [f"{count:,} x {kind}" for kind, count in left_out.most_common(KINDS)]
+        more = [f"{len(left_out) - KINDS} kinds more"] if len(left_out) > KINDS else []
+        return [*self.notes, *([f"{root}: left out: {', '.join(kinds + more)}"] if kinds else [])]

@@ -248,6 +248,13 @@ class Split:
         number, offset = divmod(row - int(self._starts[part]), len(batches[0]))
         return batches[number][offset].as_py()
 
+    def checksum(self, row: int) -> int:
+        """The CRC-32 of what the image at `row` was in the source."""
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        file = open_file(self.folder / self.files.parts[part].name)
+        number, offset = divmod(row - int(self._starts[part]), file.get_batch(0).num_rows)
+        return file.get_batch(number).column("source")[offset].as_py()
+
     def _part(self, part: int) -> list[pa.Array]:
         """The images of one file, as they lie on the disk, in record batches of one length."""
         if part not in self._parts:

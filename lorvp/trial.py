@@ -250,7 +250,8 @@ class Training:
         test = self._evaluate(self.splits.test) if self.config.select == "test_best_epoch" else None
         score = val_top1 if test is None else test[1]
         best = self.best
-        if self.rung is None and (not best["epoch"] or score > best["score"]):
+        learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
+        if self.rung is None and (not best["epoch"] or learned_val or score > best["score"]):
             best = Best(epoch=epoch, score=score, tuned=self.method.tuned())
         if self.config.select == "val" and self.config.read_test and epoch == self.config.epochs:
             last = self.method.tuned()
@@ -320,7 +321,10 @@ class Training:
         splits, reads = self.loaded.splits, self.method.mapping.reads
         train, val = (self._said(images, reads) for images in (splits.train, splits.val))
         cs = probe.CS if self.method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
-        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs)
+        whole = train if self.config.dataset.train_on_val else None
+        if whole is not None:  # C is chosen without val's images, which are its last ones
+            train = train.subset(np.arange(len(train) - len(val)))
+        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, whole)
         self.method.start_head(weight, bias)
 
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:

@@ -205,7 +205,7 @@ def main(
     photos: Annotated[
         Path | None, typer.Option(exists=True, help="a folder of train/CLASS/*; default: scikit-learn's digits")
     ] = None,
-    per_class: Annotated[int, typer.Option(min=2, help="images of a class")] = 100,
+    per_class: Annotated[int, typer.Option(min=2, help="images of a class, to train on and to choose by")] = 80,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seeds: Annotated[int, typer.Option(min=1)] = 3,

@@ -24,6 +24,7 @@ PUBLISHED = (
     "the test figures are optimistic: each is that of the best epoch on the test set itself "
     "(select: test_best_epoch, the published protocol)"
 )
+LEARNED = "the val figures are of images that were trained on (confirm.all_images): they measure nothing"
 MAY_BE_NONE = "the difference may be none: its 95 % interval includes zero"
 
 
@@ -76,6 +77,8 @@ class Row:
     by_seed: dict[int, Entry]
     search_seconds: float
     """What the search took for this value of that axis, or for the control."""
+    search_score: float = 0.0
+    """The objective's value that the search found, larger is better."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -137,7 +140,7 @@ class Comparison:
             searched = board.searched(choice.control)
             if not choice.control:
                 searched = [entry for entry in searched if spec.share(entry.trial.config) == value]
-            rows.append(Row(choice, value, by_seed, sum(map(seconds, searched))))
+            rows.append(Row(choice, value, by_seed, sum(map(seconds, searched)), found.score(spec)))
         return cls(spec, rows)
 
     @property
@@ -145,9 +148,13 @@ class Comparison:
         return next((row for row in self.rows if row.choice.control and row.entries), None)
 
     def best_row(self) -> Row | None:
-        """By the objective's mean over seeds; a config that failed under one of them comes after all others."""
+        """By the objective's mean over seeds, or as the search found it where val was trained on since; a config that
+        failed under one of them comes after all others.
+        """
 
         def order(row: Row) -> tuple[bool, float]:
+            if self.spec.all_images:
+                return row.complete, row.search_score
             return row.complete, fmean(entry.score(self.spec) for entry in row.entries)
 
         return max((row for row in self.rows if row.entries and not row.choice.control), key=order, default=None)
@@ -162,7 +169,7 @@ class Comparison:
         best, control = self.best_row(), self.control
         if best is None:
             return ["no trial was confirmed: there is no best prompt"]
-        lines = [f"best config {self._figures(best)}"]
+        lines = [LEARNED] * self.spec.all_images + [f"best config {self._figures(best)}"]
         if control is None:
             lines += ["the control was not confirmed"] if self.spec.control is not None else []
             return lines + self._bias(best)
@@ -170,7 +177,7 @@ class Comparison:
         for row in self.rows:
             if not row.choice.control:
                 lines += self._differences(row, control)
-        found = best.difference(control, val_top1)
+        found = None if self.spec.all_images else best.difference(control, val_top1)
         return lines + self._bias(best) + (triage.checked(self.spec, found.mean) if found else [])
 
     def _bias(self, best: Row) -> list[str]:

@@ -43,8 +43,13 @@ class Entry:
         return [result for result in self.results if result["whole"]] or self.results
 
     def best(self) -> dict[str, Any]:
-        """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set."""
+        """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set.
+
+        Where the validation set was trained on it is the last.
+        """
         protocol = self.trial.config.select
+        if protocol == "val" and self.trial.config.dataset.train_on_val:
+            return self.whole[-1]
         return max(self.whole, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
 
     def score(self, spec: Spec, epoch: int | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Collection
 from enum import StrEnum
@@ -34,6 +35,8 @@ FITTED = {
 """What makes the control of any sweep, beside its label mapping."""
 DEFAULTS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
 """Keys that only say what others are by default."""
+DEFAULT_SEEDS = 3
+"""How many a confirmation has where its spec names none."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
@@ -80,6 +83,14 @@ class Axis(Part):
         """The values that must be valid for all of the axis to be."""
         return self.choice or list(self.bounds)
 
+    def may_be(self, value: float) -> bool:
+        """Whether the search may give it this value."""
+        if self.choice is not None:
+            return value in self.choice
+        low, high = self.bounds
+        step = self.integers[2] if self.integers is not None and len(self.integers) == 3 else 1
+        return low <= value <= high and (self.integers is None or (value - low) % step == 0)
+
     @property
     def bounds(self) -> tuple[float, float]:
         """Its low and high end. Raises ValueError for a choice."""
@@ -110,11 +121,18 @@ class Confirm(Part):
     """The best of the search again, under several seeds; only these trials read the test set."""
 
     top: PositiveInt = Field(1, description="how many configs; with search.equal, of each value")
-    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=2, description="of the trial and of its data's order")
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=2)] | None = Field(
+        None,
+        description="of the trial and of its data's order, none of them the search's; default: the three after those",
+    )
+
+    all_images: bool = Field(
+        False, description="train on the validation images, too, to the last epoch; VTAB's last training"
+    )
 
     @model_validator(mode="after")
     def _has_different_seeds(self) -> Confirm:
-        if len(set(self.seeds)) < len(self.seeds):
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds names a seed twice: that would be one trial")
         return self
 
@@ -190,7 +208,38 @@ class Spec(Part):
     @property
     def seeds(self) -> list[int]:
         """Under which they are; none without a confirmation."""
-        return self.confirm.seeds if self.confirm else []
+        if self.confirm is None:
+            return []
+        return self.confirm.seeds or self.unused_seeds(DEFAULT_SEEDS)
+
+    @property
+    def all_images(self) -> bool:
+        """Whether what confirms is trained on the validation images, too."""
+        return self.confirm is not None and self.confirm.all_images
+
+    def unused_seeds(self, count: int) -> list[int]:
+        """The next after the largest that the search trains under."""
+        first = 1 + math.floor(max(self._searched_seeds()[1]))
+        return list(range(first, first + count))
+
+    def trains_under(self, seed: int) -> bool:
+        """Whether a trial of the search, or of its control, may have `seed`: what it does well has chosen it."""
+        axes, values = self._searched_seeds()
+        return seed in values or any(axis.may_be(seed) for axis in axes)
+
+    def _searched_seeds(self) -> tuple[list[Axis], list[float]]:
+        """The axes that search a seed; the seeds that are named, and the ends of those axes."""
+        axes: list[Axis] = []
+        values: list[float] = []
+        for key in ("init_seed", "order_seed"):
+            axis, given = self.space.get(key), (self.control or {}).get(key, [])
+            values += given if isinstance(given, list) else [given]
+            if axis is not None:
+                axes.append(axis)
+                values += axis.examples()
+            if axis is None or axis.when:
+                values.append(self.trial.get(key, TrialConfig.model_fields[key].default))
+        return axes, [value for value in values if isinstance(value, int | float)]
 
     @property
     def folder(self) -> Path:
@@ -215,7 +264,10 @@ class Spec(Part):
         """A config of the search as it is trained to confirm it."""
         select = self.trial.get("select", config.select)
         changes = {"init_seed": seed, "order_seed": seed, "read_test": True, "select": select}
-        return TrialConfig.model_validate(config.model_dump(mode="json") | changes)
+        values = config.model_dump(mode="json") | changes
+        if self.all_images:
+            values["dataset"]["train_on_val"] = True
+        return TrialConfig.model_validate(values)
 
     def stage(self, config: TrialConfig) -> Stage:
         return Stage.CONFIRM if self.confirm and config.read_test else Stage.SEARCH

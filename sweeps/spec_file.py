@@ -126,8 +126,21 @@ def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
 
 def _check_confirm(spec: Spec, fail: Fail) -> None:
     """That what the confirmation decides is decided by nothing else."""
+    for kind in ("trial", "space", "control"):
+        if "dataset.train_on_val" in flatten(getattr(spec, kind) or {}):
+            location = ("trial", "dataset", "train_on_val") if kind == "trial" else (kind, "dataset.train_on_val")
+            fail(location, "the search chooses by the validation images: confirm.all_images trains on them at its end")
     if spec.confirm is None:
         return
+    used = [seed for seed in spec.seeds if spec.trains_under(seed)]
+    if used:
+        fail(
+            ("confirm", "seeds"),
+            f"the search trains under seed {used[0]} (init_seed, order_seed) and has chosen by it; others confirm, as "
+            f"{spec.unused_seeds(len(spec.seeds))}",
+        )
+    if spec.all_images and spec.trial.get("rungs") and any("train_share" in rung for rung in spec.trial["rungs"]):
+        fail(("confirm", "all_images"), "a rung trains on a part of the images: leave its train_share out")
     for kind in ("trial", "space", "control"):
         if "read_test" in (getattr(spec, kind) or {}):
             fail((kind, "read_test"), "leave it out beside confirm: only the confirmation reads the test set")

@@ -43,7 +43,7 @@ def backbones(weights: Path) -> dict[str, dict[str, Any]]:
 
 
 def sets(photos: list[Path], images: int) -> dict[str, dict[str, Any]]:
-    few = {"max_per_class": images // 8, "val_fraction": 0.2}
+    few = {"max_per_class": images // 10, "val_fraction": 0.2}
     by_name = {folder.name: {"name": "image_folder", "root": str(folder)} | few for folder in photos}
     return {"digits": {"name": "digits"} | few} | by_name
 
@@ -123,7 +123,7 @@ def main(
     photos: Annotated[list[Path], typer.Option(exists=True, help="folders of images")],
     weights: Annotated[Path, typer.Option(exists=True, help="of mobilenetv2_100, safetensors")],
     epochs: Annotated[int, typer.Option(min=2)] = 10,
-    images: Annotated[int, typer.Option(min=80, help="of ten classes, about so many")] = 1000,
+    images: Annotated[int, typer.Option(min=80, help="of ten classes, to train on and to choose by")] = 800,
     tables: Annotated[list[str], typer.Option("--table", help="; ".join(TABLES))] = list(TABLES),  # noqa: B006
     row: Annotated[str, typer.Option(help="only rows whose `set, backbone` has this in it")] = "",
 ) -> None:

@@ -36,6 +36,28 @@ def test_hash_is_the_same_in_another_process(digits):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == digits().content_hash()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"dataset": {"name": "digits", "val_from": 9}},
+            "val_from is a position: train_images and val_images must say",
+        ),
+        (
+            {"dataset": {"name": "digits", "val_from": 9, "train_images": 4, "val_images": 4, "max_per_class": 3}},
+            "val_from counts all images: leave max_classes and max_per_class out",
+        ),
+        (
+            {"dataset": {"name": "digits", "train_on_val": True}, "rungs": [{"epochs": 1, "train_share": 0.5}]},
+            "dataset.train_on_val trains on all images, train_share on a part",
+        ),
+    ],
+)
+def test_which_images_is_said_once(digits, changes, said):
+    with pytest.raises(ValidationError, match=said):
+        digits(**changes)
+
+
 def test_what_has_no_effect_does_not_make_another_trial(digits):
     flm = {"label_mapping": "flm"}
     assert (

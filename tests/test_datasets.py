@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make
 from PIL import Image
 
 from lorvp import datasets, pipeline
@@ -66,6 +68,92 @@ def test_limits(image_root):
     assert (len(splits.train) + len(splits.val), len(splits.test)) == (8, 8)
 
 
+def used(splits: datasets.Splits) -> set[bytes]:
+    """The images to train and to choose by."""
+    both = (part.read([i]).numpy().tobytes() for part in (splits.train, splits.val) for i in range(len(part)))
+    return set(both)
+
+
+@pytest.mark.parametrize("kind", ["digits", "divided folder", "undivided folder", "store"])
+def test_a_few_of_each_class_are_drawn_by_the_seed_and_the_test_set_stays(image_root, tmp_path, kind):
+    config = {
+        "digits": lambda: DatasetConfig(name="digits"),
+        "divided folder": lambda: folder_config(image_root),
+        "undivided folder": lambda: folder_config(image_root / "train"),
+        "store": lambda: folder_config(make("image_folder", image_root, tmp_path, size=8).folder, name="store"),
+    }[kind]()
+    whole = datasets.load(config, 8)
+
+    def few(seed: int) -> datasets.Splits:
+        return datasets.load(config.model_copy(update={"max_per_class": 4, "split_seed": seed}), 8)
+
+    one, again, other = few(0), few(0), few(1)
+    for found in (one, again, other):
+        assert np.bincount([*found.train.labels, *found.val.labels]).tolist() == [4] * len(whole.class_names)
+        every = range(len(whole.test))
+        assert torch.equal(found.test.read(every), whole.test.read(every))
+    assert used(one) == used(again) != used(other)
+    assert used(one) <= used(whole)
+    labels = whole.train.labels
+    first = np.concatenate([np.flatnonzero(labels == label)[:4] for label in np.unique(labels)])
+    assert not used(one) <= {whole.train.read([i]).numpy().tobytes() for i in first}
+
+
+def pixels(images: datasets.Images) -> torch.Tensor:
+    return images.read(range(len(images)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_positions_in_place_of_draws(image_root, tmp_path, stored):
+    """As VTAB takes them: the first images, and so many from a place on, whatever their classes."""
+    config = folder_config(image_root)
+    if stored:
+        config = folder_config(make("image_folder", image_root, tmp_path, size=8).folder, name="store")
+    rows = datasets.image_folder(image_root / "train", 8)
+
+    def load(**changes: object) -> datasets.Splits:
+        return datasets.load(DatasetConfig(**config.model_dump() | {"train_images": 10, "val_images": 3} | changes), 8)
+
+    for seed in (0, 1):
+        found = load(val_from=20, split_seed=seed)
+        assert torch.equal(pixels(found.train), rows.read(range(10)))
+        assert torch.equal(pixels(found.val), rows.read(range(20, 23)))
+        assert found.val.labels.tolist() == [2] * 3
+        assert len(found.test) == 12
+    for first in (9, 22):
+        with pytest.raises(
+            UserError, match=rf"dataset.val_from: the first 10 images and those from {first} to .* has 24 to"
+        ):
+            load(val_from=first)
+    assert len(load(val_from=21).val) == 3
+    shutil.copytree(image_root / "val", image_root / "test")
+    if not stored:  # with validation images of its own it is a place among those
+        found = load(val_from=1)
+        assert torch.equal(pixels(found.train), rows.read(range(10)))
+        assert torch.equal(pixels(found.val), datasets.image_folder(image_root / "val", 8).read(range(1, 4)))
+        with pytest.raises(UserError, match=r"those from 10 to 12 .* has 24 to train on and 12 to choose by"):
+            load(val_from=10)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"val_images": 6, "train_images": 10}, {"val_images": 6, "train_images": 10, "val_from": 12}]
+)
+@pytest.mark.parametrize("crop_flip", [False, True])
+def test_the_last_training_is_on_the_validation_images_too(image_root, changes, crop_flip):
+    config = folder_config(image_root, crop_flip=crop_flip, **changes)
+    apart, together = (datasets.load(config.model_copy(update={"train_on_val": on}), 8) for on in (False, True))
+    assert len(together.train) == len(apart.train) + len(apart.val) == (16 if changes else 24)
+    assert torch.equal(pixels(together.val), pixels(apart.val))
+    last = range(len(apart.train), len(together.train))
+    assert together.train.labels[last].tolist() == apart.val.labels.tolist()
+    assert torch.equal(together.train.read(range(len(apart.train))), pixels(apart.train))
+    if not crop_flip:
+        assert torch.equal(together.train.read(last), pixels(apart.val))
+    shutil.copytree(image_root / "val", image_root / "test")
+    with pytest.raises(UserError, match=r"train_on_val: .* has validation images apart; put them into train"):
+        datasets.load(folder_config(image_root, train_on_val=True), 8)
+
+
 def test_digits_have_a_test_split_of_their_own():
     splits = datasets.load(DatasetConfig(name="digits"), 32)
     assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
@@ -115,5 +203,5 @@ def test_folders_that_are_not_datasets(image_root, tmp_path):
         datasets.load(folder_config(image_root), 8)
     (image_root / "train" / "n04").rmdir()
     (image_root / "val" / "n03").rename(image_root / "val" / "n09")
-    with pytest.raises(UserError, match="differ in their classes: n03, n09"):
+    with pytest.raises(UserError, match="val: its class folders are not those of the other split: n03, n09"):
         datasets.load(folder_config(image_root), 8)

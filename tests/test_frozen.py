@@ -151,6 +151,35 @@ def test_how_far_it_is_fitted(cache):
     assert less < norm
 
 
+def test_a_head_for_all_images_has_the_c_that_was_best_on_val(cache):
+    points, cpu = blobs(), torch.device("cpu")
+    train, val = points.subset(np.arange(60)), points.subset(np.arange(60, 180))
+    cs = np.array([1e-5, 1e-2, 10.0])
+    apart = [probe.head(train, val, "best", cpu, cs[:count]) for count in (1, 2, 3)]
+    reached = [probe.accuracy(head, val.pixels, torch.from_numpy(val.labels)) for head in apart]
+    chosen = cs[int(np.argmax(reached))]
+    for how_far, c in (("best", chosen), (0.1, 0.1)):
+        found = probe.head(train, val, how_far, cpu, cs, points)
+        torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, c))
+
+
+def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatch):
+    """With C as it is without them."""
+    asked = []
+    head = probe.head
+
+    def watched(train, val, how_far, device, cs, whole):
+        asked.append((len(train), len(val), whole and len(whole)))
+        return head(train, val, how_far, device, cs, whole)
+
+    monkeypatch.setattr(probe, "head", watched)
+    for on in (False, True):
+        dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2, "train_on_val": on}
+        (result,) = train(digits(method="linear_probe", head_init="linear_probe", epochs=1, dataset=dataset))
+    assert asked == [(160, 40, None), (160, 40, 200)]
+    assert result.test_top1 > 60
+
+
 @pytest.mark.parametrize("mapping", ["lp", "fm"])
 def test_a_probe_fitted_to_the_end_is_one_epoch_and_beats_one_by_steps(digits, cache, tmp_path, mapping):
     changes = {"method": "linear_probe", "label_mapping": mapping}

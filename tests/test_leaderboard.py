@@ -15,7 +15,7 @@ from scipy import stats
 from cluster.folder import State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps import confirm
-from sweeps.comparison import MAY_BE_NONE, PUBLISHED, Comparison, paired
+from sweeps.comparison import LEARNED, MAY_BE_NONE, PUBLISHED, Comparison, paired
 from sweeps.leaderboard import Bias, Leaderboard
 from sweeps.spec import Spec
 
@@ -146,6 +146,25 @@ def test_configs_that_differ_in_a_seed_are_confirmed_once(tmp_path):
         ran(spec, spec.trial_config({"init_seed": seed, "prompt.rank": rank}), val)
     found = [TrialFolder(spec.trials / choice.trial).config for choice in confirm.choose(spec)]
     assert [(config.init_seed, config.prompt.rank) for config in found] == [(1, 1), (0, 2)]
+
+
+def test_where_val_was_trained_on_the_search_says_which_is_best(tmp_path):
+    spec = make_confirmed(tmp_path, confirm={"seeds": SEEDS, "all_images": True})
+    searched(spec)
+    low_rank, border, control = choices = confirm.choose(spec)
+    for choice, val in ((low_rank, 97), (border, 99), (control, 98)):
+        confirmed(spec, choice, [val, val + 1, val - 1], [70, 72, 74])
+    for entry in (entries := Leaderboard.read(spec).entries):
+        again = entry.trial.name in {name for choice in choices for name in choice.seeds.values()}
+        assert entry.trial.config.dataset.train_on_val == again
+        assert entry.best()["epoch"] == 2
+    assert len(entries) > 9
+    comparison = Comparison.of(Leaderboard.read(spec), choices)
+    assert comparison.best_row().choice == low_rank
+    first, second, *rest = comparison.verdict()
+    assert first == LEARNED
+    assert second.startswith(f"best config {low_rank.trial} ")
+    assert not any("triage" in line for line in rest)
 
 
 def test_figures_over_seeds(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from conftest import make, photo
 from PIL import Image
 from torchvision import transforms
 
-from lorvp import datasets, images, prepare, sources, torchvision_sets
+from lorvp import datasets, folders, images, prepare, sources, torchvision_sets
 from lorvp.config import DatasetConfig
 from lorvp.errors import UserError
 
@@ -243,6 +244,272 @@ def test_tables_that_are_no_image_dataset(tmp_path):
     pq.write_table(rows.set_column(0, "img", elsewhere), tmp_path / "elsewhere" / "train-0.parquet")
     with pytest.raises(UserError, match="its images are not in it"):
         make("huggingface", tmp_path / "elsewhere", tmp_path / "out")
+
+
+def write_parquet(path: Path, values: list[int], labels: list[int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table(values, labels), path)
+
+
+@pytest.mark.parametrize(
+    ("train", "other"),
+    [
+        ("data/train.parquet", "data/valid.parquet"),
+        ("data/train-00000-of-00001-0123456789abcdef.parquet", "data/validation-00000-of-00001.parquet"),
+        ("plain/train-00000-of-00001.parquet", "plain/dev-00000-of-00001.parquet"),
+        ("default/train/0000.parquet", "default/validation/0000.parquet"),
+        ("main/training/0000.parquet", "main/val/0000.parquet"),
+        ("data/training/a.parquet", "data/val/b.parquet"),
+    ],
+)
+def test_layouts_of_the_hub(tmp_path, capsys, train, other):
+    """A validation split is one where there is a test split, too; what is neither is named."""
+    write_parquet(tmp_path / train, [1, 2, 3], [0, 1, 2])
+    write_parquet(tmp_path / other, [4, 5], [0, 1])
+    write_parquet(tmp_path / Path(train).parts[0] / "unsupervised-1.parquet", [6], [0])
+    write_parquet(tmp_path / ".cache" / "train.parquet", [7], [0])
+    source = sources.read_source("huggingface", tmp_path)
+    assert {split: rows.labels.tolist() for split, rows in source.splits.items()} == {
+        "train": [0, 1, 2],
+        "test": [0, 1],
+    }
+    assert "the validation split is the test set" in "".join(source.notes)
+    tests = re.sub("validation|valid|val|dev", "test", other)
+    write_parquet(tmp_path / tests, [8], [2])
+    source = sources.read_source("huggingface", tmp_path)
+    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 3, "val": 2, "test": 1}
+    assert not source.notes
+    assert "unsupervised (a split of another name)" in source.remarks(tmp_path)[-1]
+
+
+def test_parts_that_are_missing_and_tables_of_several_sets(tmp_path):
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", [1], [0])
+    with pytest.raises(UserError, match=r"data: train has 2 parts, and 1 of them are missing, as number 00001$"):
+        sources.read_source("huggingface", tmp_path)
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [1], [0])
+    write_parquet(tmp_path / "data" / "test-00001-of-00002.parquet", [1], [0])
+    with pytest.raises(UserError, match=r"data: test has 2 parts, and 1 of them are missing, as number 00000$"):
+        sources.read_source("huggingface", tmp_path)
+    write_parquet(tmp_path / "data" / "test-00000-of-00003.parquet", [1], [0])
+    with pytest.raises(UserError, match=r"parts of several test splits: of 2 and of 3$"):
+        sources.read_source("huggingface", tmp_path)
+    for config in ("large", "small"):
+        write_parquet(tmp_path / "several" / config / "train" / "0000.parquet", [1], [0])
+    with pytest.raises(UserError, match=r"has 2 configurations: large, small; name one: .*several/large$"):
+        sources.read_source("huggingface", tmp_path / "several")
+    assert len(sources.read_source("huggingface", tmp_path / "several" / "small").splits["train"]) == 1
+    for split in ("dev", "validation"):
+        write_parquet(tmp_path / "several" / "small" / f"{split}.parquet", [1], [0])
+    with pytest.raises(UserError, match=r"dev and validation would both be the val split; leave one there$"):
+        sources.read_source("huggingface", tmp_path / "several" / "small")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="saved: train has no file there"):
+        sources.read_source("huggingface", saved)
+    with pa.ipc.new_stream(saved / "data-00001-of-00002.arrow", table([1], [0]).schema) as writer:
+        writer.write_table(table([1], [0]))
+    with pytest.raises(UserError, match="saved: train has 2 parts, and 1 of them are missing, as number 00000"):
+        sources.read_source("huggingface", saved)
+
+
+def folder_of(root: Path, *places: str, classes: tuple[str, ...] = ("ant", "bee")) -> Path:
+    """An image of each class in each place."""
+    for place in places:
+        for name in classes:
+            photo(root / place / name / "1.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "valid", "TEST"),
+        ("training_set", "dev", "test_set"),
+        ("train-images", "val-images", "test images"),
+    ],
+)
+def test_splits_by_every_usual_name(tmp_path, train, val, test):
+    """In a store and without one: val is what a trial chooses by, and not a part of train."""
+    source = folder_of(tmp_path / "source", train, val, test)
+    photo(source / train / "ant" / "2.png", value=7)
+    opened = make("image_folder", source, tmp_path / "out", size=16)
+    assert {split: len(rows) for split, rows in opened.splits.items()} == {"train": 3, "val": 2, "test": 2}
+    for config in ({"name": "image_folder", "root": source}, {"name": "store", "root": opened.folder}):
+        found = datasets.load(DatasetConfig(**config), 16)
+        assert (len(found.train), len(found.val), len(found.test)) == (3, 2, 2)
+        fewer = datasets.load(DatasetConfig(**config, val_images=1, train_images=2), 16)
+        assert (len(fewer.train), len(fewer.val), len(fewer.test)) == (2, 1, 2)
+
+
+def test_what_is_not_taken_is_named(tmp_path, capsys):
+    source = folder_of(tmp_path / "source", "train", "validation")
+    folder_of(source, "extra")
+    photo(source / "test" / "flat.png")
+    photo(source / "train" / "stray.png")
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (source / "train" / "ant" / name).write_text("no image of ours")
+    (source / "train" / "bee" / "more").symlink_to(source / "extra")
+    opened = make("image_folder", source, tmp_path / "out", size=16)
+    assert {split: len(rows) for split, rows in opened.splits.items()} == {"train": 2, "test": 2}
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{source}: validation/ is the test set, as there is no other" in said
+    for part in (
+        "left out: 2 x *.heic",
+        "1 x *.txt",
+        "1 x extra/",
+        "1 x test/, which has no class folders",
+        "1 x images in no class folder (train)",
+        "1 x links to folders",
+    ):
+        assert part in said
+    for name in ("2.png", "3.png"):
+        photo(source / "train" / "ant" / name)
+    datasets.load(DatasetConfig(name="image_folder", root=source), 16)
+    assert "2 x *.heic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["", "train", "imagenet-v2", "imagenet"])
+def test_hidden_and_system_names_are_neither_classes_nor_images(tmp_path, layout):
+    source = folder_of(tmp_path, *{"": [""], "imagenet": ["train"]}.get(layout, ["train"]))
+    if layout == "imagenet-v2":
+        source = folder_of(tmp_path / "v2", "", classes=("0", "1"))
+    place = source / "train" if layout in ("train", "imagenet") else source
+    within = place / ("0" if layout == "imagenet-v2" else "ant")
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN"):
+        photo(place / name / "x.png")
+        photo(within / name / "1-checkpoint.png")
+        photo(source / name / "train" / "x.png")
+    photo(within / "._1.png")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (within / name).write_text("no image")
+        (source / name).write_text("no image")
+    if layout == "imagenet":  # whose flat val has no class folders
+        photo(source / "val" / "ILSVRC2012_val_00000001.JPEG")
+        photo(source / "val" / ".ipynb_checkpoints" / "x.png")
+        (source / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,bee 1 2 3 4")
+    name = layout if layout.startswith("imagenet") else "image_folder"
+    found = sources.read_source(name, source, partial=True)
+    assert found.class_names == (["0", "1"] if layout == "imagenet-v2" else ["ant", "bee"])
+    assert [len(rows) for rows in found.splits.values()] == ([2, 1] if layout == "imagenet" else [2])
+    (remark,) = found.remarks(source)
+    assert ".ipynb_checkpoints/" in remark
+
+
+def test_every_format_that_pillow_reads(tmp_path):
+    kinds = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.apng": "PNG", "d.tif": "TIFF", "e.jp2": "JPEG2000", "f.webp": "WEBP"}
+    kinds |= {"g.qoi": "QOI", "h.tga": "TGA", "i.pcx": "PCX", "j.avif": "AVIF", "k.ico": "ICO", "l.pnm": "PPM"}
+    Image.init()
+    kinds = {name: kind for name, kind in kinds.items() if kind in Image.OPEN and kind in Image.SAVE}
+    assert len(kinds) > 8
+    for name, kind in kinds.items():
+        folder_of(tmp_path / "source", "", classes=("ant",))
+        path = tmp_path / "source" / "bee" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (90, 50, 200)).save(path, kind)
+    kept = make("image_folder", tmp_path / "source", tmp_path / "out", size=16).splits["train"]
+    assert [Path(name).name for name in kept.names[1:]] == sorted(kinds)
+    assert not {".h5", ".grib", ".mpg", ".pdf", ".eps"} & folders.suffixes()  # which it only names, or can't decode
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (("Final_Test/Images", "Final_Training/Images"), "Final_Test, Final_Training (4 images in 2 folders)"),
+        (("data/train", "data/test"), "data (4 images in 1 folders)"),
+        (("seg_train/seg_train", "seg_test/seg_test"), "seg_test, seg_train (4 images in 2 folders)"),
+        (("test",), "test (2 images in 1 folders)"),
+        (("train/train", "test"), "train (2 images in 1 folders)"),
+        (("part 1", "part 2", "part 3"), "part 1, part 2, part 3 (6 images in 3 folders)"),
+    ],
+)
+def test_folders_that_look_like_splits_are_asked_about(tmp_path, places, said):
+    source = folder_of(tmp_path / "source", *places)
+    with pytest.raises(UserError, match=re.escape(f"not like classes: {said}; name the folder")) as told:
+        make("image_folder", source, tmp_path / "out", size=16)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=re.escape(said)):
+        datasets.load(DatasetConfig(name="image_folder", root=source), 16)
+    opened = make("image_folder", source, tmp_path / "out", size=16, nested=True)
+    assert opened.description.class_names == tuple(sorted({Path(place).parts[0] for place in places}))
+    assert len(opened.splits["train"]) == 2 * len(places)
+
+
+def test_folders_of_classes_are_not_asked_about(tmp_path):
+    """A class may be called train, and may have its images in a folder."""
+    for place in ("train", "bus", "tram/images"):
+        photo(tmp_path / place / "1.png")
+    assert sources.read_source("image_folder", tmp_path).class_names == ["bus", "train", "tram"]
+    with pytest.raises(UserError, match="--nested is about image_folder; cifar10 has a layout of its own"):
+        sources.read_source("cifar10", tmp_path, nested=True)
+    shutil.rmtree(tmp_path / "bus")
+    photo(tmp_path / "test" / "1.png")
+    shutil.rmtree(tmp_path / "tram")
+    with pytest.raises(UserError, match="test and train are splits, and have no class folders in them"):
+        sources.read_source("image_folder", tmp_path)
+    for split in ("train", "val", "Validation"):
+        folder_of(tmp_path / "twice", split)
+    with pytest.raises(UserError, match="Validation and val would both be the val split; leave one there"):
+        sources.read_source("image_folder", tmp_path / "twice")
+
+
+SIGNS = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2"
+
+
+def official_gtsrb(root: Path, apart: bool = False) -> Path:
+    """GTSRB's official archives, unpacked into one folder, or each into its own; the class is said by the lists."""
+    where = {
+        name: root / f"GTSRB_{name}" if apart else root for name in ("Final_Training", "Final_Test", "Final_Test_GT")
+    }
+    training, test = (where[name] / "GTSRB" / name / "Images" for name in ("Final_Training", "Final_Test"))
+    for label in (0, 14):
+        rows = [f"{SIGNS};ClassId"]
+        for i in range(2):
+            photo(training / f"{label:05}" / f"00000_{i:05}.ppm", value=label + i)
+            rows.append(f"00000_{i:05}.ppm;29;30;5;6;24;25;{label}")
+        (training / f"{label:05}" / f"GT-{label:05}.csv").write_text("\n".join(rows))
+    for i in range(2):
+        photo(test / f"{i:05}.ppm", value=100 + i)
+    plain = "\n".join([SIGNS, *(f"{i:05}.ppm;53;54;6;5;48;49" for i in range(2))])
+    (test / "GT-final_test.test.csv").write_text(plain)
+    labelled = [f"{SIGNS};ClassId", *(f"{i:05}.ppm;53;54;6;5;48;49;{label}" for i, label in enumerate((14, 0)))]
+    where["Final_Test_GT"].mkdir(exist_ok=True)
+    (where["Final_Test_GT"] / "GT-final_test.csv").write_text("\n".join(labelled))
+    (training.parents[1] / "Readme-Images.txt").write_text("about them")
+    return root
+
+
+def test_gtsrb_as_its_publishers_have_it(tmp_path):
+    source = official_gtsrb(tmp_path / "source")
+    opened = make("gtsrb", source, tmp_path / "out", size=16)
+    assert make("gtsrb", official_gtsrb(tmp_path / "apart", True), tmp_path / "out", size=16).folder == opened.folder
+    assert opened.splits["train"].labels.tolist() == [0, 0, 14, 14]
+    assert opened.splits["test"].labels.tolist() == [14, 0]
+    assert len(opened.description.class_names) == 43
+    expected = images.decode(source / "GTSRB" / "Final_Training" / "Images" / opened.splits["train"].names[2], 16)
+    assert np.array_equal(opened.splits["train"].read(np.array([2]))[0], expected)
+    with pytest.raises(UserError, match=r"4 train \(should be 39,209\), 2 test \(should be 12,630\)"):
+        sources.read_source("gtsrb", source)
+    with pytest.raises(UserError, match=r"not like classes: GTSRB \(6 images in 1 folders\)"):
+        sources.read_source("image_folder", source)
+    (source / "GTSRB" / "Final_Training" / "Images" / "00014" / "00000_00001.ppm").unlink()
+    with pytest.raises(
+        UserError, match=r"Final_Training/Images: 1 images are not those of its GT-\*.csv: 00014/00000_00001"
+    ):
+        sources.read_source("gtsrb", source, partial=True)
+    listed = source / "GT-final_test.csv"
+    listed.write_text(listed.read_text().replace(";14", ";43"))
+    with pytest.raises(UserError, match=r"GT-final_test.csv: ClassId 43 is not one of 0 to 42"):
+        sources.read_source("gtsrb", source, partial=True)
+    listed.write_text("Filename,ClassId\n00000.ppm,1")
+    with pytest.raises(UserError, match=r"GT-final_test.csv: not a list of GTSRB's"):
+        sources.read_source("gtsrb", source, partial=True)
+    listed.unlink()
+    with pytest.raises(UserError, match=r"no GT-final_test.csv, which GTSRB_Final_Test_GT.zip has"):
+        sources.read_source("gtsrb", source, partial=True)
 
 
 def matlab(path: Path, **values: object) -> None:

@@ -87,6 +87,10 @@ BROKEN = {
     "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
     "confirmed with one seed": ("name: good", "name: good\nconfirm: {seeds: [3]}", ":2: confirm.seeds: List should have at least 2 items"),
     "confirmed with a seed twice": ("name: good", "name: good\nconfirm: {seeds: [3, 4, 3]}", ":2: confirm: seeds names a seed twice"),
+    "confirmed with the search's seed": ("name: good", "name: good\nconfirm: {seeds: [3, 0]}", ":2: confirm.seeds: the search trains under seed 0 (init_seed, order_seed) and has chosen by it; others confirm, as [1, 2]"),
+    "confirmed with a seed of the trial": ("  epochs: 4\n", "  epochs: 4\n  order_seed: 5\nconfirm: {seeds: [4, 5, 6]}\n", ":7: confirm.seeds: the search trains under seed 5 (init_seed, order_seed) and has chosen by it; others confirm, as [6, 7, 8]"),
+    "confirmed with a seed of the space": ("space:\n", "confirm: {seeds: [1, 3]}\nspace:\n  init_seed: {int: [1, 5, 2]}\n", ":6: confirm.seeds: the search trains under seed 1 (init_seed, order_seed)"),
+    "confirmed with a seed of the control": ("name: good", "name: good\ncontrol: {init_seed: [7, 8]}\nconfirm: {seeds: [8, 9]}", ":3: confirm.seeds: the search trains under seed 8 (init_seed, order_seed)"),
     "confirmed none": ("name: good", "name: good\nconfirm: {top: 0}", ":2: confirm.top: Input should be greater than 0, not 0"),
     "confirm without a mapping": ("name: good", "name: good\nconfirm: true", ":2: confirm: Input should be a valid dictionary"),
     "test set and confirm": ("  epochs: 4\n", "  epochs: 4\n  read_test: true\nconfirm: {}\n", ":6: trial.read_test: leave it out beside confirm"),
@@ -214,6 +218,54 @@ def test_only_the_confirmation_reads_the_test_set(write):
     assert spec.confirmed(fitted, 5).content_hash() == spec.confirmed(fitted, 6).content_hash()
     without = spec_file.load(write())
     assert {without.stage(config) for config in [without.trial_config(without.example()), again]} == {"search"}
+
+
+def test_only_the_confirmation_trains_on_the_validation_images(write):
+    spec = spec_file.load(write(), ["confirm.all_images=true"])
+    found = spec.trial_config(spec.cells()[0])
+    again = spec.confirmed(found, 1)
+    assert (found.dataset.train_on_val, again.dataset.train_on_val) == (False, True)
+    assert found.canonical()["dataset"].keys() == again.canonical()["dataset"].keys() - {"train_on_val"}
+    for key in (
+        "trial.dataset.train_on_val=true",
+        "space.dataset.train_on_val={choice: [true, false]}",
+        "control.dataset.train_on_val=true",
+    ):
+        with pytest.raises(
+            UserError, match=r"dataset.train_on_val: the search chooses by the validation images: confirm.all_images"
+        ):
+            spec_file.load(write(), ["confirm={}", key])
+    rungs = "trial.rungs=[{epochs: 1, train_share: 0.5}]"
+    with pytest.raises(
+        UserError, match=r"confirm.all_images: a rung trains on a part of the images: leave its train_share out"
+    ):
+        spec_file.load(write(), ["confirm.all_images=true", rungs])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds"),
+    [
+        ([], []),
+        (["confirm={}"], [1, 2, 3]),
+        (["confirm={seeds: [4, 9]}"], [4, 9]),
+        (["confirm={}", "trial.init_seed=5"], [6, 7, 8]),
+        (["confirm={}", "trial.init_seed=3", "trial.order_seed=3"], [4, 5, 6]),
+        (["confirm={seeds: [0, 1]}", "trial.init_seed=3", "trial.order_seed=3"], [0, 1]),
+        (["confirm={}", "space.init_seed={choice: [2, 11]}"], [12, 13, 14]),
+        (["confirm={seeds: [3, 4]}", "space.init_seed={choice: [2, 11]}"], [3, 4]),
+        (
+            ["confirm={}", "space.order_seed={int: [0, 1000000000]}", "search={algorithm: tpe, trials: 5}"],
+            [10**9 + i for i in (1, 2, 3)],
+        ),
+        (["confirm={seeds: [2, 4]}", "space.init_seed={int: [1, 5, 2]}"], [2, 4]),
+        (["confirm={}", "control.init_seed=[0, 4]", "control.method=linear_probe"], [5, 6, 7]),
+    ],
+)
+def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
+    spec = spec_file.load(write(), overrides)
+    assert spec.seeds == seeds
+    for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
+        assert not {config.init_seed, config.order_seed} & set(spec.seeds)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 def test_odd_names_and_links_in_circles(tmp_path):
     source = tmp_path / "source"
-    names = ["with space.png", "ünï 猫.png", "new\nline.png", "..dots...png"]
+    names = ["with space.png", "ünï 猫.png", "new\nline.png", "dots...png"]
     for name in names:
         photo(source / "a" / name)
     photo(source / "b" / "x.png")
@@ -278,6 +278,61 @@ def test_another_source_does_not_go_on_with_a_begun_store(image_root, tmp_path, 
         make("image_folder", image_root, tmp_path, size=16)
 
 
+def other_images(root: Path) -> None:
+    """Of the names and sizes that were there."""
+    for path in (root / "train").glob("*/*.JPEG"):
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda root: photo(root / "train" / "n01" / "new.png"), "was made of other files"),
+        (lambda root: shutil.rmtree(root / "val"), "has 24 train and 12 test, and the source 24 train;"),
+        (lambda root: shutil.copytree(root / "val", root / "test"), "and the source 24 train and 12 val and 12 test;"),
+        (
+            lambda root: [(root / s / "n03").rename(root / s / "n04") for s in ("train", "val")],
+            "other classes .*: n03, n04;",
+        ),
+        (lambda root: (root / "train/n01/0.JPEG").rename(root / "train/n01/9.JPEG"), "was made of other files"),
+        (other_images, r"was made when n01/0.JPEG was another image"),
+    ],
+)
+def test_a_store_of_other_images_is_refused(image_root, tmp_path, small_parts, change, said):
+    made = make("image_folder", image_root, tmp_path, size=16).folder
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    copied = shutil.copytree(image_root, tmp_path / "copied")
+    assert make("image_folder", copied, tmp_path, size=16).folder == made  # wherever the same images lie
+    change(image_root)
+    with pytest.raises(
+        UserError, match=f"^{made}: .*{said}.* --name NAME makes another store, or remove this one first"
+    ):
+        make("image_folder", image_root, tmp_path, size=16)
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    assert make("image_folder", image_root, tmp_path, size=16, name="other").folder != made
+
+
+def test_a_store_made_with_other_options_is_refused(image_root, tmp_path):
+    spoil(image_root)
+    there = make("image_folder", image_root, tmp_path, size=16, skip_unreadable=True)
+    with pytest.raises(
+        UserError, match="leaves out 3 images that could not be read, which --skip-unreadable would accept"
+    ):
+        make("image_folder", image_root, tmp_path, size=16)
+    assert make("image_folder", image_root, tmp_path, size=16, skip_unreadable=True).folder == there.folder
+    manifest = there.folder / "store.json"
+    values = json.loads(manifest.read_text())
+    values["description"]["transform"] = "PIL 9.0.0 bilinear with antialias to 16x16, aspect squashed, uint8"
+    manifest.write_text(json.dumps(values))  # an older Pillow's is the same request
+    assert make("image_folder", image_root, tmp_path, size=16, skip_unreadable=True).folder == there.folder
+    values["description"]["transform"] = ""
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"has images as they were, not PIL .* to 16x16"):
+        make("image_folder", image_root, tmp_path, size=16, skip_unreadable=True)
+
+
 def test_trials_read_the_store(image_root, tmp_path):
     folder = make("image_folder", image_root, tmp_path, size=32).folder
     config = DatasetConfig(name="store", root=folder, val_fraction=0.25)
@@ -310,11 +365,11 @@ LIST_IMAGENET = """
 import sys
 from pathlib import Path
 import numpy as np
-from lorvp import prepare, sources
+from lorvp import folders, prepare, sources
 from lorvp.rows import Rows
 from lorvp.store import Description
 
-sources.image_files = lambda folder: [f"{folder.name}_{i:06}.JPEG" for i in range(1281)]
+folders.image_files = lambda folder, left_out: [f"{folder.name}_{i:06}.JPEG" for i in range(1281)]
 Rows.sizes = property(lambda self: np.full(len(self), 110_000))
 source = sources.only_test(Path(sys.argv[1]))
 rows = source.splits["test"]

@@ -105,6 +105,28 @@ def test_test_set_sees_the_best_epochs_prompt(digits, tmp_path):
         assert 100 * hits.mean() == pytest.approx(top1)
 
 
+def test_the_last_training_ends_at_its_last_epoch(digits, tmp_path):
+    """Trained on the validation images, too, a trial has nothing to choose an epoch by."""
+    dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2, "train_on_val": True}
+    rough = {"lr": 1.0, "prompt_lr": 0.05, "prompt_name": "adam"}
+    config = digits(epochs=3, dataset=dataset, optimizer=rough, schedule={"name": "constant"})
+    results = list(train(config, folder=tmp_path))
+    model = lorvp.load(tmp_path / "bundle")
+    from lorvp import datasets
+    from lorvp.bundle import describe
+
+    assert max(r.val_top1 for r in results) > results[-1].val_top1
+    splits = datasets.load(config.dataset, 32)
+    assert len(splits.train) == 200
+    for images, top1 in ((splits.val, results[-1].val_top1), (splits.test, results[-1].test_top1)):
+        hits = model(images.read(range(len(images)))).argmax(1).numpy() == images.labels
+        assert 100 * hits.mean() == pytest.approx(top1)
+    assert describe(tmp_path / "bundle")["metrics"]["epoch"] == 3
+    assert (
+        "it is the last epoch, and was trained on the validation images" in (tmp_path / "bundle/README.md").read_text()
+    )
+
+
 def test_published_protocol_reads_the_test_set_every_epoch(digits, tmp_path):
     results = list(train(digits(select="test_best_epoch"), folder=tmp_path))
     assert all(r.test_top1 is not None for r in results)
