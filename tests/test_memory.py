@@ -149,8 +149,9 @@ def test_dry_run_takes_the_most_tokens(planned):
 
 
 def test_dry_run_says_why_nothing_is_known(planned):
-    said = planned(48, "trial.backbone.name=resnet19")
-    assert said.startswith("peak GPU memory: can't be predicted: backbone.name: timm has no model 'resnet19'")
+    said = planned(48, "trial.backbone={name: lorvp_tiny_vit_32, kwargs: {deepness: 3}}")
+    assert said.startswith("peak GPU memory: can't be predicted: backbone lorvp_tiny_vit_32: can't be built: ")
+    assert "unexpected keyword argument 'deepness'" in said
 
 
 def test_a_dataset_that_is_kept_on_the_gpu_counts(image_root, tmp_path):
