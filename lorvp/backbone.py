@@ -14,7 +14,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.nn import functional as F
 
-from lorvp import architectures, clip, plugins
+from lorvp import architectures, clip, plugins, state_dict
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
@@ -149,19 +149,30 @@ def _create(config: BackboneConfig) -> Any:
         key, problem = found
         raise UserError(f"{f'backbone.{key}'.rstrip('.')}: {problem}")
     kwargs = dict(config.kwargs)
-    if config.checkpoint is not None:
-        if not config.checkpoint.is_file():
-            raise UserError(f"backbone.checkpoint: no such file {config.checkpoint}")
-        kwargs["pretrained_cfg_overlay"] = {"file": str(config.checkpoint)} | kwargs.get("pretrained_cfg_overlay", {})
+    own_overlay = kwargs.pop("pretrained_cfg_overlay", {})
+
+    def build(pretrained: bool, pretrained_cfg_overlay: dict[str, Any] | None = None) -> Any:
+        overlay = (pretrained_cfg_overlay or {}) | own_overlay
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mapping deprecated model name")
+            return timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+
+    path = config.checkpoint
+    if path is not None and not path.is_file():
+        raise UserError(f"backbone.checkpoint: no such file {path}")
     try:
         if config.image_size is not None and _has_other_size(known.current(config.name), config.image_size):
             kwargs.setdefault("img_size", config.image_size)  # ViTs build their position embedding for one size
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Mapping deprecated model name")
-            return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+        if path is None or not config.pretrained:
+            return build(config.pretrained)
+        if path.suffix == ".npz" or own_overlay.get("custom_load"):  # of which timm makes something else
+            return build(True, {"file": str(path), "custom_load": path.suffix == ".npz"})
+        return state_dict.load(build, path, kwargs.get("num_classes"))
+    except UserError:
+        raise
     except Exception as error:  # timm, safetensors, torch and the hub each raise their own kinds
         where = " from the weights that timm names (set backbone.checkpoint where there is no internet)"
-        where = f" from {config.checkpoint}" if config.checkpoint else where if config.pretrained else ""
+        where = f" from {path}" if path else where if config.pretrained else ""
         raise UserError(f"backbone {config.name}: can't be built{where}: {_in_a_line(error)}") from error
 
 

@@ -310,6 +310,147 @@ def test_a_model_from_the_hub(saved, tmp_path):
     assert "me/other: can't be built from" in not_there
 
 
+# -- checkpoints
+
+
+TINY = "lorvp_tiny_vit_32.cifar10"
+
+
+def state() -> dict[str, torch.Tensor]:
+    return dict(timm.create_model(TINY, pretrained=True).state_dict())
+
+
+def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def headless(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+
+
+def loaded(tensors: object, folder: Path, **changes) -> Backbone:
+    torch.save(tensors, folder / "weights.pth")
+    config = {"name": TINY, "checkpoint": folder / "weights.pth"} | changes
+    return Backbone(BackboneConfig.model_validate(config), "fp32")
+
+
+def other() -> dict[str, torch.Tensor]:
+    """Weights of the same shapes."""
+    return {name: tensor + 1 for name, tensor in state().items()}
+
+
+WRAPPED = {
+    "plain": lambda: state(),
+    "safetensors' kind of names": lambda: prefixed("model.", state()),
+    "DDP, compiled": lambda: {"state_dict": prefixed("module._orig_mod.", state()), "epoch": 3},
+    "timm, with an average": lambda: {"state_dict": other(), "state_dict_ema": state(), "arch": "x", "epoch": 3},
+    "MoCo": lambda: {
+        "epoch": 3,
+        "state_dict": prefixed("module.encoder_q.", state())
+        | prefixed("module.encoder_k.", other())
+        | {"module.queue": torch.zeros(128, 9)},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+    },
+    "DINO": lambda: {
+        "student": prefixed("module.backbone.", other())
+        | prefixed("module.head.", {"mlp.0.weight": torch.zeros(3, 3)}),
+        "teacher": prefixed("backbone.", state()),
+        "args": None,
+    },
+    "Lightning": lambda: {"state_dict": prefixed("student.", state()), "hyper_parameters": {"lr": 0.1}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_prefixes_are_taken_off(kind, tmp_path, capsys):
+    backbone = loaded(WRAPPED[kind](), tmp_path)
+    assert backbone.digest == Backbone(BackboneConfig(name=TINY), "fp32").digest
+    assert ("weights: those under " in capsys.readouterr().out) == (kind != "plain")
+
+
+@pytest.mark.parametrize("kind", ["none", "of another kind", "wrapped"])
+def test_without_a_head_there_are_features(kind, tmp_path):
+    tensors = headless(state())
+    if kind == "of another kind":  # as MoCo's, which is trained with layers in the head's place
+        tensors |= {"head.0.weight": torch.zeros(96, 96), "head.2.weight": torch.zeros(128, 96)}
+    backbone = loaded(prefixed("module.encoder_q.", tensors) if kind == "wrapped" else tensors, tmp_path)
+    assert backbone.source_classes == 0
+    plain = Backbone(BackboneConfig(name=TINY), "fp32")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(backbone(images, "features"), plain(images, "features"))
+    config = trial({"name": TINY}, label_mapping="flm")
+    with pytest.raises(UserError, match="label_mapping flm reads source classes"):
+        methods.make(config, backbone, 10)
+    assert methods.make(trial({"name": TINY}), backbone, 10)(images).shape == (2, 10)
+
+
+def test_a_head_for_other_classes(tmp_path):
+    tensors = headless(state()) | {"head.weight": torch.ones(7, 96), "head.bias": torch.arange(7.0)}
+    backbone = loaded(tensors, tmp_path)
+    assert backbone.source_classes == 7
+    logits = backbone(torch.rand(2, 3, 32, 32), "logits")
+    torch.testing.assert_close(logits - logits[:, :1], torch.arange(7.0).expand(2, 7), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"does not fit: head.weight is \[7, 96\], and should be \[10, 96\]"):
+        loaded(tensors, tmp_path, kwargs={"num_classes": 10})
+    with pytest.raises(UserError, match=r"does not fit: head.weight is missing, and should be"):
+        loaded(headless(state()), tmp_path, kwargs={"num_classes": 10})
+
+
+def test_what_timm_makes_of_published_weights(tmp_path):
+    """DINOv2's names for registers, and its position embedding of another size."""
+    name = "vit_small_patch14_reg4_dinov2"
+    kwargs = SMALL | {"img_size": 56}
+    model = timm.create_model(name, **kwargs)
+    theirs = {key.replace("reg_token", "register_tokens"): tensor for key, tensor in model.state_dict().items()}
+    position = theirs.pop("pos_embed")
+    theirs |= {"mask_token": torch.zeros(1, 64), "pos_embed": torch.cat([torch.zeros(1, 1, 64), position], dim=1)}
+    backbone = loaded({"teacher": prefixed("backbone.", theirs)}, tmp_path, name=name, kwargs=SMALL, image_size=56)
+    assert torch.equal(backbone.model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert torch.equal(backbone.model.reg_token, model.reg_token)
+    larger = loaded({"teacher": prefixed("backbone.", theirs)}, tmp_path, name=name, kwargs=SMALL, image_size=84)
+    assert larger.model.pos_embed.shape == (1, 36, 64)
+    assert torch.equal(larger.model.reg_token, model.reg_token)
+    assert "state_dict" not in larger.model.pretrained_cfg
+
+
+MISFITS = {
+    "another depth": (
+        lambda: state() | {"blocks.4.norm1.weight": torch.zeros(96)},
+        "does not fit: blocks.4.norm1.weight has no place in the model$",
+    ),
+    "half of it": (
+        lambda: {k: v for k, v in state().items() if not k.startswith("blocks.3.")},
+        r"does not fit: blocks.3.norm1.weight is missing; .* is missing; .* is missing; and \d+ more$",
+    ),
+    "another width": (
+        lambda: state() | {"norm.weight": torch.zeros(64)},
+        r"does not fit: norm.weight is \[64\], and should be \[96\]$",
+    ),
+    "of another net": (lambda: {"conv9.weight": torch.zeros(3)}, "none of its 1 names is the model's: conv9.weight$"),
+    "no tensors": (lambda: {"epoch": 3, "loss": 0.5}, "has no tensors by name"),
+    "a number": (lambda: 3, "has no tensors by name"),
+    "a module": (lambda: torch.nn.Linear(2, 2), "holds other Python objects than tensors: save its state_dict alone$"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit_is_said_by_name_and_shape(kind, tmp_path):
+    make, message = MISFITS[kind]
+    with pytest.raises(UserError, match=message) as found:
+        loaded(make(), tmp_path)
+    assert "\n" not in str(found.value)
+    assert str(tmp_path / "weights.pth") in str(found.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 and no more"])
+def test_files_that_hold_no_weights(content, tmp_path):
+    for name in ("weights.pth", "weights.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"backbone.checkpoint: \S+ can't be read: .") as found:
+            Backbone(BackboneConfig(name=TINY, checkpoint=tmp_path / name), "fp32")
+        assert "\n" not in str(found.value)
+
+
 # -- architectures of the user's own
 
 
