@@ -14,6 +14,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.nn import functional as F
 
+import lorvp.tiny  # noqa: F401  registers our backbones with timm
 from lorvp import architectures, clip, plugins, state_dict
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
