@@ -19,7 +19,7 @@ from lorvp import architectures, clip, plugins, state_dict
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
-from lorvp.speed import FasterAttention, accelerate
+from lorvp.speed import FasterAttention, accelerate, attention_says_the_same
 
 Through = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,13 +39,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 class Backbone(nn.Module):
-    """The frozen model with its input size and statistics. It stays in eval mode, and nothing in it takes a gradient.
+    """The frozen model with its input size and statistics, on `device`.
 
+    It stays in eval mode, and nothing in it takes a gradient.
     A model without a classifier has no source classes, and gives features alone. Raises UserError for an unknown name,
     weights that can't be had or don't fit, and a model that gives no features.
     """
 
-    def __init__(self, config: BackboneConfig, precision: str, speed: SpeedConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        precision: str,
+        speed: SpeedConfig | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
         self.model: Any = _create(config)  # a timm model
@@ -65,12 +72,18 @@ class Backbone(nn.Module):
         """0 where there is no classifier."""
         if config.zero_shot is not None:
             self.source_classes = clip.add_zero_shot(self.model, config.zero_shot)
-        self.features: int = _features(config, self.model, self.image_size)
         self.digest = hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
         """Which weights these are: one digest of all of them, as they were loaded."""
         speed = speed or SpeedConfig()
+        self.to(device)
+        self.features: int = _features(config, self.model, self.image_size)
         self._first = accelerate(self.model, speed, self.image_size)
-        self._faster_attention = speed.attention_by_products and self.dtype == torch.bfloat16
+        self._faster_attention = (
+            speed.attention_by_products
+            and self.dtype == torch.bfloat16
+            and torch.device(device).type == "cpu"
+            and attention_says_the_same(self.model, self.image_size)
+        )
         self._frozen = self.fingerprint()
 
     def train(self, mode: bool = True) -> Backbone:
@@ -199,7 +212,7 @@ def _in_a_line(error: Exception) -> str:
 
 def _features(config: BackboneConfig, model: Any, size: int) -> int:
     """How many features the head reads, by what the model says of an image. Raises UserError where it gives none."""
-    image = torch.zeros(1, 3, size, size, dtype=next(model.parameters()).dtype)
+    image = torch.zeros(1, 3, size, size).to(next(model.parameters()))
     try:
         with torch.no_grad():
             seen = model.forward_head(model.forward_features(image), pre_logits=True)

@@ -143,7 +143,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", module: str | P
     try:
         tuned = load_file(folder / TENSORS)
         own = config.backbone.model_copy(update={"module": file})
-        backbone = Backbone(own, source["precision"], config.backbone_speed)
+        backbone = Backbone(own, source["precision"], config.backbone_speed, device)
         method = methods.make(config, backbone, len(class_names))
         method.load_tuned(tuned)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -98,7 +98,32 @@ def test_they_are_used_where_they_apply():
     assert isinstance(vit.model.patch_embed.proj, SplitConv)
 
 
-def test_what_can_not_be_folded_is_left_alone():
+class Net(nn.Module):
+    """A model of layers, in timm's words."""
+
+    num_classes = 0
+
+    def __init__(self, *layers: nn.Module, first: str = "") -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.pretrained_cfg = {"first_conv": first or None}
+        self.eval().requires_grad_(False)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_what_can_not_be_folded_is_left_alone(capsys):
     """In a pre-activation network a convolution's output goes to a BatchNorm and past it."""
 
     class PreActivation(nn.Module):
@@ -110,23 +135,96 @@ def test_what_can_not_be_folded_is_left_alone():
             x = self.conv(x)
             return x + self.after(self.norm(x).relu())
 
-    model = PreActivation().eval().requires_grad_(False)
-    model.norm.running_var.fill_(4)
+    inner = PreActivation()
+    model = Net(inner)
+    inner.norm.running_var.fill_(4)
     x = torch.randn(2, 3, 8, 8)
     before = model(x)
-    assert fold_batchnorm(model, 8) == 0
+    accelerate(model, PLAIN.model_copy(update={"fold_batchnorm": True}), 8)
+    assert norms(model) == [inner.norm]
     assert torch.equal(model(x), before)
-    assert fold_batchnorm(timm.create_model("resnet18").eval().requires_grad_(False), 64) == 20
+    assert "speed.fold_batchnorm is left out" in capsys.readouterr().out
+    resnet = timm.create_model("resnet18").eval().requires_grad_(False)
+    accelerate(resnet, SpeedConfig(), 64)
+    assert norms(resnet) == []
+    assert not capsys.readouterr().out
 
 
 def test_a_batchnorm_that_goes_by_the_batch_is_not_folded():
-    norms = nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), norms[0], nn.Conv2d(4, 4, 3), norms[1]).eval().requires_grad_(False)
+    by_batch, by_itself = nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
+    model = Net(nn.Conv2d(3, 4, 3), by_batch, nn.Conv2d(4, 4, 3), by_itself)
+    by_itself.running_var.fill_(4)
     x = torch.randn(2, 3, 8, 8)
     before = model(x)
-    assert fold_batchnorm(model, 8) == 1
-    assert model[1] is norms[0]
+    undo = fold_batchnorm(model, 8)
+    assert norms(model) == [by_batch]
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+    undo()
+    assert norms(model) == [by_batch, by_itself]
+    assert torch.equal(model(x), before)
+
+
+class Patches(nn.Module):
+    """The image's quarters as images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part for half in x.chunk(2, 2) for part in half.chunk(2, 3)])
+
+
+class Together(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(x.chunk(4)).mean(0)
+
+
+class Squared(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
+class NoGradient(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x - x.detach()) * 3
+
+
+FIRST = {
+    "that does not see the image": (nn.PixelUnshuffle(4), nn.Conv2d(48, 4, 3)),  # as tresnet's
+    "that sees parts of it as images": (Patches(), nn.Conv2d(3, 4, 3), Together()),
+    "that sees it changed": (Squared(), nn.Conv2d(3, 4, 3)),
+    "of which only the gradient differs": (NoGradient(), nn.Conv2d(3, 4, 3)),
+    "that is no convolution": (nn.Identity(), nn.ReLU(), nn.Conv2d(3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_first_layer_is_not_split(kind, capsys):
+    layers = FIRST[kind]
+    model = Net(*layers, nn.Tanh(), first="layers.1")
+    before = list(model.modules())
+    assert accelerate(model, SpeedConfig(), 16) is None
+    assert list(model.modules()) == before
+    said = capsys.readouterr().out.splitlines()
+    wanted = "speed.split_first_layer is left out: with it the backbone would not say the same"
+    assert said == ([] if kind == "that is no convolution" else [wanted])
+
+
+def test_a_model_that_can_not_be_tried_stays_as_it_is(capsys):
+    class Detached(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+    model = Net(Detached(), nn.Conv2d(3, 4, 3), first="layers.1")
+    assert accelerate(model, SpeedConfig(), 16) is None
+    assert "the backbone can't be tried: " in capsys.readouterr().out
+
+
+def test_attention_that_would_differ_is_left_out(monkeypatch, capsys):
+    config = BackboneConfig(name="lorvp_tiny_vit_32.cifar10")
+    assert Backbone(config, "bf16")._faster_attention
+    assert not Backbone(config, "fp32")._faster_attention
+    apply = AttentionByProducts.apply
+    monkeypatch.setattr(AttentionByProducts, "apply", lambda q, k, v: apply(q, k, v.flip(2)))
+    assert not Backbone(config, "bf16")._faster_attention
+    assert "speed.attention_by_products is left out" in capsys.readouterr().out
 
 
 def attention_and_gradients(attend, dtype: torch.dtype) -> list[torch.Tensor]:
