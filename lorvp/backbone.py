@@ -46,6 +46,7 @@ class Backbone(nn.Module):
     weights that can't be had or don't fit, and a model that gives no features.
     """
 
+    @torch.inference_mode(False)  # whoever makes it, and wherever: its probe takes a gradient
     def __init__(
         self,
         config: BackboneConfig,

@@ -228,7 +228,7 @@ def said(model: Any, image_size: int) -> list[torch.Tensor]:
     draw = partial(torch.randn, generator=random)
     images, prompt = draw(2, 3, image_size, image_size), 0.1 * draw(3, image_size, image_size)
     first = _split(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         added = prompt.to(like).requires_grad_()
         x = images.to(like)
         try:

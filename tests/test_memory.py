@@ -154,6 +154,11 @@ def test_dry_run_says_why_nothing_is_known(planned):
     assert "unexpected keyword argument 'deepness'" in said
 
 
+def test_a_backbone_without_a_classifier_is_taken_with_as_many_classes_as_any():
+    headless, plain = (trial({"name": "lorvp_tiny_vit_32", "kwargs": {"num_classes": n}}) for n in (0, 1000))
+    assert predict(headless).training > 0.9 * predict(plain).training > predict(headless, classes=2).training
+
+
 def test_a_dataset_that_is_kept_on_the_gpu_counts(image_root, tmp_path):
     there = make("image_folder", image_root, tmp_path, size=64).folder
     config = trial(TINY, dataset={"name": "store", "root": there})

@@ -216,6 +216,16 @@ def test_a_first_layer_is_not_split(kind, capsys):
     assert said == ([] if kind == "that is no convolution" else [wanted])
 
 
+def test_where_no_gradients_are_taken_the_backbone_is_the_same(capsys):
+    config = BackboneConfig(name="lorvp_tiny_32.cifar10")
+    with torch.inference_mode():
+        made = Backbone(config, "fp32")
+    with torch.no_grad():
+        assert [type(m) for m in made.modules()] == [type(m) for m in Backbone(config, "fp32").modules()]
+    assert made._first is not None
+    assert not capsys.readouterr().out
+
+
 def test_a_model_that_can_not_be_tried_stays_as_it_is(capsys):
     class Detached(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
