@@ -7,16 +7,21 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorvp.files import replacing
+from lorvp.plugins import COPIES, copy_of
 
 PACKAGES = ("lorvp", "cluster", "sweeps")
 CHECKOUT = Path(__file__).parent.parent
 
 
-def snapshot(folder: Path) -> None:
-    """Copies the packages that a job imports to `folder`, unless an earlier driver of the sweep has done so."""
+def snapshot(folder: Path, files: Iterable[Path] = ()) -> None:
+    """Copies the packages that a job imports to `folder`, unless an earlier driver of the sweep has done so.
+
+    And `files` of the user's own that it runs, to where `lorvp.plugins` looks for them.
+    """
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +29,10 @@ def snapshot(folder: Path) -> None:
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(CHECKOUT / package, temporary / package, ignore=ignored)
+        for file in files:
+            copy = copy_of(file, temporary / COPIES.relative_to(CHECKOUT))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def python(code: Path, container: str | None = None, by_shell: bool = True) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import timm
 import torch
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.nn import functional as F
 
 import lorvp.tiny  # noqa: F401  registers our backbones with timm
-from lorvp import clip
+from lorvp import architectures, clip, plugins, state_dict
 from lorvp.config import BackboneConfig, SpeedConfig
 from lorvp.errors import UserError
 from lorvp.resize import resize
-from lorvp.speed import FasterAttention, accelerate
+from lorvp.speed import FasterAttention, accelerate, attention_says_the_same
 
 Through = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,18 +39,27 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 class Backbone(nn.Module):
-    """The frozen model with its input size and statistics. It stays in eval mode, and nothing in it takes a gradient.
+    """The frozen model with its input size and statistics, on `device`.
 
-    Raises UserError for an unknown name, weights that can't be had or don't fit, and a model without a classifier.
+    It stays in eval mode, and nothing in it takes a gradient.
+    A model without a classifier has no source classes, and gives features alone. Raises UserError for an unknown name,
+    weights that can't be had or don't fit, and a model that gives no features.
     """
 
-    def __init__(self, config: BackboneConfig, precision: str, speed: SpeedConfig | None = None) -> None:
+    @torch.inference_mode(False)  # whoever makes it, and wherever: its probe takes a gradient
+    def __init__(
+        self,
+        config: BackboneConfig,
+        precision: str,
+        speed: SpeedConfig | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
         self.model: Any = _create(config)  # a timm model
         self.model.requires_grad_(False)
         self.model.eval()
-        known = self.model.pretrained_cfg
+        known: dict[str, Any] = getattr(self.model, "pretrained_cfg", {})
         timms = config.pretrained and config.checkpoint is None
         self.licence: str | None = known.get("license") if timms else None
         """Of the weights, as timm names it; None for others than timm's."""
@@ -59,16 +70,21 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean or known["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std or known["std"]).view(3, 1, 1))
         self.source_classes: int = self.model.num_classes
+        """0 where there is no classifier."""
         if config.zero_shot is not None:
             self.source_classes = clip.add_zero_shot(self.model, config.zero_shot)
-        self.features: int = self.model.head_hidden_size
-        if not self.source_classes:
-            raise UserError(f"backbone {config.name} has no classifier, so no source classes to map from")
         self.digest = hashlib.sha256(repr(sorted(self.fingerprint().items())).encode()).hexdigest()[:16]
         """Which weights these are: one digest of all of them, as they were loaded."""
         speed = speed or SpeedConfig()
+        self.to(device)
+        self.features: int = _features(config, self.model, self.image_size)
         self._first = accelerate(self.model, speed, self.image_size)
-        self._faster_attention = speed.attention_by_products and self.dtype == torch.bfloat16
+        self._faster_attention = (
+            speed.attention_by_products
+            and self.dtype == torch.bfloat16
+            and torch.device(device).type == "cpu"
+            and attention_says_the_same(self.model, self.image_size)
+        )
         self._frozen = self.fingerprint()
 
     def train(self, mode: bool = True) -> Backbone:
@@ -140,22 +156,72 @@ class Backbone(nn.Module):
 
 
 def _create(config: BackboneConfig) -> Any:
-    if not timm.is_model(config.name.split(".")[0]):
-        close = timm.list_models(f"*{config.name.split('.')[0].split('_')[0]}*")[:5]
-        raise UserError(
-            f"backbone.name: timm has no model {config.name!r}" + (f"; near: {', '.join(close)}" if close else "")
-        )
+    if config.module is not None:
+        plugins.run_file(config.module)
+    known = architectures.from_timm()
+    found = architectures.problem_of(config, known)
+    if found is not None:
+        key, problem = found
+        raise UserError(f"{f'backbone.{key}'.rstrip('.')}: {problem}")
     kwargs = dict(config.kwargs)
-    if config.checkpoint is not None:
-        if not config.checkpoint.is_file():
-            raise UserError(f"backbone.checkpoint: no such file {config.checkpoint}")
-        kwargs["pretrained_cfg_overlay"] = {"file": str(config.checkpoint)} | kwargs.get("pretrained_cfg_overlay", {})
-    known = timm.get_pretrained_cfg(config.name, allow_unregistered=False)
-    if known and known.fixed_input_size and config.image_size not in (None, known.input_size[-1]):
-        kwargs.setdefault("img_size", config.image_size)  # ViTs build their position embedding for one size
+    own_overlay = kwargs.pop("pretrained_cfg_overlay", {})
+
+    def build(pretrained: bool, pretrained_cfg_overlay: dict[str, Any] | None = None) -> Any:
+        overlay = (pretrained_cfg_overlay or {}) | own_overlay
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mapping deprecated model name")
+            return timm.create_model(config.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+
+    path = config.checkpoint
+    if path is not None and not path.is_file():
+        raise UserError(f"backbone.checkpoint: no such file {path}")
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+        if config.image_size is not None and _has_other_size(known.current(config.name), config.image_size):
+            kwargs.setdefault("img_size", config.image_size)  # ViTs build their position embedding for one size
+        if path is None or not config.pretrained:
+            return build(config.pretrained)
+        if path.suffix == ".npz" or own_overlay.get("custom_load"):  # of which timm makes something else
+            return build(True, {"file": str(path), "custom_load": path.suffix == ".npz"})
+        return state_dict.load(build, path, kwargs.get("num_classes"))
+    except UserError:
+        raise
     except Exception as error:  # timm, safetensors, torch and the hub each raise their own kinds
-        where = config.checkpoint or "the weights that timm names (set backbone.checkpoint where there is no internet)"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"backbone {config.name}: can't be built from {where}: {reason}") from error
+        where = " from the weights that timm names (set backbone.checkpoint where there is no internet)"
+        where = f" from {path}" if path else where if config.pretrained else ""
+        raise UserError(f"backbone {config.name}: can't be built{where}: {_in_a_line(error)}") from error
+
+
+def _has_other_size(name: str, size: int) -> bool:
+    """Whether a model is built for images of one size, and that is another. Raises what timm raises."""
+    source, identifier = timm.models.parse_model_name(name)
+    if source == "hf-hub":
+        values = timm.models.load_model_config_from_hf(identifier)[0]
+    elif source:
+        values = load_model_config_from_path(identifier)[0]
+    else:
+        known = timm.get_pretrained_cfg(name)
+        values = known.to_dict() if known else {}
+    return bool(values.get("fixed_input_size")) and values.get("input_size", [None])[-1] != size
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an exception says: its first line, and where that only leads on to them, the others."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = " ".join(lines[:4]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+def _features(config: BackboneConfig, model: Any, size: int) -> int:
+    """How many features the head reads, by what the model says of an image. Raises UserError where it gives none."""
+    image = torch.zeros(1, 3, size, size).to(next(model.parameters()))
+    try:
+        with torch.no_grad():
+            seen = model.forward_head(model.forward_features(image), pre_logits=True)
+        shape = list(seen.shape)
+    except Exception as error:  # whatever a model raises that is no classifier of images of this size
+        raise UserError(
+            f"backbone {config.name}: gives no features of images of {size} px: {_in_a_line(error)}"
+        ) from error
+    if len(shape) != 2:
+        raise UserError(f"backbone {config.name}: gives features of shape {shape} for an image, not [1, d]")
+    return shape[1]

@@ -118,21 +118,32 @@ def enlarged(values: torch.Tensor) -> Image.Image:
     return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Method:
+def load(folder: str | Path, device: str | torch.device = "cpu", module: str | Path | None = None) -> Method:
     """The tuned model of a bundle, in eval mode.
 
     It takes images of any size, (N, 3, H, W) uint8 or float in [0, 1], and returns downstream logits (N, classes)
-    float32, in the trial's own precision; its `class_names` say which is which. Raises UserError for a folder that is
-    no bundle, files that are missing, altered or don't fit together, and other weights than those it was tuned on.
+    float32, in the trial's own precision; its `class_names` say which is which. `module` is the Python file that
+    registers the backbone's architecture, where timm does not have it: it is run, so a bundle can't name it for you.
+
+    Raises UserError for a folder that is no bundle, files that are missing, altered or don't fit together, and other
+    weights than those it was tuned on.
     """
     folder = Path(folder)
     description = describe(folder)
     check_tensors(folder, description)
     config = TrialConfig.model_validate(description["config"])
     source, class_names = description["source"], description["class_names"]
+    file = None if module is None else Path(module).expanduser().absolute()
+    wanted = config.backbone.module
+    if wanted is not None and file is None and not timm.is_model(config.backbone.name):
+        raise UserError(
+            f"{folder}: its backbone {config.backbone.name} is registered by a file of its own, {wanted.name}: "
+            "it runs if you name it (--module FILE)"
+        )
     try:
         tuned = load_file(folder / TENSORS)
-        backbone = Backbone(config.backbone, source["precision"], config.backbone_speed)
+        own = config.backbone.model_copy(update={"module": file})
+        backbone = Backbone(own, source["precision"], config.backbone_speed, device)
         method = methods.make(config, backbone, len(class_names))
         method.load_tuned(tuned)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from lorvp.errors import UserError
 
+Module = Annotated[Path | None, typer.Option(help="the file that registers the bundle's backbone: it is run")]
 NO_TERMINAL = 400
 """Columns of a file or a pipe: no row of a table is folded there."""
 

@@ -44,7 +44,24 @@ def _methods(method: str) -> str:
     return method
 
 
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
+def _absolute(path: Path | str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def backbone_name(name: str) -> str:
+    """As it means the same wherever a process runs, and is spelt in one way: folders are absolute."""
+    source, colon, rest = name.partition(":")
+    source = source.lower().replace("_", "-")
+    if not colon:
+        if "/" in name:
+            raise ValueError(f"{name!r} is no timm name: hf-hub:{name} is one of the hub, local-dir:{name} a folder")
+        return name
+    if source not in ("hf-hub", "local-dir") or not rest:
+        raise ValueError(f"{name!r} must be a timm name, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    return f"{source}:{_absolute(rest) if source == 'local-dir' else rest}"
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -62,7 +79,12 @@ class Part(BaseModel):
 class BackboneConfig(Part):
     """A timm model, frozen. Size and input statistics are the model's own unless given."""
 
-    name: str = Field(description="timm model name, with its pretraining tag")
+    name: Annotated[str, AfterValidator(backbone_name)] = Field(
+        description="timm model name, with its pretraining tag; or hf-hub:OWNER/NAME, or local-dir:FOLDER"
+    )
+    module: AbsolutePath | None = Field(
+        None, description="a Python file of your own that registers the architecture with timm"
+    )
     pretrained: bool = Field(True, description="load weights: from `checkpoint`, else the ones timm names")
     checkpoint: AbsolutePath | None = Field(None, description="local weights (safetensors or a state dict)")
     zero_shot: AbsolutePath | None = Field(
@@ -314,7 +336,9 @@ class TrialConfig(Part):
         if others and (first != "lorvp" or len(others) > 1 or others[0] not in WITHIN):
             known = ", ".join(f"lorvp+{name}" for name in WITHIN)
             raise ValueError(f"method {self.method}: what goes together is {known}")
-        name = self.backbone.name
+        # whose architecture is seen only once it is built passes here
+        hidden = self.backbone.module or ":" in self.backbone.name
+        name = VITS[0] if hidden else self.backbone.name
         if "vqt" in self.methods and not name.startswith(VITS):
             raise ValueError(f"method vqt asks the layers of a vision transformer (vit_*, deit_*), not of {name}")
         if "vqt" in self.methods and self.label_mapping != "lp":
@@ -340,6 +364,11 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: method {self.method} trains the backbone, which has one size and starts once")
         if any(rung.image_size for rung in self.rungs) and {"vpt", "vqt"} & set(self.methods):
             raise ValueError(f"rungs: method {self.method} does not go from one image_size to another")
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the label mapping needs the backbone's source classes."""
+        return self.label_mapping != "lp"
 
     @property
     def methods(self) -> list[str]:
@@ -416,6 +445,7 @@ class TrialConfig(Part):
         unused += ["dataset.val_fraction"] if self.dataset.val_images else ["dataset.val_images"]
         unused += ["dataset.val_from"] if self.dataset.val_from is None else []
         unused += [] if self.dataset.train_on_val else ["dataset.train_on_val"]
+        unused += [] if self.backbone.module else ["backbone.module"]
         for key in unused:
             *parents, last = key.split(".")
             part = values

@@ -154,10 +154,11 @@ def command(
     stores: Annotated[list[Path], typer.Option("--data", metavar="STORE", help="a prepared dataset; may be repeated")],
     corruptions: Annotated[bool, typer.Option("--corruptions", help="on corrupted images, too")] = False,
     out: Annotated[Path | None, typer.Option(help="a Parquet file to write, too")] = None,
+    module: cli.Module = None,
 ) -> None:
     """Evaluates a bundle on the test images of prepared datasets."""
     opened = [Store.open(path) for path in stores]
-    method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu", module)
     ways = [None, *CORRUPTIONS] if corruptions else [None]
     found = [evaluate(method, each, corruption=way) for each in opened for way in ways]
     table = Table(box=None)

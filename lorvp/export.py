@@ -91,12 +91,13 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],
     to: Annotated[Format, typer.Option(help="what kind of program")],
     out: Annotated[Path | None, typer.Option(help="the file to write; default: model.pt2 or model.onnx, here")] = None,
+    module: cli.Module = None,
 ) -> None:
     """Exports a bundle as a program that runs without this package, and checks that it says the same."""
     file_name, *lines = USE[to]
     out = out or Path(file_name)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it leaves unsimplified
-    method = bundle.load(folder)
+    method = bundle.load(folder, module=module)
     deviation = export(method, to, out)
     console.print(f"written: {out}, {out.stat().st_size / 2**20:.2f} MiB", highlight=False)
     console.print(f"its logits are the bundle's, in fp32: the largest deviation is {deviation:.2g}", highlight=False)

@@ -16,6 +16,11 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 """What disks say that have no hard links, or no more of them."""
 
 
+def cache_folder() -> Path:
+    """Where is kept what can be made again: LORVP_CACHE, by default ~/.cache/lorvp."""
+    return Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, a file or a folder, that takes its place when the block ends without an error."""

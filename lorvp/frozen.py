@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lorvp import pipeline
+from lorvp import files, pipeline
 from lorvp.backbone import Backbone
 from lorvp.datasets import ArrayImages, Images
 from lorvp.files import replacing
@@ -31,7 +30,7 @@ _elsewhere: Path | None = None
 
 
 def cache_folder() -> Path:
-    return _elsewhere or Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+    return _elsewhere or files.cache_folder()
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
     speed = config.backbone_speed.model_copy(update={"attention_by_products": False})  # which is a CPU's
     backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, speed)
     with torch.device("meta"):  # shapes are enough; a head may be larger than this machine's memory
-        method = methods.make(config, backbone, classes or min(CLASSES, backbone.source_classes))
+        method = methods.make(config, backbone, classes or min(CLASSES, backbone.source_classes or CLASSES))
     states = sum(_states(group, parameters, config) for group, parameters in method.groups().items())
     with FakeTensorMode(allow_non_fake_inputs=True), _Living() as living, _AutocastOfGpu():
         tensors = {

@@ -54,9 +54,10 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],
     paths: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
     top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 3,
+    module: cli.Module = None,
 ) -> None:
     """Prints the likeliest classes of images."""
-    method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu", module)
     table = Table("image", "class", "probability", box=None)
     table.columns[0].overflow, table.columns[-1].justify = "fold", "right"
     for found in list(predict(method, paths, top)):  # all of them, or the error alone

@@ -1,12 +1,15 @@
 """Ways to a frozen backbone's output, and to the gradient of what is added to its input, in less time.
 
-Each gives what the plain backbone gives, within the rounding of the precision, and can be switched off
-(`trial.speed`). docs/benchmarks.md has what each was measured to save.
+Each gives what the plain backbone gives, within the rounding of the precision. That is tried on a probe whenever a
+backbone is made, and a way that does not is left out. Each can be switched off (`trial.speed`); docs/benchmarks.md has
+what it was measured to save.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from lorvp.config import SpeedConfig
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Of malloc.h."""
+TOLERANCE, OF_GRADIENT = 1e-2, 5e-2
+"""What a probe's output and gradient may differ by, as a share of their length: by sums in another order, TF32, and a
+gradient also by a unit that is just at its kink."""
 
 
 def keep_memory(on: bool) -> None:
@@ -141,33 +147,154 @@ class FasterAttention(TorchFunctionMode):
     """Within it, a model's attention goes by AttentionByProducts, where nothing but query, key and value is given."""
 
     OPTIONS = ("dropout_p", "is_causal", "scale", "enable_gqa")
+    used = False
+    """Whether any has gone so."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             plain = kwargs.get("attn_mask") is None and not any(map(kwargs.get, self.OPTIONS))
             if plain and len(args) == 3 and args[0].dim() == 4:
+                self.used = True
                 return AttentionByProducts.apply(*args)
         return func(*args, **kwargs)
 
 
+def attention_says_the_same(model: Any, image_size: int) -> bool:
+    """Whether by FasterAttention a model on the CPU errs no more in bf16 than by torch's own, on a probe."""
+    with torch.autocast("cpu", torch.bfloat16), FasterAttention() as faster:
+        try:
+            ours = said(model, image_size)
+        except Exception:  # as where one image's keys are all images'
+            ours = []
+    if not faster.used:
+        return True
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = said(model, image_size)
+    exact = said(model, image_size)
+    same = bool(ours) and all(
+        (each - wanted).norm() <= 2 * (other - wanted).norm() + TOLERANCE * wanted.norm()
+        for each, other, wanted in zip(ours, theirs, exact, strict=True)
+    )
+    if not same:
+        print("speed.attention_by_products is left out: with it the backbone would not say the same", flush=True)
+    return same
+
+
+Undo = Callable[[], None]
+
+
 def accelerate(model: Any, config: SpeedConfig, image_size: int) -> SplitConv | None:
-    """Makes a frozen timm model in eval mode faster, in place; its first layer, if that was split."""
-    if config.fold_batchnorm:
-        fold_batchnorm(model, image_size)
-    if config.class_token_only and _reads_class_token_only(model):
-        model.blocks[-1] = ClassTokenBlock(model.blocks[-1])
-    if config.channels_last and is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
-    name = model.pretrained_cfg.get("first_conv")
-    if not config.split_first_layer or not isinstance(name, str):
+    """Makes a frozen timm model in eval mode faster, in place; its first layer, if that was split.
+
+    What the model says of a probe, and the prompt's gradient, are compared with those of the plain model: a way by
+    which they differ is left out, and the log says so.
+    """
+    ways = [key for key in WAYS if getattr(config, key)]
+    if not ways:
         return None
+    try:
+        plain = said(model, image_size)
+    except Exception as error:  # models are many; what this one says can't be compared
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"speed: {', '.join(ways)} left out: the backbone can't be tried: {reason}", flush=True)
+        return None
+    undo = [_tried(model, key, image_size) for key in ways]
+    if None in undo or not _says(model, image_size, plain):
+        for each in reversed(undo):
+            if each is not None:
+                each()
+        for key in ways:
+            each = _tried(model, key, image_size)
+            if each is None or not _says(model, image_size, plain):
+                if each is not None:
+                    each()
+                print(f"speed.{key} is left out: with it the backbone would not say the same", flush=True)
+    return _split(model)
+
+
+def _tried(model: Any, key: str, image_size: int) -> Undo | None:
+    """Goes a way; how to go back. None, and nothing done, where it can't be gone with this model."""
+    try:
+        return WAYS[key](model, image_size)
+    except Exception:  # not all are what a way takes them for
+        return None
+
+
+def said(model: Any, image_size: int) -> list[torch.Tensor]:
+    """What a model says of two images with a prompt on them: features, logits if it has any, the prompt's gradient."""
+    random = torch.Generator().manual_seed(0)
+    like = next(model.parameters())
+    draw = partial(torch.randn, generator=random)
+    images, prompt = draw(2, 3, image_size, image_size), 0.1 * draw(3, image_size, image_size)
+    first = _split(model)
+    with torch.enable_grad():
+        added = prompt.to(like).requires_grad_()
+        x = images.to(like)
+        try:
+            if first is None:
+                x = x + added
+            else:
+                first.prompt = added
+            seen = model.forward_features(x)
+            given = [model.forward_head(seen, pre_logits=True)]
+            given += [model.forward_head(seen)] if model.num_classes else []
+        finally:
+            if first is not None:
+                first.prompt = None
+        # by each number in another direction: after a norm their sum would be the same for all images
+        total = sum((each * draw(each.shape).to(each) / each.detach().norm().clamp(min=1e-12)).sum() for each in given)
+        (grad,) = torch.autograd.grad(total, added)
+    return [*(each.detach() for each in given), grad]
+
+
+def _says(model: Any, image_size: int, plain: list[torch.Tensor]) -> bool:
+    try:
+        found = said(model, image_size)
+    except Exception:  # as where the first layer does not see the image
+        return False
+    limits = [TOLERANCE] * (len(plain) - 1) + [OF_GRADIENT]
+    pairs = zip(found, plain, limits, strict=True)
+    return all((ours - theirs).norm() <= limit * theirs.norm() for ours, theirs, limit in pairs)
+
+
+def _split(model: nn.Module) -> SplitConv | None:
+    """The layer of a model that was split."""
+    return next((module for module in model.modules() if isinstance(module, SplitConv)), None)
+
+
+def split_first_layer(model: Any, image_size: int) -> Undo:
+    name = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    if not isinstance(name, str):
+        return _nothing
     first = model.get_submodule(name)
     if not isinstance(first, nn.Conv2d) or first.padding_mode != "zeros":
-        return None
-    split = SplitConv(first)
-    model.set_submodule(name, split)
-    return split
+        return _nothing
+    model.set_submodule(name, SplitConv(first))
+    return lambda: model.set_submodule(name, first)
+
+
+def class_token_only(model: Any, image_size: int) -> Undo:
+    if not _reads_class_token_only(model):
+        return _nothing
+    last = model.blocks[-1]
+    model.blocks[-1] = ClassTokenBlock(last)
+
+    def undo() -> None:
+        model.blocks[-1] = last
+
+    return undo
+
+
+def channels_last(model: Any, image_size: int) -> Undo:
+    if not is_convolutional(model):
+        return _nothing
+    model.to(memory_format=torch.channels_last)
+    return lambda: model.to(memory_format=torch.contiguous_format)
+
+
+def _nothing() -> None:
+    pass
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -176,12 +303,12 @@ def is_convolutional(model: nn.Module) -> bool:
     return 2 * convolutions > sum(p.numel() for p in model.parameters())
 
 
-def fold_batchnorm(model: nn.Module, image_size: int) -> int:
-    """Puts each BatchNorm, which in eval mode is linear, into the convolution before it; how many there were.
+def fold_batchnorm(model: Any, image_size: int) -> Undo:
+    """Puts each BatchNorm, which in eval mode is linear, into the convolution before it.
 
     Which follows which is seen in a forward of one image. Where an output goes elsewhere, too, the model would be
-    another: then it is left as it was. A BatchNorm without running statistics goes by the batch in eval mode, too, and
-    stays.
+    another: who calls it compares, and goes back. A BatchNorm without running statistics goes by the batch in eval
+    mode, too, and stays.
     """
     made: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # with the tensor itself, so that no other takes its place
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -199,32 +326,33 @@ def fold_batchnorm(model: nn.Module, image_size: int) -> int:
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
     }
     if not norms:
-        return 0
+        return _nothing
     hooks = [norm.register_forward_pre_hook(note_input) for norm in norms]
     hooks += [m.register_forward_hook(note_output) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    probe = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(next(model.parameters()).dtype)
-    with torch.no_grad():
-        before = model(probe)
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size).to(next(model.parameters())))
+    finally:
         for hook in hooks:
             hook.remove()
-        once = [(c, n) for c, n in pairs if sum(c is conv or n is norm for conv, norm in pairs) == 1]
-        plain = [(conv, conv.weight, conv.bias) for conv, _ in once]
-        for conv, norm in once:
-            mean, variance = norm.running_mean, norm.running_var
-            assert mean is not None  # as of all in `norms`
-            assert variance is not None
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
-            )
-            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-            model.set_submodule(norms[norm], rest)
-        if torch.allclose(model(probe), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
-            return len(once)
-    for (conv, weight, bias), (_, norm) in zip(plain, once, strict=True):
-        conv.weight, conv.bias = weight, bias
-        model.set_submodule(norms[norm], norm)
-    return 0
+    once = [(c, n) for c, n in pairs if sum(c is conv or n is norm for conv, norm in pairs) == 1]
+    plain = [(conv, conv.weight, conv.bias) for conv, _ in once]
+    for conv, norm in once:
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None  # as of all in `norms`
+        assert variance is not None
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        model.set_submodule(norms[norm], rest)
+
+    def undo() -> None:
+        for (conv, weight, bias), (_, norm) in zip(plain, once, strict=True):
+            conv.weight, conv.bias = weight, bias
+            model.set_submodule(norms[norm], norm)
+
+    return undo
 
 
 def _reads_class_token_only(model: nn.Module) -> bool:
@@ -232,3 +360,12 @@ def _reads_class_token_only(model: nn.Module) -> bool:
         return False
     last = model.blocks[-1]
     return type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
+
+
+WAYS: dict[str, Callable[[Any, int], Undo]] = {
+    "fold_batchnorm": fold_batchnorm,
+    "class_token_only": class_token_only,
+    "channels_last": channels_last,
+    "split_first_layer": split_first_layer,
+}
+"""By the key of `speed`: each changes a model in place, and gives what changes it back."""

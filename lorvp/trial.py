@@ -42,7 +42,7 @@ def load(config: TrialConfig) -> Loaded:
     if device.type == "cpu" and config.speed.keep_memory:
         keep_memory(True)
     precision = resolve_precision(config.precision, device)
-    backbone = Backbone(config.backbone, precision, config.backbone_speed).to(device)
+    backbone = Backbone(config.backbone, precision, config.backbone_speed, device)
     splits = datasets.load(config.dataset, backbone.image_size)
     return Loaded(backbone, pipeline.kept_on_device(splits, device), precision)
 
@@ -121,7 +121,7 @@ class Training:
         config, backbone, splits = self.config, self.whole.backbone, self.whole.splits
         if rung and rung.image_size:
             smaller = config.backbone.model_copy(update={"image_size": rung.image_size})
-            backbone = Backbone(smaller, self.whole.precision, config.backbone_speed).to(self.device)
+            backbone = Backbone(smaller, self.whole.precision, config.backbone_speed, self.device)
         if rung and rung.train_share:
             count = max(1, round(rung.train_share * len(splits.train)))
             _, kept = datasets.stratified_sample(splits.train.labels, count, config.dataset.split_seed)

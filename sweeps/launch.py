@@ -113,7 +113,7 @@ def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) ->
         raise UserError(f"cluster: {spec.cluster} is no SLURM profile, and --detach makes the driver a SLURM job")
     with replacing(spec.folder / "spec.yaml") as temporary:  # the user's own may be edited before the job starts
         shutil.copyfile(file, temporary)
-    snapshot(spec.folder / "code")
+    snapshot(spec.folder / "code", spec.modules())
     arguments = [str(spec.folder / "spec.yaml"), "--resume", *options]
     try:
         job_id, log = submit_driver(profile, spec.folder, sweep_id, arguments)
@@ -168,6 +168,10 @@ def check_inputs(spec: Spec) -> None:
             raise UserError(f"trial.dataset.root: no such folder {root}; point it at the images")
         if checkpoint is not None and not checkpoint.is_file():
             raise UserError(f"trial.backbone.checkpoint: no such file {checkpoint}")
+    for module in spec.modules():
+        if not module.is_file():
+            raise UserError(f"trial.backbone.module: no such file {module}")
+    spec_file.check_hub(spec)
 
 
 @contextmanager
@@ -203,6 +207,7 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
 
 def make_relay(spec: Spec, sweep_id: str) -> Relay:
     profile = profiles.load(spec.cluster)
+    snapshot(spec.folder / "code", spec.modules())
     return Relay(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent, spec.pack))
 
 

@@ -135,7 +135,9 @@ def command(
     models = {"best": outcome.best(), "control": outcome.control()}
     entries = {model: entry for model, entry in models.items() if entry is not None}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = {model: bundle.load(entry.bundle, device) for model, entry in entries.items()}
+    methods = {
+        model: bundle.load(entry.bundle, device, entry.trial.config.backbone.module) for model, entry in entries.items()
+    }
     paths = given or beside(entries["best"].trial.config.dataset, methods["best"])
     sets = {
         model: sets_of(entry.trial.config.dataset, methods[model], paths, corruptions)

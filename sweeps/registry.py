@@ -87,7 +87,8 @@ class _Flavours:
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "program"
             program.mkdir()
-            export.export(bundles.load(bundle), "torch-export", program / "model.pt2")  # as MLflow calls it
+            method = bundles.load(bundle, module=describe(bundle)["config"]["backbone"].get("module"))
+            export.export(method, "torch-export", program / "model.pt2")  # as MLflow calls it
             mlflow.pyfunc.save_model(
                 path,
                 mlflow_model=mlflow_model,
@@ -110,10 +111,11 @@ def example(bundle: Path) -> pd.DataFrame:
     return pd.DataFrame({"image": [file.getvalue()]})
 
 
-def load(uri: str) -> Any:
+def load(uri: str, module: Path | None = None) -> Any:
     """The tuned model that MLflow holds at `runs:/RUN/best_prompt`, `runs:/RUN/bundle` or `models:/NAME@best`.
 
-    As `lorvp.load` gives it. Raises UserError for a URI that MLflow refuses, or that leads to no bundle.
+    As `lorvp.load` gives it, which takes `module`. Raises UserError for a URI that MLflow refuses, or that leads to no
+    bundle.
     """
     from lorvp import bundle as bundles  # it takes torch
 
@@ -123,4 +125,4 @@ def load(uri: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{uri}: MLflow at {mlflow.get_tracking_uri()} does not give it: {reason}") from None
     inner = folder / "artifacts" / "bundle"
-    return bundles.load(inner if inner.is_dir() else folder)
+    return bundles.load(inner if inner.is_dir() else folder, module=module)

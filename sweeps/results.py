@@ -205,7 +205,7 @@ def network(config: BackboneConfig) -> tuple[str, str]:
     Of the tag it keeps the datasets, in21k_ft_in1k for one after the other, and all of it where it names none that is
     known; MIIL's in21k is in21k_p, their ImageNet-21K-P. Without a tag it is the name of the checkpoint, or unknown.
     """
-    name, _, tag = config.name.partition(".")
+    name, _, tag = config.name.rpartition("/")[2].partition(".")  # of hf-hub:OWNER/NAME and local-dir:FOLDER the last
     if not config.pretrained and config.checkpoint is None:
         return name, "none"
     sets = re.search(r"in(1|12|21|22)k(_ft_in\d+k)*", tag)

@@ -297,6 +297,14 @@ class Spec(Part):
             cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
         return [self.trial_config(cell) for cell in cells]
 
+    def modules(self) -> set[Path]:
+        """The files of the user's own that its trials' backbones are registered by."""
+        key = "backbone.module"
+        axis, control = self.space.get(key), (self.control or {}).get(key)
+        given = [self.trial.get("backbone", {}).get("module"), *(axis.examples() if axis else [])]
+        given += control if isinstance(control, list) else [control]
+        return {Path(each).expanduser().absolute() for each in given if each is not None}
+
     def control_names(self) -> set[str]:
         """What the control's trials are called, those that confirm it among them."""
         configs = self.control_configs()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from cluster import profile as profiles
-from lorvp.config import Part, TrialConfig
+from lorvp import architectures
+from lorvp.config import Part, TrialConfig, backbone_name
 from lorvp.errors import UserError
 from lorvp.explain import Location, closest, explain
 from lorvp.yaml_file import YamlFile, parse_value
@@ -51,10 +53,33 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
-    for part, key in (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "zero_shot")):
-        if spec.trial[part].get(key) is not None:  # relative to where the user is, not to where a process may run
+    # relative to where the user is, not to where a process may run
+    for part, key in (("dataset", "root"), *(("backbone", key) for key in ("checkpoint", "module", "zero_shot"))):
+        if spec.trial[part].get(key) is not None:
             spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
+    if "name" in spec.trial["backbone"]:
+        spec.trial["backbone"]["name"] = backbone_name(spec.trial["backbone"]["name"])
     return spec
+
+
+def check_hub(spec: Spec) -> None:
+    """Raises UserError for a backbone that the hub does not have, or that can't be had as the trials want it.
+
+    It asks the hub, and takes what it says where it can't be reached for right: a job may reach it.
+    """
+    axis = spec.space.get("backbone.name")
+    points = [spec.example({"backbone.name": name}) for name in (axis and axis.choice) or []] or [spec.example()]
+    configs = spec.control_configs()
+    for point in points:
+        with suppress(ValidationError):  # values that don't go together
+            configs.append(spec.trial_config(point))
+    for config in configs:
+        if not config.backbone.name.startswith(architectures.HUB):
+            continue
+        found = architectures.description(config.backbone.name, ask_the_hub=True)
+        problem = (("backbone", "name"), found) if isinstance(found, str) else _problem(config)
+        if problem is not None:
+            raise UserError(f"{'.'.join(map(str, ('trial', *problem[0])))}: {problem[1]}")
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -154,17 +179,20 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
 
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
-            spec.trial_config(params)
+            problem = _problem(spec.trial_config(params))
         except ValidationError as error:
-            inner, message = explain(error, TrialConfig)
-            if not inner and "choice" in location and spec.search.algorithm != "grid":
-                return  # two values that don't go together; with others this one may
-            dotted = ".".join(str(part) for part in inner)
-            # an error about a searched key belongs to its axis, any other to the fixed values
-            owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
-            if owner is None and inner:
-                fail(("trial", *inner), message)
-            fail(location if owner is None else ("space", owner, *location[2:]), message)
+            problem = explain(error, TrialConfig)
+        if problem is None:
+            return
+        inner, message = problem
+        if not inner and "choice" in location and spec.search.algorithm != "grid":
+            return  # two values that don't go together; with others this one may
+        dotted = ".".join(str(part) for part in inner)
+        # an error about a searched key belongs to its axis, any other to the fixed values
+        owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
+        if owner is None and inner:
+            fail(("trial", *inner), message)
+        fail(location if owner is None else ("space", owner, *location[2:]), message)
 
     check(spec.example(), ("trial",))
     for name, axis in spec.space.items():
@@ -182,13 +210,28 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("control", key), "an empty list; give at least one value")
     if spec.control:
         try:
-            spec.control_configs()
+            problem = next(filter(None, map(_problem, spec.control_configs())), None)
         except ValidationError as error:
-            inner, message = explain(error, TrialConfig)
+            problem = explain(error, TrialConfig)
+        if problem is not None:
+            inner, message = problem
             dotted = ".".join(str(part) for part in inner)
             if dotted in spec.control:
                 fail(("control", dotted), message)
             fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def _problem(config: TrialConfig) -> tuple[Location, str] | None:
+    """What of a valid config's backbone can't be, as far as it is told without torch, and where."""
+    module = config.backbone.module
+    if module is not None and not module.is_file():
+        return None  # said where files are looked for; a sweep that has its copy may still be shown
+    try:
+        known = architectures.known(module)
+    except UserError as error:
+        return ("backbone", "module"), str(error).removeprefix("backbone.module: ")
+    found = architectures.problem(config, known) if known else None
+    return (tuple(filter(None, found[0].split("."))), found[1]) if found else None
 
 
 def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:

@@ -51,6 +51,17 @@ trial = relay.scan.request(spec.trial_config(spec.example()))
 relay.poll()
 print(trial.path.absolute())
 """
+SUBMIT = """
+from pathlib import Path
+from sweeps import launch, spec_file
+
+spec = spec_file.load(Path("sweep.yaml"))
+relay = launch.make_relay(spec, "")
+Path("mine.py").write_text("raise RuntimeError")
+trial = relay.scan.request(spec.trial_config(spec.example()))
+relay.poll()
+print(trial.path.absolute())
+"""
 HOW_NICE = """
 import os
 with open({!r}, "a") as said:
@@ -138,6 +149,16 @@ def test_a_dataset(copy, image_root):
     said = [copy.python(*command) for command in commands(PARTS["A dataset"])]
     assert [text.count("24 train, 12 test, 3 classes") for text in said] == [1, 1]
     assert copy.trained()["class_names"] == ["bird n01", "bird n02", "bird n03"]
+
+
+def test_a_backbone(copy):
+    copy.put_in(PARTS["A backbone"])
+    said = copy.trained()
+    assert said["parameters"] == {"prompt": 6 * 32 * 2, "head": 48 * 10 + 10}
+    # a job runs it as it was when the sweep was started
+    trial = TrialFolder(Path(copy.python("-c", SUBMIT).splitlines()[-1]))
+    assert wait_for("the trial's end", trial.ended).state == State.FINISHED
+    assert (copy.folder / "mine.py").read_text() == "raise RuntimeError"
 
 
 def test_a_profile(copy):

@@ -149,8 +149,14 @@ def test_dry_run_takes_the_most_tokens(planned):
 
 
 def test_dry_run_says_why_nothing_is_known(planned):
-    said = planned(48, "trial.backbone.name=resnet19")
-    assert said.startswith("peak GPU memory: can't be predicted: backbone.name: timm has no model 'resnet19'")
+    said = planned(48, "trial.backbone={name: lorvp_tiny_vit_32, kwargs: {deepness: 3}}")
+    assert said.startswith("peak GPU memory: can't be predicted: backbone lorvp_tiny_vit_32: can't be built: ")
+    assert "unexpected keyword argument 'deepness'" in said
+
+
+def test_a_backbone_without_a_classifier_is_taken_with_as_many_classes_as_any():
+    headless, plain = (trial({"name": "lorvp_tiny_vit_32", "kwargs": {"num_classes": n}}) for n in (0, 1000))
+    assert predict(headless).training > 0.9 * predict(plain).training > predict(headless, classes=2).training
 
 
 def test_a_dataset_that_is_kept_on_the_gpu_counts(image_root, tmp_path):

@@ -419,7 +419,7 @@ def test_dry_run_writes_nothing(write, tmp_path):
     ("override", "reason"),
     [
         ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
-        ("trial.backbone={name: no_such_model}", "backbone.name: timm has no model 'no_such_model'"),
+        ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
     ],
 )
 def test_dry_run_without_an_estimate(override, reason, write, tmp_path):

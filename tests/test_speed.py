@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +18,15 @@ from typer.testing import CliRunner
 from lorvp import bench
 from lorvp.backbone import Backbone
 from lorvp.config import BackboneConfig, SpeedConfig
-from lorvp.speed import AttentionByProducts, ClassTokenBlock, FasterAttention, SplitConv, accelerate, fold_batchnorm
+from lorvp.speed import (
+    AttentionByProducts,
+    ClassTokenBlock,
+    FasterAttention,
+    SplitConv,
+    accelerate,
+    fold_batchnorm,
+    said,
+)
 
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
 OTHERS = ("attention_by_products", "keep_memory")  # of bf16 alone, and not the backbone's
@@ -98,7 +107,32 @@ def test_they_are_used_where_they_apply():
     assert isinstance(vit.model.patch_embed.proj, SplitConv)
 
 
-def test_what_can_not_be_folded_is_left_alone():
+class Net(nn.Module):
+    """A model of layers, in timm's words."""
+
+    num_classes = 0
+
+    def __init__(self, *layers: nn.Module, first: str = "") -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.pretrained_cfg = {"first_conv": first or None}
+        self.eval().requires_grad_(False)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_what_can_not_be_folded_is_left_alone(capsys):
     """In a pre-activation network a convolution's output goes to a BatchNorm and past it."""
 
     class PreActivation(nn.Module):
@@ -110,23 +144,257 @@ def test_what_can_not_be_folded_is_left_alone():
             x = self.conv(x)
             return x + self.after(self.norm(x).relu())
 
-    model = PreActivation().eval().requires_grad_(False)
-    model.norm.running_var.fill_(4)
+    inner = PreActivation()
+    model = Net(inner)
+    inner.norm.running_var.fill_(4)
     x = torch.randn(2, 3, 8, 8)
     before = model(x)
-    assert fold_batchnorm(model, 8) == 0
+    accelerate(model, PLAIN.model_copy(update={"fold_batchnorm": True}), 8)
+    assert norms(model) == [inner.norm]
     assert torch.equal(model(x), before)
-    assert fold_batchnorm(timm.create_model("resnet18").eval().requires_grad_(False), 64) == 20
+    assert "speed.fold_batchnorm is left out" in capsys.readouterr().out
+    resnet = timm.create_model("resnet18").eval().requires_grad_(False)
+    accelerate(resnet, SpeedConfig(), 64)
+    assert norms(resnet) == []
+    assert not capsys.readouterr().out
 
 
 def test_a_batchnorm_that_goes_by_the_batch_is_not_folded():
-    norms = nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), norms[0], nn.Conv2d(4, 4, 3), norms[1]).eval().requires_grad_(False)
+    by_batch, by_itself = nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
+    model = Net(nn.Conv2d(3, 4, 3), by_batch, nn.Conv2d(4, 4, 3), by_itself)
+    by_itself.running_var.fill_(4)
     x = torch.randn(2, 3, 8, 8)
     before = model(x)
-    assert fold_batchnorm(model, 8) == 1
-    assert model[1] is norms[0]
+    undo = fold_batchnorm(model, 8)
+    assert norms(model) == [by_batch]
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+    undo()
+    assert norms(model) == [by_batch, by_itself]
+    assert torch.equal(model(x), before)
+
+
+class Patches(nn.Module):
+    """The image's quarters as images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part for half in x.chunk(2, 2) for part in half.chunk(2, 3)])
+
+
+class Together(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(x.chunk(4)).mean(0)
+
+
+class Squared(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
+class NoGradient(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x - x.detach()) * 3
+
+
+FIRST = {
+    "that does not see the image": (nn.PixelUnshuffle(4), nn.Conv2d(48, 4, 3)),  # as tresnet's
+    "that sees parts of it as images": (Patches(), nn.Conv2d(3, 4, 3), Together()),
+    "that sees it changed": (Squared(), nn.Conv2d(3, 4, 3)),
+    "of which only the gradient differs": (NoGradient(), nn.Conv2d(3, 4, 3)),
+    "that is no convolution": (nn.Identity(), nn.ReLU(), nn.Conv2d(3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_first_layer_is_not_split(kind, capsys):
+    layers = FIRST[kind]
+    model = Net(*layers, nn.Tanh(), first="layers.1")
+    before = list(model.modules())
+    assert accelerate(model, SpeedConfig(), 16) is None
+    assert list(model.modules()) == before
+    said = capsys.readouterr().out.splitlines()
+    wanted = "speed.split_first_layer is left out: with it the backbone would not say the same"
+    assert said == ([] if kind == "that is no convolution" else [wanted])
+
+
+def test_where_no_gradients_are_taken_the_backbone_is_the_same(capsys):
+    config = BackboneConfig(name="lorvp_tiny_32.cifar10")
+    with torch.inference_mode():
+        made = Backbone(config, "fp32")
+    with torch.no_grad():
+        assert [type(m) for m in made.modules()] == [type(m) for m in Backbone(config, "fp32").modules()]
+    assert made._first is not None
+    assert not capsys.readouterr().out
+
+
+def test_a_model_that_can_not_be_tried_stays_as_it_is(capsys):
+    class Detached(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+    model = Net(Detached(), nn.Conv2d(3, 4, 3), first="layers.1")
+    assert accelerate(model, SpeedConfig(), 16) is None
+    assert "the backbone can't be tried: " in capsys.readouterr().out
+
+
+def test_attention_that_would_differ_is_left_out(monkeypatch, capsys):
+    config = BackboneConfig(name="lorvp_tiny_vit_32.cifar10")
+    assert Backbone(config, "bf16")._faster_attention
+    assert not Backbone(config, "fp32")._faster_attention
+    apply = AttentionByProducts.apply
+    monkeypatch.setattr(AttentionByProducts, "apply", lambda q, k, v: apply(q, k, v.flip(2)))
+    assert not Backbone(config, "bf16")._faster_attention
+    assert "speed.attention_by_products is left out" in capsys.readouterr().out
+
+
+FAMILIES = {
+    "beit": "beit_base_patch16_224",
+    "byoanet": "halonet_h1",
+    "byobnet": "test_byobnet",
+    "cait": "cait_xxs24_224",
+    "coat": "coat_tiny",
+    "convit": "convit_tiny",
+    "convmixer": "convmixer_768_32",
+    "convnext": "test_convnext",
+    "cpubone": "cpubone_nano",
+    "crossvit": "crossvit_tiny_240",
+    "csatv2": "csatv2",
+    "cspnet": "cs3darknet_focus_s",
+    "cspnext": "cspnext_tiny",
+    "davit": "davit_tiny",
+    "deit": "deit_tiny_patch16_224",
+    "densenet": "densenet121",
+    "dla": "dla46x_c",
+    "dpn": "dpn48b",
+    "edgenext": "edgenext_xx_small",
+    "efficientformer": "efficientformer_l1",
+    "efficientformer_v2": "efficientformerv2_s0",
+    "efficientnet": "test_efficientnet",
+    "efficientvim": "efficientvim_m1",
+    "efficientvit_mit": "efficientvit_b0",
+    "efficientvit_msra": "efficientvit_m0",
+    "eva": "vit_tiny_patch16_dinov3_qkvb",
+    "fasternet": "fasternet_t0",
+    "fastvit": "fastvit_t8",
+    "focalnet": "focalnet_tiny_srf",
+    "gcvit": "gcvit_xxtiny",
+    "ghostnet": "ghostnet_050",
+    "hardcorenas": "hardcorenas_b",
+    "hgnet": "hgnetv2_b0",
+    "hiera": "hiera_tiny_224",
+    "hieradet_sam2": "sam2_hiera_tiny",
+    "hrnet": "hrnet_w18_small",
+    "iformer": "iformer_t",
+    "inception_next": "inception_next_atto",
+    "inception_resnet_v2": "inception_resnet_v2",
+    "inception_v3": "inception_v3",
+    "inception_v4": "inception_v4",
+    "lcnetv2": "lcnetv2_small",
+    "levit": "levit_128s",
+    "lowformer": "lowformer_b0",
+    "mambaout": "test_mambaout",
+    "maxxvit": "test_coatnet",
+    "metaformer": "poolformerv2_s12",
+    "mlp_mixer": "gmlp_ti16_224",
+    "mobilenetv3": "mobilenetv3_small_050",
+    "mobilenetv5": "mobilenetv5_base",
+    "mobilevit": "mobilevit_xxs",
+    "mvitv2": "mvitv2_tiny",
+    "naflexvit": "naflexvit_base_patch16_parfac_gap",
+    "nasnet": "nasnetalarge",
+    "nest": "nest_tiny",
+    "nextvit": "nextvit_small",
+    "nfnet": "test_nfnet",
+    "pit": "pit_ti_224",
+    "pnasnet": "pnasnet5large",
+    "pvt_v2": "pvt_v2_b0",
+    "qwen3_vit": "qwen3_vit_88m",
+    "rdnet": "rdnet_tiny",
+    "regnet": "regnetx_002",
+    "repghost": "repghostnet_050",
+    "repvit": "repvit_m1",
+    "res2net": "res2next50",
+    "resnest": "resnest14d",
+    "resnet": "test_resnet",
+    "resnetv2": "resnetv2_18",
+    "rexnet": "rexnet_100",
+    "selecsls": "selecsls42",
+    "senet": "legacy_seresnet18",
+    "sequencer": "sequencer2d_s",
+    "shvit": "shvit_s1",
+    "sknet": "skresnet18",
+    "starnet": "starnet_s050",
+    "swiftformer": "swiftformer_xs",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2": "swinv2_tiny_window8_256",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
+    "tiny_vit": "tiny_vit_5m_224",
+    "tnt": "tnt_s_legacy_patch16_224",
+    "tresnet": "tresnet_m",
+    "twins": "twins_svt_small",
+    "vgg": "vgg11",
+    "visformer": "visformer_tiny",
+    "vision_transformer": "test_vit",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "vision_transformer_relpos": "test_vit_relpos",
+    "vision_transformer_sam": "samvit_base_patch16_224",
+    "vitamin": "vitamin_small_224",
+    "volo": "volo_d1_224",
+    "vovnet": "ese_vovnet19b_slim_dw",
+    "xception": "legacy_xception",
+    "xception_aligned": "xception41p",
+    "xcit": "xcit_nano_12_p8_224",
+}
+"""The smallest model of each of timm's modules."""
+TOO_LARGE = {"deepseek_vit": "412 M parameters", "gemma4_vit": "167 M parameters"}
+SIZES = {"byoanet": 256, "crossvit": 240, "csatv2": 64, "efficientformer": 224}
+SIZES |= {"inception_resnet_v2": 96, "inception_v3": 96, "inception_v4": 96, "volo": 64}
+"""The smallest that they take, where that is above 32."""
+LEFT_OUT = {"maxxvit": ["fold_batchnorm"], "tresnet": ["split_first_layer"]}
+"""Pre-activation; and a first convolution that sees the image's pixels as channels."""
+
+
+def disturb(model: nn.Module) -> None:
+    """Fresh statistics, scales and biases would hide what is done with them."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in norms(model):
+            if module.running_mean is not None:
+                module.running_mean.copy_(0.2 * torch.randn(module.running_mean.shape, generator=random))
+                module.running_var.copy_(0.5 + 1.5 * torch.rand(module.running_var.shape, generator=random))
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
+
+
+def test_each_family_is_tried_or_left_out_with_a_reason():
+    folder = Path(timm.models.__file__).parent
+    families = {module for module in timm.list_modules() if (folder / f"{module}.py").exists()}
+    assert families - FAMILIES.keys() - TOO_LARGE.keys() == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *TOO_LARGE])
+def test_each_family_says_the_same(family, capsys):
+    if family in TOO_LARGE:
+        pytest.skip(f"its smallest model has {TOO_LARGE[family]}")
+    if not timm.is_model(FAMILIES[family]):
+        pytest.skip(f"timm {timm.__version__} has no {FAMILIES[family]}")
+    config = BackboneConfig(name=FAMILIES[family], pretrained=False, image_size=SIZES.get(family, 32))
+    backbone = Backbone(config, "fp32", PLAIN)
+    disturb(backbone.model)
+    capsys.readouterr()
+    expected = said(backbone.model, backbone.image_size)
+    accelerate(backbone.model, SpeedConfig(), backbone.image_size)
+    lines = [
+        f"speed.{key} is left out: with it the backbone would not say the same" for key in LEFT_OUT.get(family, [])
+    ]
+    assert capsys.readouterr().out.splitlines() == lines
+    *ours, gradient = said(backbone.model, backbone.image_size)
+    *theirs, wanted = expected
+    assert wanted.norm() > 0
+    for mine, plain in zip(ours, theirs, strict=True):
+        assert (mine - plain).norm() < 1e-4 * plain.norm()
+    assert (gradient - wanted).norm() < 3e-2 * wanted.norm()  # a unit at its kink is some of it
 
 
 def attention_and_gradients(attend, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -160,6 +428,7 @@ def test_attention_by_products_is_used_where_there_is_no_mask(name, monkeypatch)
     fast.load_state_dict(plain.state_dict())
     torch.manual_seed(0)
     images, added = torch.rand(2, 3, 224, 224), torch.randn(3, 224, 224) * 0.1
+    calls.clear()  # the probe's
     expected = outputs(plain, images, added, "features")
     assert not calls
     for ours, theirs in zip(outputs(fast, images, added, "features"), expected, strict=True):

@@ -260,7 +260,7 @@ def test_backbones_that_cannot_be_had(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         Backbone(BackboneConfig(name="resnet18", checkpoint=tmp_path / "weights.safetensors"), "fp32")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"can't be built from .*broken\.safetensors"):
+    with pytest.raises(UserError, match=r"backbone\.checkpoint: .*broken\.safetensors can't be read"):
         Backbone(BackboneConfig(name="resnet18", checkpoint=tmp_path / "broken.safetensors"), "fp32")
 
 

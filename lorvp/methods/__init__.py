@@ -12,14 +12,18 @@ import torch
 from torch import nn
 
 from lorvp import distributed, plugins
+from lorvp.architectures import no_classifier
 from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
+from lorvp.errors import UserError
 from lorvp.mapping import MAPPINGS, count, greedy_matching
 from lorvp.pipeline import Batches
 
 
 class Method(nn.Module):
     """A backbone, read by a label mapping. A subclass adds what it trains before, within or after it.
+
+    Raises UserError for a mapping of source classes where the backbone has none.
 
     Its starting values are drawn with the config's init seed, the mapping's apart from the rest, so that methods with
     the same mapping start from the same head.
@@ -35,6 +39,8 @@ class Method(nn.Module):
         self.config = config
         self.backbone = backbone
         self.classes = classes
+        if MAPPINGS[config.label_mapping].reads == "logits" and not backbone.source_classes:
+            raise UserError(no_classifier(config))
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
             self.mapping = MAPPINGS[config.label_mapping](backbone.source_classes, self.features(), classes)

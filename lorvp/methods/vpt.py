@@ -28,6 +28,8 @@ class VPT(Method):
         model, tokens = backbone.model, config.tokens
         self.project: nn.Linear | None = None
         self.pads = not isinstance(model, VisionTransformer | SwinTransformer)
+        if self.pads and (len(config.methods) > 1 or tokens.project):
+            raise UserError(f"method {config.method}: {config.backbone.name} has no tokens, vpt pads its images")
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
             if self.pads:
