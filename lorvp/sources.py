@@ -176,22 +176,19 @@ def _folder(path: Path) -> Path:
     return path
 
 
-SOURCES: dict[str, Callable[[Path], Source]] = (
-    {
-        "cifar10": cifar.cifar10,
-        "cifar100": cifar.cifar100,
-        "huggingface": huggingface.saved,
-        "image_folder": folders.image_folder,
-        "imagenet": imagenet,
-        "imagenet-a": only_test,
-        "imagenet-r": only_test,
-        "imagenet-sketch": only_test,
-        "imagenet-v2": imagenet_v2,
-        "tiny-imagenet": tiny_imagenet,
-    }
-    | torchvision_sets.SOURCES
-    | {"gtsrb": gtsrb}
-)
+SOURCES: dict[str, Callable[[Path], Source]] = torchvision_sets.SOURCES | {
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "gtsrb": gtsrb,
+    "huggingface": huggingface.saved,
+    "image_folder": folders.image_folder,
+    "imagenet": imagenet,
+    "imagenet-a": only_test,
+    "imagenet-r": only_test,
+    "imagenet-sketch": only_test,
+    "imagenet-v2": imagenet_v2,
+    "tiny-imagenet": tiny_imagenet,
+}
 EXPECTED: dict[str, dict[str, int]] = {
     "cifar10": {"classes": 10, "train": 50_000, "test": 10_000},
     "cifar100": {"classes": 100, "train": 50_000, "test": 10_000},
