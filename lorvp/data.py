@@ -26,7 +26,7 @@ def stores(out: Path) -> Iterator[Path]:
 
 @app.command("prepare")
 def prepare_command(
-    dataset: Annotated[str, typer.Argument(metavar="NAME", help=f"one of {', '.join(SOURCES)}")],
+    dataset: Annotated[str, typer.Argument(metavar="NAME", help=f"one of {', '.join(sorted(SOURCES))}")],
     source: Annotated[Path, typer.Option(help="folder of the dataset as it comes")],
     out: Annotated[Path, typer.Option(help="folder of all stores; this one is made in NAME-SIZE")],
     size: Annotated[int | None, typer.Option(min=8, help="side in pixels; default: the images' own, else 224")] = None,

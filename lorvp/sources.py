@@ -207,7 +207,7 @@ def read_source(name: str, root: Path, partial: bool = False, nested: bool = Fal
     `partial` lets a part of a dataset pass, `nested` folders that do not look like classes.
     """
     if name not in SOURCES:
-        raise UserError(f"no dataset is called {name!r}; one of {', '.join(SOURCES)}")
+        raise UserError(f"no dataset is called {name!r}; one of {', '.join(sorted(SOURCES))}")
     if nested and name != "image_folder":
         raise UserError(f"--nested is about image_folder; {name} has a layout of its own")
     source = folders.image_folder(root, nested) if nested else SOURCES[name](_folder(root))

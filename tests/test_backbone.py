@@ -277,8 +277,11 @@ for name in sys.argv[1:]:
 def test_a_model_from_the_hub(saved, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, saved)) as server:
         threading.Thread(target=server.serve_forever).start()
-        here = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment = here | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+        # a machine without internet may have HF_HUB_OFFLINE set, or a proxy that doesn't know this hub
+        own = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        here = {name: value for name, value in os.environ.items() if not name.upper().startswith(own)}
+        here |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        environment = here | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
 
         def launched(name: str, *options: str, **changes: str) -> str:
             path = tmp_path / "sweep.yaml"
