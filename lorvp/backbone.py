@@ -158,7 +158,7 @@ class Backbone(nn.Module):
 def _create(config: BackboneConfig) -> Any:
     if config.module is not None:
         plugins.run_file(config.module)
-    known = architectures.from_timm()
+    known = architectures.from_timm(config.name)
     found = architectures.problem_of(config, known)
     if found is not None:
         key, problem = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -77,7 +78,7 @@ def check_hub(spec: Spec) -> None:
         if not config.backbone.name.startswith(architectures.HUB):
             continue
         found = architectures.description(config.backbone.name, ask_the_hub=True)
-        problem = (("backbone", "name"), found) if isinstance(found, str) else _problem(config)
+        problem = (("backbone", "name"), found) if isinstance(found, str) else _problem(config, architectures.known)
         if problem is not None:
             raise UserError(f"{'.'.join(map(str, ('trial', *problem[0])))}: {problem[1]}")
 
@@ -177,9 +178,11 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
 def _check_configs(spec: Spec, fail: Fail) -> None:
     """That `trial`, each axis and the control give valid configs."""
 
+    known = functools.cache(architectures.known)  # of thousands of models, and the same for every config
+
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
-            problem = _problem(spec.trial_config(params))
+            problem = _problem(spec.trial_config(params), known)
         except ValidationError as error:
             problem = explain(error, TrialConfig)
         if problem is None:
@@ -210,7 +213,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("control", key), "an empty list; give at least one value")
     if spec.control:
         try:
-            problem = next(filter(None, map(_problem, spec.control_configs())), None)
+            problem = next(filter(None, (_problem(config, known) for config in spec.control_configs())), None)
         except ValidationError as error:
             problem = explain(error, TrialConfig)
         if problem is not None:
@@ -221,16 +224,18 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("control",), f"{dotted}: {message}" if dotted else message)
 
 
-def _problem(config: TrialConfig) -> tuple[Location, str] | None:
+def _problem(
+    config: TrialConfig, known: Callable[[Path | None], architectures.Known | None]
+) -> tuple[Location, str] | None:
     """What of a valid config's backbone can't be, as far as it is told without torch, and where."""
     module = config.backbone.module
     if module is not None and not module.is_file():
         return None  # said where files are looked for; a sweep that has its copy may still be shown
     try:
-        known = architectures.known(module)
+        registered = known(module)
     except UserError as error:
         return ("backbone", "module"), str(error).removeprefix("backbone.module: ")
-    found = architectures.problem(config, known) if known else None
+    found = architectures.problem(config, registered) if registered else None
     return (tuple(filter(None, found[0].split("."))), found[1]) if found else None
 
 

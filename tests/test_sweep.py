@@ -24,6 +24,7 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
     shutil.rmtree(tmp_path / "runs")  # this one makes its own
     assert "log ratio of the evidences, an image: +0." in sweep.run("--triage")
     output = sweep.run()
+    sweep.cold = False
     sweep.check_complete(trials=5)
     sweep.check_model(output)
     for phrase in (
@@ -81,10 +82,10 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
 
 
 def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
-    """The paper's spec as it stands, pointed at a small folder of ImageNet's layout and a local checkpoint."""
+    """The paper's spec, pointed at a small folder of ImageNet's layout and a local checkpoint of two blocks."""
     import timm
 
-    model = timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False)
+    model = timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False, depth=2)
     checkpoint = tmp_path / "vit.safetensors"
     save_file(model.state_dict(), checkpoint)
     sweep = Sweep(tmp_path, (LAUNCH.parent / "lorvp_imagenet.yaml").read_text())
@@ -93,6 +94,7 @@ def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
         "name": "small",
         "trial.dataset.root": prepare("imagenet", image_root, tmp_path / "data", partial=True),
         "trial.backbone.checkpoint": checkpoint,
+        "trial.backbone.kwargs": "{depth: 2}",
         "trial.epochs": 1,
         "trial.batch_size": 9,
         "search.trials": 1,
