@@ -119,6 +119,21 @@ class Heard(SpecSearch):
         super().on_trial_complete(trial_id, result, error)
 
 
+class Says(SpecSearch):
+    """Suggests these ranks, and notes at which epoch each of Tune's trials ended."""
+
+    def __init__(self, spec: Spec, ranks: list[int]) -> None:
+        super().__init__(spec, [{"prompt.rank": rank} for rank in ranks])
+        self.ended: list[tuple[str, int | str]] = []
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self.ended.append((trial_id, "failed" if error else result["epoch"]))
+        super().on_trial_complete(trial_id, result, error)
+
+
+ASHA = {"rule": "asha", "reduction_factor": 2}
+
+
 def test_so_many_at_a_time_and_each_epoch_is_told(tmp_path):
     grid, script, failure = spec(tmp_path), Script(whole(1, 2, 3, 4, 5, 6)), Failure()
     search = Heard(grid)
@@ -163,6 +178,25 @@ def test_the_same_config_again_is_the_same_trial(tmp_path):
     assert len(script.asked) == 8
     assert len(script.trials) == 2
     assert all(len(trial.recorded) == 3 for trial in script.trials.values())
+
+
+def test_a_repeated_suggestion_that_is_stopped_does_not_end_the_trial_that_it_repeats(tmp_path):
+    """Rank 1 is suggested again when rank 2 has passed it at the rung, so that the repetition is stopped there."""
+    asha = spec(tmp_path, search={"algorithm": "random", "trials": 4, "concurrent": 3}, early_stopping=ASHA)
+    script = Script([[(1, 50.0, 1.0)], [(2, 90.0, 2.0)], [(3, -1.0, 3.0)], [(1, 95.0, 4.0)], [(1, 96.0, 5.0)]])
+    search = Says(asha, [1, 2, 3, 1])
+    with pytest.raises(StopIteration):  # rank 2 would go on
+        SweepController(asha, search, make_scheduler(asha), script, Failure()).run()
+    assert search.ended == [("2", "failed"), ("3", 1), ("0", 3)]
+    assert script.given_up == []
+
+
+def test_a_trial_ends_with_the_last_of_its_repetitions(tmp_path):
+    """Both of rank 1 are stopped at the first rung, the second one after it was told of the first one's epoch."""
+    asha = spec(tmp_path, search={"algorithm": "random", "trials": 3, "concurrent": 3}, early_stopping=ASHA)
+    script = Script([[(2, 90.0, 1.0)], [(1, 10.0, 2.0)], [(2, 91.0, 3.0)], [(2, 92.0, 4.0)]])
+    SweepController(asha, Says(asha, [2, 1, 1]), make_scheduler(asha), script, Failure()).run()
+    assert script.given_up == [(1, 1)]
 
 
 def test_a_point_without_a_trial_is_told_and_the_search_goes_on(tmp_path):

@@ -228,6 +228,10 @@ class Actors:
     def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:
         self._training.pop(tracked_actor, None)
 
+    def followers(self, name: str) -> int:
+        """Count the live actors that follow the trial of this name."""
+        return len(self._followers.get(name, ()))
+
     def is_actor_started(self, tracked_actor: TrackedActor) -> bool:
         return tracked_actor in self._live_actors_to_ray_actors_resources
 
@@ -281,15 +285,16 @@ class SweepController(TuneController):
         failure: Failure,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
+        actors = Actors(trials)
         super().__init__(
             search_alg=SweepSearch(searcher, spec.number_of_trials(), spec.search.concurrent, failure),
             scheduler=GuardedScheduler(scheduler, failure),
             checkpoint_period=10**9,
-            callbacks=[GiveUp(trials)],
+            callbacks=[GiveUp(trials, actors)],
         )
         self._buffer_length, self._max_pending_trials = 1, 1  # which the user's environment may set otherwise
         self._spec, self._trials_of_sweep, self._failure, self._tell = spec, trials, failure, tell
-        self._actor_manager: Actors = Actors(trials)  # type: ignore[assignment]  # stands for RayActorManager
+        self._actor_manager: Actors = actors  # type: ignore[assignment]  # stands for RayActorManager
 
     def run(self) -> None:
         """Search to the end."""
@@ -332,12 +337,15 @@ class SweepController(TuneController):
 
 
 class GiveUp(Callback):
-    """Ends the job of a trial that Tune is through with while it has epochs left."""
+    """Ends the job of a trial that Tune is through with while it has epochs left.
 
-    def __init__(self, trials: Trials[Any]) -> None:
-        self._trials = trials
+    A config that was suggested twice is two of Tune's trials and one job, which goes on as long as one of them does.
+    """
+
+    def __init__(self, trials: Trials[Any], actors: Actors) -> None:
+        self._trials, self._actors = trials, actors
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         actor: Any = trial.temporary_state.ray_actor
-        if actor is not None and actor.unfinished:
+        if actor is not None and actor.unfinished and self._actors.followers(actor.recorded.name) == 1:
             self._trials.give_up(actor.recorded)
