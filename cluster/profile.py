@@ -73,7 +73,10 @@ def names() -> list[str]:
 
 def load(name: str) -> Profile:
     """The profile of that name, or in the YAML file at that path. Raises UserError in one line."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name!r}: {error}") from None
     if name in names():
         path = PROFILES / f"{name}.yaml"
     elif path.suffix not in (".yaml", ".yml"):

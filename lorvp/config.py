@@ -44,8 +44,12 @@ def _methods(method: str) -> str:
     return method
 
 
-def _absolute(path: Path | str) -> Path:
-    return Path(path).expanduser().absolute()
+def absolute(path: Path | str) -> Path:
+    """A path from where the user is, `~` put in. Raises ValueError for no path, or for a home folder that isn't."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{str(path)!r}: there is no such home folder") from None
 
 
 def backbone_name(name: str) -> str:
@@ -58,10 +62,10 @@ def backbone_name(name: str) -> str:
         return name
     if source not in ("hf-hub", "local-dir") or not rest:
         raise ValueError(f"{name!r} must be a timm name, hf-hub:OWNER/NAME or local-dir:FOLDER")
-    return f"{source}:{_absolute(rest) if source == 'local-dir' else rest}"
+    return f"{source}:{absolute(rest) if source == 'local-dir' else rest}"
 
 
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
 OptimizerName = Literal["sgd", "adam", "adamw"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lorvp.config import BEST, HEAD_MAPPINGS, AbsolutePath, Part, TrialConfig
+from lorvp.config import BEST, HEAD_MAPPINGS, AbsolutePath, Part, TrialConfig, absolute
 
 
 def _scalar(value: Any) -> Any:
@@ -35,6 +35,8 @@ FITTED = {
 """What makes the control of any sweep, beside its label mapping."""
 DEFAULTS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
 """Keys that only say what others are by default."""
+MOST_CELLS = 100_000
+"""Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
 DEFAULT_SEEDS = 3
 """How many a confirmation has where its spec names none."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
@@ -70,14 +72,12 @@ class Axis(Part):
         return self
 
     def values(self) -> list[Scalar] | None:
-        """Every value it can take, in order; None if they can't be listed."""
+        """Every value it can take, in order; None if they can't be listed, or are more than a grid may have."""
         if self.choice is not None:
             return self.choice
-        return (
-            list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:]))
-            if self.integers is not None
-            else None
-        )
+        if self.integers is None or (self.integers[1] - self.integers[0]) // (*self.integers, 1)[2] >= MOST_CELLS:
+            return None
+        return list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:]))
 
     def examples(self) -> list[Scalar]:
         """The values that must be valid for all of the axis to be."""
@@ -107,7 +107,7 @@ class SearchConfig(Part):
         "tpe", description="tpe, cmaes and gp learn from the trials that have ended"
     )
     trials: PositiveInt | None = Field(None, description="how many; a grid has as many as it has cells")
-    seed: NonNegativeInt = Field(0, description="of the algorithm")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of the algorithm")
     concurrent: PositiveInt = Field(2, description="trials that run at the same time")
     equal: str | None = Field(
         None, description="a choice axis whose values get equal shares of the trials, each searched for its own"
@@ -303,7 +303,7 @@ class Spec(Part):
         axis, control = self.space.get(key), (self.control or {}).get(key)
         given = [self.trial.get("backbone", {}).get("module"), *(axis.examples() if axis else [])]
         given += control if isinstance(control, list) else [control]
-        return {Path(each).expanduser().absolute() for each in given if each is not None}
+        return {absolute(each) for each in given if each is not None}
 
     def control_names(self) -> set[str]:
         """What the control's trials are called, those that confirm it among them."""
@@ -345,12 +345,17 @@ class Spec(Part):
         return ordered
 
     def cells(self) -> list[dict[str, Scalar]]:
-        """Every point of a space whose axes can all be listed, each valid one once, in a fixed order."""
+        """Every point of a space whose axes can all be listed, each valid one once, in a fixed order.
+
+        Raises ValueError for more of them than a grid may have.
+        """
         cells: list[dict[str, Scalar]] = [{}]
         for name, axis in self.ordered_axes().items():
             grown = []
             for cell in cells:
                 grown += [cell | {name: value} for value in axis.values() or []] if active(axis, cell) else [cell]
+                if len(grown) > MOST_CELLS:
+                    raise ValueError(f"a grid may have {MOST_CELLS} cells, and this one has more")
             cells = grown
         return cells
 

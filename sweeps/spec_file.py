@@ -13,13 +13,19 @@ from pydantic import ValidationError
 
 from cluster import profile as profiles
 from lorvp import architectures
-from lorvp.config import Part, TrialConfig, backbone_name
+from lorvp.config import Part, TrialConfig, absolute, backbone_name
 from lorvp.errors import UserError
 from lorvp.explain import Location, closest, explain
 from lorvp.yaml_file import YamlFile, parse_value
-from sweeps.spec import Scalar, Spec, flatten
+from sweeps.spec import MOST_CELLS, Scalar, Spec, flatten
 
 Fail = Callable[[Location, str], NoReturn]
+PATHS = (
+    ("dataset", "root", absolute),
+    *(("backbone", key, absolute) for key in ("checkpoint", "module", "zero_shot")),
+    ("backbone", "name", backbone_name),
+)
+"""A trial's keys that hold a path, and what makes it absolute."""
 RECORD = "sweep.json"
 """What a sweep is, in its folder: its id and its spec."""
 
@@ -54,13 +60,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
-    # relative to where the user is, not to where a process may run
-    for part, key in (("dataset", "root"), *(("backbone", key) for key in ("checkpoint", "module", "zero_shot"))):
-        if spec.trial[part].get(key) is not None:
-            spec.trial[part][key] = str(Path(spec.trial[part][key]).expanduser().absolute())
-    if "name" in spec.trial["backbone"]:
-        spec.trial["backbone"]["name"] = backbone_name(spec.trial["backbone"]["name"])
+    _make_absolute(spec, file.fail)
     return spec
+
+
+def _make_absolute(spec: Spec, fail: Fail) -> None:
+    """Have the trial's paths start from where the user is, not from where a process may run.
+
+    Among them may be values that no trial has had a look at, since an axis stands in their place.
+    """
+    for part, key, made in PATHS:
+        values = spec.trial.get(part, {})
+        if not isinstance(values, dict):
+            fail(("trial", part), "must be a mapping of its keys")
+        if values.get(key) is None:
+            continue
+        if not isinstance(values[key], str):
+            fail(("trial", part, key), f"must be a text, not {values[key]!r}")
+        try:
+            values[key] = str(made(values[key]))
+        except ValueError as error:
+            fail(("trial", part, key), str(error))
 
 
 def check_hub(spec: Spec) -> None:
@@ -120,13 +140,20 @@ def _check_search(spec: Spec, fail: Fail) -> None:
                 if possible is not None and value not in possible:
                     fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
         if search.algorithm == "grid" and axis.values() is None:
-            fail(("space", name), "a grid takes choice and int axes only; list the values in choice")
+            many = f"an axis of a grid may have {MOST_CELLS} values, and this one has more"
+            few = "a grid takes choice and int axes only; list the values in choice"
+            fail(("space", name), few if axis.integers is None else many)
         if search.algorithm == "cmaes" and axis.choice is not None:
             fail(("space", name), "cmaes can't take categories; use uniform, log_uniform or int, or tpe for the search")
         if search.algorithm == "cmaes" and axis.when:
             fail(("space", name, "when"), "cmaes can't take conditions; use tpe for the search")
-    if search.algorithm == "grid" and search.trials not in (None, len(spec.cells())):
-        fail(("search", "trials"), f"this grid has {len(spec.cells())} cells; leave trials out")
+    if search.algorithm == "grid":
+        try:
+            cells = len(spec.cells())
+        except ValueError as error:
+            fail(("space",), str(error))
+        if search.trials not in (None, cells):
+            fail(("search", "trials"), f"this grid has {cells} cells; leave trials out")
     if search.algorithm != "grid" and search.trials is None:
         fail(("search",), f"{search.algorithm} needs trials: how many")
     if search.equal is not None:

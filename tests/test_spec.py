@@ -108,6 +108,20 @@ BROKEN = {
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
     "a key twice": ("  epochs: 4", "  epochs: 4\n  epochs: 5", ":6: not valid YAML"),
+    "a tag on a list": ("[flm, fm, lp]", "!!python/object/apply:os.system [ls]", ":7: not valid YAML: no value here has the tag !!python/object/apply:os.system; leave it out"),
+    "a tag on a mapping": ("{name: digits}", "!foo {name: digits}", ":4: not valid YAML: no value here has the tag !foo; leave it out"),
+    "a tag on a word": ("name: good", "name: !!binary Z29vZA==", ":1: not valid YAML: no value here has the tag !!binary; leave it out"),
+    "a tag that does not fit": ("epochs: 4", "epochs: !!int four", ":5: not valid YAML: 'four' can't be read as int"),
+    "a number of thousands of digits": ("epochs: 4", f"epochs: {'9' * 5000}", ":5: not valid YAML: '99999999999999999999' can't be read as int"),
+    "an anchor that holds itself": ("{name: digits}", "&data {name: digits, root: *data}", ":4: not valid YAML: an anchor that holds itself"),
+    "anchors that stand for billions": ("name: good", "a: &a [" + "1, " * 99 + "]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "not valid YAML: more than 100000 values"),
+    "a merge of no mapping": ("epochs: 4", "<<: [1, 2]", ":5: not valid YAML: a merge key takes a mapping"),
+    "a list as a key": ("  epochs: 4", "  ? [epochs]\n  : 4", ":5: not valid YAML: a key must be a word"),
+    "too deep": ("epochs: 4", "epochs: " + "[" * 2000, ": not valid YAML: lists or mappings in one another, too many deep"),
+    "a grid of billions": ("int: [1, 3]", "int: [1, 3_000_000_000]", ":8: space.prompt.rank: an axis of a grid may have 100000 values"),
+    "a grid of too many": ("[1e-3, 0.1]}", "[1e-3, 0.1]}\n  epochs: {int: [2, 9000]}\n  order_seed: {int: [1, 20]}", ":6: space: a grid may have 100000 cells"),
+    "nobody's home": ("{name: digits}", "{name: image_folder, root: ~nobody-here/images}", ":4: trial.dataset.root: '~nobody-here/images': there is no such home folder"),
+    "a word in place of a part": ("  backbone: {name: lorvp_tiny_32.cifar10}", "  backbone: tiny", ":3: trial.backbone: "),
     "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
     "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys, and is empty"),
 }  # fmt: skip
@@ -441,3 +455,8 @@ def test_a_shell_completes_what_can_be_set():
     asked = {"_LORVP_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "lorvp-sweep --set search.s", "COMP_CWORD": "2"}
     found = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True)
     assert found.stdout.split() == ["search.seed=", "search.seconds="]
+
+
+def test_anchors_and_merge_keys_are_read(write):
+    spec = spec_file.load(write("  epochs: 4", "  <<: [&long {epochs: 9}, {batch_size: 8}]\n  <<: *long"))
+    assert (spec.trial["epochs"], spec.trial["batch_size"]) == (9, 8)
