@@ -118,15 +118,16 @@ class _Reader:
         self._values += 1
         if self._values > MOST_VALUES:
             raise _refused(node, f"more than {MOST_VALUES} values, repeated ones counted as often")
-        kind = node.tag.removeprefix(STANDARD)
+        tag = str(node.tag)
+        kind = tag.removeprefix(STANDARD)
         if kind not in KINDS.get(type(node), ()):
-            raise _refused(node, f"no value here has the tag {node.tag.replace(STANDARD, '!!')}; leave it out")
+            raise _refused(node, f"no value here has the tag {tag.replace(STANDARD, '!!')}; leave it out")
         if isinstance(node, ScalarNode):
             return self._scalar(node, kind)
         if any(node is other for other in self._around):
             raise _refused(node, "an anchor that holds itself")
         self._around.append(node)
-        found = self._list(node, location) if isinstance(node, SequenceNode) else self._mapping(node, location)
+        found = self._mapping(node, location) if isinstance(node, MappingNode) else self._list(node, location)
         self._around.pop()
         return found
 
@@ -138,7 +139,7 @@ class _Reader:
         except (ValueError, KeyError):  # of a tag that does not fit, or a number of thousands of digits
             raise _refused(node, f"{node.value[:20]!r} can't be read as {kind}") from None
 
-    def _list(self, node: SequenceNode, location: Location) -> list[Any]:
+    def _list(self, node: Node, location: Location) -> list[Any]:
         self.lines |= {(*location, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
         return [self.value(item, (*location, i)) for i, item in enumerate(node.value)]
 

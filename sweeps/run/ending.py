@@ -11,7 +11,8 @@ EXIT_INTERRUPTED = 130
 class Ending:
     """Makes a signal raise KeyboardInterrupt in the main thread, so that the jobs are ended before the driver is.
 
-    A second signal ends the process at once and leaves the jobs as they are.
+    A second signal ends the process at once and leaves the jobs as they are. A signal that was ignored when the driver
+    was started (nohup's SIGHUP, a background job's SIGINT) stays ignored.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -19,7 +20,8 @@ class Ending:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         for each in self.SIGNALS:
-            signal.signal(each, self._interrupt)
+            if signal.getsignal(each) != signal.SIG_IGN:
+                signal.signal(each, self._interrupt)
 
     @property
     def time_limit_nears(self) -> bool:
