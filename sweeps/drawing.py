@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+from contextlib import suppress
 
-import matplotlib
+if "matplotlib" in sys.modules:
+    import matplotlib
+else:  # it refuses to be imported under an MPLBACKEND that it does not know; these figures are files, and need none
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable

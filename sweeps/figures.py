@@ -10,6 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, legend_beside, of_accuracies, one_plot
+
+# isort: split
+# after sweeps.drawing, which minds an MPLBACKEND that matplotlib refuses
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -22,7 +26,6 @@ from lorvp.bundle_format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.comparison import FIGURES as COMPARED
 from sweeps.comparison import Comparison, val_top1
-from sweeps.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, legend_beside, of_accuracies, one_plot
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
 from sweeps.space_figures import heat_map, importance, parallel

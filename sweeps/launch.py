@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,10 +25,12 @@ from lorvp.store import read_manifest
 from sweeps import spec_file, status, triage
 from sweeps.memory import memory_line
 from sweeps.run import lock
+from sweeps.run.background import first_line
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.spec import Spec
 
 EXIT_BAD_INPUT = 2
+EXIT_ERROR = 1
 PLACE = {"name", "output"}
 """Keys that say where a sweep's folder is: it may have been moved or renamed since."""
 EXTENDABLE = {"search": {"trials", "concurrent", "seconds"}, "failure_limit": {"share", "trials"}}
@@ -103,6 +106,10 @@ def main(
     except KeyboardInterrupt:
         console.print("interrupted before a job was submitted; --resume goes on", highlight=False)
         code = EXIT_INTERRUPTED
+    except Exception as error:  # before the first job: of a library, a disk, or a fault of ours
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        cli.say(UserError(f"{type(error).__name__}: {first_line(error)} ({place.filename}:{place.lineno})"))
+        raise typer.Exit(EXIT_ERROR) from None
     raise typer.Exit(code)
 
 
@@ -186,6 +193,7 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
             f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
         )
     with ExitStack() as stack:
+        made = not spec.folder.exists()
         try:
             spec.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.held(spec.folder))
@@ -197,12 +205,22 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         write_json(spec.folder / spec_file.RECORD, {"id": sweep_id, "spec": values})
         try:
             yield sweep_id
-        except UserError:
-            if not resume:  # it never began
-                shutil.rmtree(spec.folder)
-                with suppress(OSError):  # it may hold other sweeps
-                    spec.output.rmdir()
+        except Exception:
+            if not resume and not (spec.trials.is_dir() and any(spec.trials.iterdir())):  # it never began
+                take_back(spec, made)
             raise
+
+
+def take_back(spec: Spec, made: bool) -> None:
+    """Remove the folder of a sweep that never began; of one that was there before, what a driver has put into it."""
+    if made:
+        shutil.rmtree(spec.folder, ignore_errors=True)
+    else:
+        shutil.rmtree(spec.folder / "code", ignore_errors=True)
+        for name in (spec_file.RECORD, lock.LOCK):
+            (spec.folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it may hold other sweeps
+        spec.output.rmdir()
 
 
 def make_relay(spec: Spec, sweep_id: str) -> Relay:

@@ -172,7 +172,7 @@ class Leaderboard:
             return ["no trial finished: there is no best prompt"]
         lines = [f"best trial {best.trial.name}: {self._figures(best)}"]
         if control is None:
-            return lines + (["the control did not finish"] if self.spec.control else [])
+            return lines + self._missing_control()
         lines.append(f"control {control.trial.name}: {self._figures(control)}")
         val = best.best()["val_top1"] - control.best()["val_top1"]
         ours, theirs = best.test_top1(), control.test_top1()
@@ -180,6 +180,14 @@ class Leaderboard:
         lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
         bias = Bias.of(self.searched())
         return lines + [str(bias)] * (bias is not None) + triage.checked(self.spec, val)
+
+    def _missing_control(self) -> list[str]:
+        """Say that there is nothing to hold the best trial against, and why; nothing where the spec wants none."""
+        if self.spec.control is None:
+            return []
+        ends = [entry.end for entry in self.searched(control=True) if entry.end is not None]
+        why = next((f"{end.cause or end.state}: {end.reason}".rstrip(": ") for end in ends), "none has run to its end")
+        return [f"the control is missing ({why}): how much the prompt gains is not known"]
 
     def trust(self) -> list[str]:
         """How far the trials' order at each milestone was that at their end, in words."""

@@ -9,6 +9,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from sweeps.drawing import DARKER_IS_BETTER, GREY, INK, SMALL, colour_bar, ink_on, one_plot, stretched_colours
+
+# isort: split
+# after sweeps.drawing, which minds an MPLBACKEND that matplotlib refuses
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -16,7 +20,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sweeps.comparison import val_top1
-from sweeps.drawing import DARKER_IS_BETTER, GREY, INK, SMALL, colour_bar, ink_on, one_plot, stretched_colours
 from sweeps.leaderboard import Entry, number
 from sweeps.outcome import Outcome
 from sweeps.spec import Axis, Scalar, Spec

@@ -17,6 +17,7 @@ from lorvp.config import Part, TrialConfig, absolute, backbone_name
 from lorvp.errors import UserError
 from lorvp.explain import Location, closest, explain
 from lorvp.yaml_file import YamlFile, parse_value
+from sweeps.run.store import without_passwords
 from sweeps.spec import MOST_CELLS, Scalar, Spec, flatten
 
 Fail = Callable[[Location, str], NoReturn]
@@ -60,6 +61,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
+    if spec.tracking.uri and without_passwords(spec.tracking.uri) != spec.tracking.uri:
+        file.fail(
+            ("tracking", "uri"),
+            "leave the password out: the spec is copied to the sweep's folder and to MLflow; give the URI in "
+            "MLFLOW_TRACKING_URI, or a server's password in MLFLOW_TRACKING_PASSWORD",
+        )
     _make_absolute(spec, file.fail)
     return spec
 

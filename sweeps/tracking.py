@@ -14,15 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the follower tries again by itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # of each run, with the password in it
 
 import mlflow
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,7 +35,8 @@ from lorvp.errors import UserError
 from lorvp.files import publish
 from sweeps import registry
 from sweeps.leaderboard import epoch_metrics
-from sweeps.run.store import SQLITE, tracking_uri
+from sweeps.run.background import first_line
+from sweeps.run.store import SQLITE, tracking_uri, without_passwords
 from sweeps.spec import Spec, flatten, shortened
 
 # A store that fails is told in a line by who tries again; MLflow would write down a traceback each time.
@@ -62,29 +65,39 @@ class Tracker:
             self.client = mlflow.MlflowClient(self.uri)
             self.experiment = self._experiment()
             found = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
-        except (mlflow.MlflowException, SQLAlchemyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"MLflow at {self.uri} can't be used: {reason}") from None
+            self._begin_sweep(found, spec_text)
+        except (mlflow.MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # of a database's driver
+            place = without_passwords(self.uri)
+            raise UserError(f"MLflow at {place} can't be used: {first_line(error)}") from None
         self.runs = {run.data.tags[TRIAL]: run for run in found if TRIAL in run.data.tags}
-        parents = [run for run in found if TRIAL not in run.data.tags]
-        if parents:
-            self.parent = parents[0]
-            self.client.update_run(self.parent.info.run_id, "RUNNING")
-        else:
-            tags = {SWEEP: sweep_id, "git.commit": git_commit(), "python": platform.python_version()}
-            tags |= {f"version.{package}": version(package) for package in PACKAGES}
-            tags |= {"stage": "sweep"}
-            self.parent = self.client.create_run(self.experiment, tags=tags, run_name=spec.name)
-        values = spec.model_dump(mode="json", by_alias=True)
-        self.client.log_text(self.parent.info.run_id, spec_text, "spec.yaml")
-        self.client.log_dict(self.parent.info.run_id, values, "spec.json")
-        self.client.log_text(self.parent.info.run_id, "\n".join(installed_packages()), "environment.txt")
         # a run without its parameters is one that was begun when a driver was killed, or a server's answer got lost
         self._begun = {name for name, run in self.runs.items() if not run.data.params}
         self.runs = {name: run for name, run in self.runs.items() if name not in self._begun}
         self._started = dict(self.runs)
         self._closed: set[str] = set()  # what this driver has closed, or found closed
         self._epochs_sent = {name: int(run.data.metrics.get("epoch", 0)) for name, run in self.runs.items()}
+
+    def _begin_sweep(self, found: list[Run], spec_text: str) -> None:
+        """Make the sweep's own run, or go on with the one among `found`."""
+        parents = [run for run in found if TRIAL not in run.data.tags]
+        if parents:
+            self.parent = parents[0]
+            self.client.update_run(self.parent.info.run_id, "RUNNING")
+        else:
+            tags = {SWEEP: self.sweep_id, "git.commit": git_commit(), "python": platform.python_version()}
+            tags |= {f"version.{package}": version(package) for package in PACKAGES}
+            tags |= {"stage": "sweep"}
+            self.parent = self.client.create_run(self.experiment, tags=tags, run_name=self.spec.name)
+        run_id, values = self.parent.info.run_id, self.spec.model_dump(mode="json", by_alias=True)
+        try:
+            self.client.log_text(run_id, spec_text, "spec.yaml")
+            self.client.log_dict(run_id, values, "spec.json")
+            self.client.log_text(run_id, "\n".join(installed_packages()), "environment.txt")
+        except Exception:
+            if not parents:  # the next try makes another
+                with suppress(Exception):
+                    self.client.delete_run(run_id)
+            raise
 
     def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
         """Sends what MLflow has not got of the trial's epochs, in one batch."""
@@ -170,11 +183,23 @@ class Tracker:
         name = self.spec.tracking.experiment
         existing = self.client.get_experiment_by_name(name)
         if existing:
+            if existing.lifecycle_stage != LifecycleStage.ACTIVE:
+                raise UserError(
+                    f"tracking.experiment: {name!r} is in MLflow's trash; `mlflow experiments restore --experiment-id "
+                    f"{existing.experiment_id}` with MLFLOW_TRACKING_URI={without_passwords(self.uri)} brings it back, "
+                    "--set tracking.experiment=NAME takes another"
+                )
             return existing.experiment_id
         database = self.uri.split(":")[0].split("+")[0] in DATABASE_ENGINES  # a server knows where it keeps artifacts
         artifacts = (self.spec.output / "mlartifacts").as_uri() if database else None
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the page of training runs, not of chats
-        return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+        try:
+            return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+        except mlflow.MlflowException:  # another sweep may have been faster
+            existing = self.client.get_experiment_by_name(name)
+            if existing is None:
+                raise
+            return existing.experiment_id
 
     def _runs(self, query: str) -> list[Run]:
         runs: list[Run] = []

@@ -224,7 +224,7 @@ def test_a_driver_killed_while_tables_are_made_leaves_no_part_of_them(tmp_path, 
             make_tables(uri)
     assert not (tmp_path / "mlflow.db").exists()
     make_tables(uri)
-    assert store.is_sure_to_open(uri)
+    assert store.is_sure_to_open(uri, "lorvp")
     made = (tmp_path / "mlflow.db").stat().st_ino
     make_tables(uri)
     assert (tmp_path / "mlflow.db").stat().st_ino == made
@@ -233,14 +233,14 @@ def test_a_driver_killed_while_tables_are_made_leaves_no_part_of_them(tmp_path, 
 
 def test_what_a_sqlite_file_shows(tmp_path):
     path = tmp_path / "mlflow.db"
-    assert store.is_sure_to_open(f"sqlite:///{path}")
+    assert store.is_sure_to_open(f"sqlite:///{path}", "lorvp")
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    assert store.is_sure_to_open(f"sqlite:///{path}")
+    assert store.is_sure_to_open(f"sqlite:///{path}", "lorvp")
     with sqlite3.connect(path) as database:
         database.execute("update alembic_version set version_num = 'older'")
-    assert not store.is_sure_to_open(f"sqlite:///{path}")
-    assert not store.is_sure_to_open("http://127.0.0.1:1")
-    assert not store.is_sure_to_open(f"sqlite:///{tmp_path / 'none' / 'mlflow.db'}")
+    assert not store.is_sure_to_open(f"sqlite:///{path}", "lorvp")
+    assert not store.is_sure_to_open("http://127.0.0.1:1", "lorvp")
+    assert not store.is_sure_to_open(f"sqlite:///{tmp_path / 'none' / 'mlflow.db'}", "lorvp")
 
 
 def test_packages_are_named_as_pip_names_them():

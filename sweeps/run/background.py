@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.folder import TrialFolder
 from cluster.scan import FollowedTrial
+from sweeps.run.store import without_passwords
 
 if TYPE_CHECKING:
     from sweeps.tracking import Tracker
@@ -24,7 +25,8 @@ LONGEST_PAUSE = 10.0
 
 def first_line(error: Exception) -> str:
     """What an error says first, after SQLAlchemy's word on when it happened."""
-    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+    text = without_passwords(str(error))
+    lines = [line for line in text.strip().splitlines() if not line.startswith("(raised as a result of")]
     return lines[0] if lines else type(error).__name__
 
 

@@ -25,7 +25,7 @@ from sweeps.run.background import Sender
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.run.follow import Follower, GivenUp
 from sweeps.run.jobs import Jobs
-from sweeps.run.store import is_sure_to_open, tracking_uri, ui_command
+from sweeps.run.store import is_sure_to_open, tracking_uri, ui_command, without_passwords
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
@@ -55,8 +55,8 @@ def carry_out(
         return Tracker(spec, sweep_id, spec_text)
 
     uri = tracking_uri(spec)
-    opened = None if is_sure_to_open(uri) else connect()
-    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {uri}", highlight=False)
+    opened = None if is_sure_to_open(uri, spec.tracking.experiment) else connect()
+    console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {without_passwords(uri)}", highlight=False)
     follower, spent = Follower(spec, relay, console), Spent(spec)
     sender = Sender((lambda: opened) if opened else connect, spec.trials, spec.control_names(), follower.warn)
     jobs = Jobs(relay, follower, sender)
@@ -102,7 +102,7 @@ def carry_out(
     except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
         ending.begin()
         with suppress(OSError):
-            (spec.folder / TRACEBACK).write_text(traceback.format_exc())
+            (spec.folder / TRACEBACK).write_text(without_passwords(traceback.format_exc()))
         jobs.stop()
         text = f"{one_line(error)}; the jobs go on, and so does --resume; {spec.folder / TRACEBACK} says where it was"
         end_without_result(jobs, sender, text, spec, console)
@@ -240,5 +240,5 @@ def left_out(module: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An error in a line: its kind, and the last line of what it says."""
-    lines = str(error).strip().splitlines()
+    lines = without_passwords(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 from sweeps.spec import Spec
 
 SQLITE = "sqlite:///"
+_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
 
 
 def tracking_uri(spec: Spec) -> str:
@@ -19,15 +20,22 @@ def tracking_uri(spec: Spec) -> str:
     return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{spec.output / 'mlflow.db'}"
 
 
+def without_passwords(text: str) -> str:
+    """A URI, or text with URIs in it, as screens, logs and files may have it."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
 def ui_command(uri: str) -> str:
     """What a user types to look at it."""
+    uri = without_passwords(uri)
     return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def is_sure_to_open(uri: str) -> bool:
+def is_sure_to_open(uri: str, experiment: str) -> bool:
     """Whether MLflow will open the store without an error, as far as a look at a SQLite file can tell.
 
-    That is a file yet to be made, or one with the tables of the MLflow that is installed. Of any other store: False.
+    That is a file yet to be made, or one with the tables of the MLflow that is installed, which has not got the
+    experiment in its trash. Of any other store: False.
     """
     if not uri.startswith(SQLITE) or "?" in uri:
         return False
@@ -37,9 +45,11 @@ def is_sure_to_open(uri: str) -> bool:
     try:
         with closing(sqlite3.connect(path)) as database:
             (revision,) = database.execute("select version_num from alembic_version").fetchone()
+            query = "select count(*) from experiments where name = ? and lifecycle_stage != 'active'"
+            (deleted,) = database.execute(query, (experiment,)).fetchone()
     except (sqlite3.Error, TypeError):  # not a database, of another kind, or one that is being made
         return False
-    return revision == _installed_revision() and os.access(path, os.W_OK)
+    return not deleted and revision == _installed_revision() and os.access(path, os.W_OK)
 
 
 def _installed_revision() -> str | None:
