@@ -22,7 +22,7 @@ import submitit
 from cluster.folder import AUTO, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from cluster.quick_torch import leave_out_compiler
 from lorvp.errors import TrialFailed, UserError
-from lorvp.files import write_json
+from lorvp.files import give_libraries_caches, write_json
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
@@ -40,6 +40,7 @@ class TrialJob:
 
     def __call__(self, folder: Path, threads: int, trials: int, pack: int | str) -> None:
         leave_out_compiler()
+        give_libraries_caches()
         run(folder, threads, trials, pack)
 
     def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from lorvp.errors import UserError
+from lorvp.files import give_libraries_caches
 
 Module = Annotated[Path | None, typer.Option(help="the file that registers the bundle's backbone: it is run")]
 NO_TERMINAL = 400
@@ -28,6 +29,7 @@ def say(error: UserError) -> None:
 
 def run(app: typer.Typer) -> None:
     """Carries out a command; bad input is one line on stderr, with exit code 2."""
+    give_libraries_caches()
     try:
         app()
     except UserError as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import functools
 import json
 import os
 import shutil
+import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +21,46 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 
 def cache_folder() -> Path:
-    """Where is kept what can be made again: LORVP_CACHE, by default ~/.cache/lorvp."""
-    return Path(os.environ.get("LORVP_CACHE") or Path.home() / ".cache" / "lorvp")
+    """Find where is kept what can be made again: LORVP_CACHE, by default ~/.cache/lorvp.
+
+    Where that can't be written it is a temporary folder until the process ends, and stderr says so, once.
+    """
+    return _written(os.environ.get("LORVP_CACHE") or "~/.cache/lorvp")
+
+
+def give_libraries_caches() -> None:
+    """Name a folder in the cache to each library whose own can't be made, before it is imported.
+
+    One that is there is left alone, read-only or not: it may hold the weights.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = {
+        "HF_HOME": f"{caches}/huggingface",
+        "TORCH_HOME": f"{caches}/torch",
+        "MPLCONFIGDIR": f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/matplotlib",
+    }
+    for name, folder in own.items():
+        if name in os.environ:
+            continue
+        try:
+            Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            os.environ[name] = str(cache_folder() / name.lower())
+
+
+@functools.cache
+def _written(folder: str) -> Path:
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except (OSError, RuntimeError) as error:  # a disk that takes nothing; no home folder
+        reason = getattr(error, "strerror", None) or str(error)
+    temporary = tempfile.mkdtemp(prefix="lorvp-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    print(f"the cache {folder} can't be written ({reason}): a temporary one takes its place", file=sys.stderr)
+    return Path(temporary)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from cluster.relay import Relay, make_cluster
 from cluster.slurm import sbatch_file, submit_driver
 from lorvp import cli
 from lorvp.errors import UserError
-from lorvp.files import replacing, write_json
+from lorvp.files import give_libraries_caches, replacing, write_json
 from lorvp.store import read_manifest
 from sweeps import spec_file, status, triage
 from sweeps.memory import memory_line
@@ -94,6 +94,7 @@ def main(
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running
                 start_detached(spec, sweep_id, file, options)
                 return
+            give_libraries_caches()
             ending = Ending()
             # Imported here: a spec that is refused shall not wait for Ray and Optuna.
             from sweeps.run.driver import carry_out

@@ -12,7 +12,7 @@ import pytest
 from conftest import digits_values
 from scipy import stats
 
-from cluster.folder import State, TrialFolder
+from cluster.folder import Cause, State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps import confirm
 from sweeps.comparison import LEARNED, MAY_BE_NONE, PUBLISHED, Comparison, paired
@@ -58,6 +58,19 @@ def test_an_epoch_at_a_rung_is_never_the_best(spec: Spec):
     best = Leaderboard.read(spec).best()
     assert best.trial.name == winner.name
     assert [entry.best()["val_top1"] for entry in Leaderboard.read(spec).entries] == [61, 55]
+
+
+@pytest.mark.parametrize("state", [State.FAILED, None])
+def test_a_control_that_is_missing_is_said(spec: Spec, state: State | None):
+    record(spec, 1, [20, 60, 61])
+    if state:
+        (config,) = spec.control_configs()
+        TrialFolder.request(spec.trials, config).claim().end(state, "CUDA out of memory", Cause.OUT_OF_MEMORY)
+    why = "out of memory: CUDA out of memory" if state else "none has run to its end"
+    missing = f"the control is missing ({why}): how much the prompt gains is not known"
+    assert Leaderboard.read(spec).verdict()[1:] == [missing]
+    without = spec.model_copy(update={"control": None})
+    assert len(Leaderboard.read(without).verdict()) == 1
 
 
 SEEDS = [7, 8, 9]

@@ -14,6 +14,7 @@ import pytest
 from test_spec import GOOD
 from typer.testing import CliRunner, Result
 
+from lorvp import files, frozen, training
 from lorvp.errors import UserError
 from sweeps import launch, spec_file
 from sweeps.run import store
@@ -129,6 +130,41 @@ def test_a_signal_that_was_ignored_stays_ignored(sweep):
     Ending()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch) -> Iterator[None]:
+    """A home folder in which no folder can be made, whoever runs the tests: it is a file."""
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("LORVP_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # so that it is as it was at the end
+        monkeypatch.delenv(name)
+    files._written.cache_clear()
+    yield
+    files._written.cache_clear()
+
+
+def test_a_home_that_can_not_be_written_costs_the_cache_alone(no_home, digits, capsys):
+    loaded = training.load(digits())
+    said = frozen.outputs(loaded.backbone, loaded.splits.train, "top", 50)
+    assert len(said.pixels) == len(loaded.splits.train)
+    files.give_libraries_caches()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the cache ~/.cache/lorvp can't be written (Not a directory): a temporary one")
+    for name in ("HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"):
+        assert Path(os.environ[name]).parent == files.cache_folder()
+
+
+def test_caches_that_are_there_are_left_to_their_libraries(no_home, tmp_path, monkeypatch, capsys):
+    """Read-only ones, too: they may hold the weights."""
+    (tmp_path / "user" / ".cache" / "huggingface").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("TORCH_HOME", "/somewhere")
+    files.give_libraries_caches()
+    assert "HF_HOME" not in os.environ
+    assert os.environ["TORCH_HOME"] == "/somewhere"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense", ""])
