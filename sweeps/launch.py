@@ -207,7 +207,8 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         try:
             yield sweep_id
         except Exception:
-            if not resume and not (spec.trials.is_dir() and any(spec.trials.iterdir())):  # it never began
+            begun = (spec.folder / status.DRIVER_JOB).exists() or (spec.trials.is_dir() and any(spec.trials.iterdir()))
+            if not resume and not begun:
                 take_back(spec, made)
             raise
 

@@ -125,6 +125,22 @@ def test_an_error_before_the_first_job_is_one_line(sweep, monkeypatch):
     assert [path.name for path in Path("runs/good").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("begun", ["driver.json", "trials/0123"])
+def test_a_sweep_that_has_begun_is_not_taken_back(sweep, begun):
+    """As when the screen is gone after the driver was submitted as a job."""
+
+    def broken() -> None:
+        with launch.sweep_folder(sweep, resume=False):
+            path = sweep.folder / begun
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        broken()
+    assert spec_file.record(sweep.folder)["spec"]["name"] == "good"
+
+
 def test_a_signal_that_was_ignored_stays_ignored(sweep):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     Ending()
