@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from test_spec import GOOD
 from typer.testing import CliRunner, Result
 
+from cluster import code
 from lorvp import files, frozen, training
 from lorvp.errors import UserError
 from sweeps import launch, spec_file
@@ -148,6 +150,14 @@ def test_a_signal_that_was_ignored_stays_ignored(sweep):
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
 
 
+def test_what_setup_puts_into_pythonpath_reaches_a_job_after_the_sweeps_code(tmp_path):
+    """As `module load` in a profile's `setup` does, in the shell that then starts the job."""
+    start = f"{code.python(tmp_path / 'the code')} -c 'import sys; print(sys.path)'"
+    lines = ["export PYTHONPATH=/of/modules:/more", start]
+    said = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(said)[:3] == [str(tmp_path / "the code"), "/of/modules", "/more"]
+
+
 @pytest.fixture
 def no_home(tmp_path, monkeypatch) -> Iterator[None]:
     """A home folder in which no folder can be made, whoever runs the tests: it is a file."""
@@ -186,7 +196,7 @@ def test_caches_that_are_there_are_left_to_their_libraries(no_home, tmp_path, mo
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense", ""])
 def test_a_backend_of_matplotlibs_that_is_not_there(backend):
     draw = "from sweeps import report, drawing as d; import os; print(len(d.png(d.one_plot(1, 1)[0])) > 99"
-    code = f"{draw}, os.environ['MPLBACKEND'])"
+    script = f"{draw}, os.environ['MPLBACKEND'])"
     environment = os.environ | {"MPLBACKEND": backend}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["True", *backend.split()], done.stderr
