@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lorvp.config import BEST
 from lorvp.datasets import ArrayImages
+from lorvp.device import is_out_of_memory
 from lorvp.files import replacing
 from lorvp.frozen import cache_folder, key, once
 
@@ -48,6 +49,18 @@ def fit(x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: He
     return weight, bias - weight @ mean
 
 
+def _fit_where_it_fits(x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: Head | None) -> Head:
+    """`fit`, on the CPU where the device's memory is too small for it."""
+    try:
+        return fit(x, labels, classes, c, start)
+    except RuntimeError as error:
+        if x.device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    print("out of device memory: the head is fitted on the CPU", flush=True)
+    return fit(x.cpu(), labels.cpu(), classes, c, start and (start[0].cpu(), start[1].cpu()))
+
+
 def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
     """In percent."""
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
@@ -75,7 +88,7 @@ def head(
         path = cache_folder() / f"probe-{name}.safetensors"
         with once(path) as missing:
             if missing:
-                weight, bias = fit(x, labels, classes, c, start)
+                weight, bias = _fit_where_it_fits(x, labels, classes, c, start)
                 with replacing(path) as temporary:
                     save_file({"weight": weight, "bias": bias}, temporary)
         kept = load_file(path, str(device))

@@ -33,6 +33,12 @@ class EpochResult:
     """Trials that shared its batches."""
     whole: bool = True
     """Whether it was at full size and on all training images, not at a rung."""
+    device: str = ""
+    """What it was trained on: a GPU or a processor, as its maker calls it."""
+    driver: str = ""
+    """The version of NVIDIA's driver, on a GPU."""
+    precision: str = ""
+    """fp32, bf16 or fp16: what `auto` came to."""
     test_loss: float | None = None
     test_top1: float | None = None
     test_top5: float | None = None

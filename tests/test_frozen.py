@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from conftest import make
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from lorvp import datasets, frozen, probe, training
+import lorvp
+from lorvp import datasets, evaluate, frozen, probe, training
 from lorvp.backbone import Backbone
 from lorvp.calibrate import calibrate
 from lorvp.checkpoint import CHECKPOINT
@@ -93,12 +95,21 @@ def test_images_are_told_apart_by_their_content(image_root, tmp_path):
     assert not set(digests()[:3]) & set(first)
 
 
-def test_a_computation_that_is_broken_off_leaves_nothing(digits, cache):
+@pytest.mark.parametrize("output", ["features", "top"])
+def test_a_computation_that_is_broken_off_is_gone_on_with(digits, cache, forwards, output):
+    """Nothing but the batch before which it was ended is computed again, and the result is the same."""
     loaded = training.load(digits())
-    calls = iter(range(3))
-    with pytest.raises(StopIteration):
-        frozen.outputs(loaded.backbone, loaded.splits.train, "features", 32, lambda: next(calls) and None)
-    assert not [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+    expected = frozen.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels.clone()
+    shutil.rmtree(cache)
+    forwards.clear()
+    for ends in (1, 2):
+        calls = iter(range(ends))
+        with pytest.raises(StopIteration):
+            frozen.outputs(loaded.backbone, loaded.splits.train, output, 32, lambda calls=calls: next(calls) and None)
+    found = frozen.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels
+    assert torch.equal(found, expected)
+    assert sum(forwards) == len(loaded.splits.train)
+    assert not [path for path in cache.iterdir() if path.suffix not in (".npy", ".lock")]
 
 
 def test_of_several_that_need_it_one_computes(digits, cache, forwards):
@@ -288,22 +299,29 @@ def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forward
 
 
 @pytest.mark.slow
-def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, monkeypatch, capsys):
-    """The result is that of the whole batch."""
-    config = digits(label_mapping="ilm", ilm="streamed", epochs=2, eval_batch_size=64)
-    expected = list(train(config))
+@pytest.mark.parametrize("ilm", ["streamed", "pass"])
+def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tmp_path, monkeypatch, capsys, ilm):
+    """The result is that of the whole batch; in training, evaluation, a recount and the computation of features."""
+    config = digits(label_mapping="ilm", ilm=ilm, epochs=2, eval_batch_size=64)
+    expected = list(train(config, folder=tmp_path))
+    method = lorvp.load(tmp_path / "bundle")
+    images = datasets.load(config.dataset, 32).test
+    hits = evaluate.hits(method, images, tmp_path)
+    shutil.rmtree(cache)
     forward = Backbone.forward
 
     def small(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(images) > 10:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return forward(self, images, *rest)
 
     monkeypatch.setattr(Backbone, "forward", small)
     for ours, whole in zip(train(config), expected, strict=True):
         assert ours.train_loss == pytest.approx(whole.train_loss, abs=1e-5)
         assert ours.val_loss == pytest.approx(whole.val_loss, abs=1e-5)
-    assert "out of device memory: batches of 32 are taken 8 at a time" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out of device memory: batches of 64 are taken 8 at a time" in said  # of the first pass
+    assert np.array_equal(evaluate.hits(method, images, tmp_path), hits)
     monkeypatch.setattr(Backbone, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("all full")))
     with pytest.raises(torch.OutOfMemoryError):
         list(train(config))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorvp
+from lorvp import trial
 from lorvp.backbone import Backbone, resolve_precision
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
@@ -56,18 +57,38 @@ def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, ma
     assert str(final[0]["optimizers"]) == str(final[1]["optimizers"])
 
 
+def counting(monkeypatch) -> list[int]:
+    """How many images the backbone is shown, a number each time."""
+    shown: list[int] = []
+    forward = Backbone.forward
+
+    def counted(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
+        shown.append(len(images))
+        return forward(self, images, *rest)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    return shown
+
+
 @cache
-def uninterrupted(config: str) -> list[dict]:
-    return figures(list(train(TrialConfig.model_validate_json(config))))
+def uninterrupted(config: str) -> tuple[list[dict], int]:
+    """Its results, and how many images it shows the backbone once the cache has what it needs."""
+    wanted = TrialConfig.model_validate_json(config)
+    expected = figures(list(train(wanted)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shown = counting(monkeypatch)
+        assert figures(list(train(wanted))) == expected
+        return expected, sum(shown)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
-@pytest.mark.parametrize("calls", range(1, 18))
-def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, calls):
-    """Before any batch, of training, of a recount or of validation."""
-    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=70)
-    expected = uninterrupted(config.canonical_json())
+@pytest.mark.parametrize("calls", range(1, 23))
+def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, monkeypatch, mapping, calls):
+    """Before any batch, of training, of a recount, of validation or of the test set; no batch is done twice."""
+    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30)
+    expected, images = uninterrupted(config.canonical_json())
+    shown = counting(monkeypatch)
     left = calls
 
     def stop() -> bool:
@@ -80,6 +101,29 @@ def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp
     continued = list(train(config, resume_from=checkpoint if checkpoint.exists() else None))
     assert figures(continued) == expected
     assert figures(first) == expected[: len(first)]
+    assert sum(shown) == images
+
+
+def test_a_trial_goes_on_in_the_precision_that_it_began_in(digits, tmp_path, monkeypatch):
+    """Requeued to another kind of machine, `auto` would be another."""
+    config = digits(precision="auto", epochs=2)
+    kinds = iter(("bf16", "fp32"))
+    monkeypatch.setattr(trial, "resolve_precision", lambda *_: next(kinds))
+    ends = iter((False,) * 6)
+    first = list(train(config, folder=tmp_path, should_stop=lambda: next(ends, True)))
+    continued = list(train(config, folder=tmp_path, resume_from=tmp_path / CHECKPOINT))
+    assert first == continued[: len(first)]
+    assert [result.precision for result in continued] == ["bf16", "bf16"]
+    assert lorvp.load(tmp_path / "bundle").backbone.dtype == torch.bfloat16
+
+
+def test_sgd_is_not_fused_where_steps_may_be_skipped(digits, monkeypatch):
+    """A first step that fp16 skips would leave a fused one's momentum as it was allocated."""
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)  # torch fuses on CPUs, too
+    for precision, fused in (("fp16", False), ("bf16", True)):
+        made = make_optimizer("head", parameters, digits(), precision)
+        assert (type(made), made.defaults["fused"]) == (torch.optim.SGD, fused)
 
 
 def test_it_learns_and_the_test_set_is_read_once(digits):
@@ -187,8 +231,8 @@ def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name
         optimizer={"name": name, "prompt_name": prompt_name, "lr": 0.01, "prompt_lr": 0.02, "prompt_weight_decay": 0.5},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    prompt = make_optimizer("prompt", parameters, config)
-    head = make_optimizer("head", parameters, config)
+    prompt = make_optimizer("prompt", parameters, config, "fp32")
+    head = make_optimizer("head", parameters, config, "fp32")
     assert (type(head).__name__.lower(), type(prompt).__name__.lower()) == (name, prompt_name)
     assert (prompt.param_groups[0]["lr"], prompt.param_groups[0]["weight_decay"]) == (0.02, 0.5)
     assert (head.param_groups[0]["lr"], head.param_groups[0]["weight_decay"]) == (0.01, 1e-4)

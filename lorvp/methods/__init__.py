@@ -15,6 +15,7 @@ from lorvp import distributed, plugins
 from lorvp.architectures import no_classifier
 from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
+from lorvp.device import MicroBatches
 from lorvp.errors import UserError
 from lorvp.mapping import MAPPINGS, count, greedy_matching
 from lorvp.pipeline import Batches
@@ -47,6 +48,9 @@ class Method(nn.Module):
         self.counts: torch.Tensor | None = None
         """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
+        self.recounting: torch.Tensor | None = None
+        """Of a pass over the training images for the next mapping, while it is under way: as `counts`."""
+        self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
 
     def features(self) -> int:
         """How many features a head reads."""
@@ -103,7 +107,8 @@ class Method(nn.Module):
     ) -> None:
         """Called before each epoch, from 1 on: makes the label mapping anew where it is one that counts.
 
-        `batches` starts a pass over the training images, on the device; of several processes each sees its share.
+        `batches` starts a pass over the training images, on the device, or goes on with one that was left half-way
+        (`recounting`); of several processes each sees its share.
         `frozen_tops` gives the source class (N,) that the backbone takes each of all of them for without a prompt, and
         their labels (N,).
         """
@@ -117,12 +122,16 @@ class Method(nn.Module):
             elif self.counts is not None:
                 counts = distributed.total(self.counts)
             else:
+                self.recounting = counts = counts if self.recounting is None else self.recounting
                 for images, labels in batches():
-                    count(counts, self.said(self.backbone.prepare(images), "logits").argmax(1), labels)
-                counts = distributed.total(counts)
+                    count(counts, torch.cat(self.micro_batches.run(self._top, images)), labels)
+                counts, self.recounting = distributed.total(counts), None
         self.mapping.index.copy_(greedy_matching(counts))
         if self.mapping.recount == "epoch" and self.config.ilm == "streamed":
             self.counts = torch.zeros_like(counts)
+
+    def _top(self, images: torch.Tensor) -> torch.Tensor:
+        return self.said(self.backbone.prepare(images), "logits").argmax(1)
 
     def tuned(self) -> dict[str, torch.Tensor]:
         """All that was chosen or learned, by name, on the CPU: what a bundle stores. A frozen backbone is not in it."""
