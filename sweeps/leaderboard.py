@@ -223,6 +223,7 @@ class Leaderboard:
             | epoch_metrics(result)
             | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}
             | {key: result[key] for key in ("test_loss", "test_top1", "test_top5")}
+            | {key: result.get(key, "") for key in ("device", "driver", "precision")}
             | {"test_at_best_val": entry.test_at_best_val()}
             for entry in self.entries
             for result in entry.results
