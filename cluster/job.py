@@ -24,7 +24,7 @@ import submitit
 from cluster.folder import AUTO, ON_NODE, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from cluster.quick_torch import leave_out_compiler
 from lorvp.errors import TrialFailed, UserError
-from lorvp.files import write_json
+from lorvp.files import create, read_line, write_json
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
@@ -226,9 +226,12 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
 
 def load(trial: TrialFolder) -> Loaded:
     """Reads what the job's trials share, and says what they run on."""
-    from lorvp import training
+    from lorvp import precision, training
 
-    loaded = training.load(trial.config)
+    config, path = trial.config, precision.file(trial.path.parent, trial.config)
+    loaded = training.load(config, read_line(path))
+    if config.precision == "auto" and not create(path, loaded.precision):  # another job was faster
+        loaded = loaded.in_precision(precision.choose(config, loaded.backbone.mean.device, read_line(path)), config)
     print(f"on {loaded.where()}", flush=True)
     return loaded
 

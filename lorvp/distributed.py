@@ -76,7 +76,8 @@ def train(
         return
     with tempfile.TemporaryDirectory(prefix="lorvp-") as folder:
         spawn = multiprocessing.get_context("spawn")
-        common = (processes, folder, config, options.get("resume_from"), torch.get_num_threads())
+        precision = loaded and loaded.precision
+        common = (processes, folder, config, precision, options.get("resume_from"), torch.get_num_threads())
         others = [spawn.Process(target=_take_part, args=(rank, *common)) for rank in range(1, processes)]
         with _blocked(LEFT_TO_THE_FIRST):  # which they inherit, until they ignore them
             for other in others:
@@ -123,7 +124,13 @@ def _end_with_the_first() -> None:
 
 
 def _take_part(
-    rank: int, processes: int, folder: str, config: TrialConfig, resume_from: Path | None, threads: int
+    rank: int,
+    processes: int,
+    folder: str,
+    config: TrialConfig,
+    precision: str | None,
+    resume_from: Path | None,
+    threads: int,
 ) -> None:
     from lorvp import training
 
@@ -132,6 +139,6 @@ def _take_part(
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
     _join_group(rank, processes, folder)
-    for _ in training.train(config, resume_from=resume_from):
+    for _ in training.train(config, loaded=training.load(config, precision), resume_from=resume_from):
         pass
     dist.destroy_process_group()

@@ -14,8 +14,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lorvp import bundle, checkpoint, datasets, device, distributed, frozen, methods, pipeline, probe, shuffle
-from lorvp.backbone import Backbone, resolve_precision
+from lorvp import (
+    bundle,
+    checkpoint,
+    datasets,
+    device,
+    distributed,
+    frozen,
+    methods,
+    pipeline,
+    precision,
+    probe,
+    shuffle,
+)
+from lorvp.backbone import Backbone
 from lorvp.config import HEAD_MAPPINGS, Rung, TrialConfig
 from lorvp.device import MicroBatches
 from lorvp.errors import TrialFailed, UserError
@@ -53,15 +65,18 @@ class Loaded:
         )
 
 
-def load(config: TrialConfig) -> Loaded:
-    """Builds the backbone on the device and reads the data. Raises UserError where either can't be had."""
+def load(config: TrialConfig, kept_precision: str | None = None) -> Loaded:
+    """Builds the backbone on the device and reads the data. Raises UserError where either can't be had.
+
+    `kept_precision` is what others of its sweep train in, for `precision: auto`.
+    """
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if where.type == "cpu" and config.speed.keep_memory:
         keep_memory(True)
-    precision = resolve_precision(config.precision, where)
-    backbone = Backbone(config.backbone, precision, config.backbone_speed, where)
+    chosen = precision.choose(config, where, kept_precision)
+    backbone = Backbone(config.backbone, chosen, config.backbone_speed, where)
     splits = datasets.load(config.dataset, backbone.image_size)
-    return Loaded(backbone, pipeline.kept_on_device(splits, where), precision)
+    return Loaded(backbone, pipeline.kept_on_device(splits, where), chosen)
 
 
 class Best(TypedDict):

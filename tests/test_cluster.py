@@ -16,6 +16,7 @@ from cluster import job, local
 from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
+from lorvp import precision
 from lorvp.device import NoGpu
 from lorvp.errors import TrialFailed, UserError
 
@@ -357,3 +358,14 @@ def test_a_machine_without_gpu_files_is_not_asked_for_gpus(tmp_path, monkeypatch
 )
 def test_whether_a_profile_asks_for_gpus(changes, asks):
     assert Profile(kind="slurm", **changes).asks_for_gpus is asks
+
+
+def test_jobs_of_a_sweep_train_in_what_the_first_of_them_chose(digits, tmp_path, monkeypatch):
+    trials = [TrialFolder.request(tmp_path / "trials", digits(precision="auto", init_seed=seed)) for seed in (1, 2)]
+    monkeypatch.setattr(precision, "choose", lambda _, __, kept=None: kept or "bf16")
+    assert job.load(trials[0]).precision == "bf16"
+    monkeypatch.setattr(precision, "choose", lambda _, __, kept=None: kept or "fp32")
+    assert job.load(trials[1]).precision == "bf16"
+    lines = iter((None, "bf16"))  # both begin at once
+    monkeypatch.setattr(job, "read_line", lambda _: next(lines))
+    assert job.load(trials[1]).precision == "bf16"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorvp
-from lorvp import trial
+from lorvp import precision
 from lorvp.backbone import Backbone, resolve_precision
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
@@ -108,7 +108,7 @@ def test_a_trial_goes_on_in_the_precision_that_it_began_in(digits, tmp_path, mon
     """Requeued to another kind of machine, `auto` would be another."""
     config = digits(precision="auto", epochs=2)
     kinds = iter(("bf16", "fp32"))
-    monkeypatch.setattr(trial, "resolve_precision", lambda *_: next(kinds))
+    monkeypatch.setattr(precision, "choose", lambda *_: next(kinds))
     ends = iter((False,) * 6)
     first = list(train(config, folder=tmp_path, should_stop=lambda: next(ends, True)))
     continued = list(train(config, folder=tmp_path, resume_from=tmp_path / CHECKPOINT))
@@ -121,8 +121,8 @@ def test_sgd_is_not_fused_where_steps_may_be_skipped(digits, monkeypatch):
     """A first step that fp16 skips would leave a fused one's momentum as it was allocated."""
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)  # torch fuses on CPUs, too
-    for precision, fused in (("fp16", False), ("bf16", True)):
-        made = make_optimizer("head", parameters, digits(), precision)
+    for kind, fused in (("fp16", False), ("bf16", True)):
+        made = make_optimizer("head", parameters, digits(), kind)
         assert (type(made), made.defaults["fused"]) == (torch.optim.SGD, fused)
 
 
@@ -291,6 +291,28 @@ def test_auto_precision_is_what_the_hardware_has(monkeypatch, capability, expect
     if expected == "fp16":
         with pytest.raises(UserError, match="Quadro RTX 8000 has no bf16"):
             resolve_precision("bf16", FakeCuda())
+
+
+def test_auto_precision_of_a_cpu_is_what_is_quicker_there(digits, tmp_path, monkeypatch):
+    """Measured once a machine and model; a sweep keeps what its first job chose."""
+    monkeypatch.setenv("LORVP_CACHE", str(tmp_path))
+    monkeypatch.setattr(precision, "resolve_precision", lambda wanted, _: "bf16" if wanted == "auto" else wanted)
+    times = iter(({"bf16": 2.0, "fp32": 1.0}, {"bf16": 1.0, "fp32": 2.0}))
+    monkeypatch.setattr(precision, "_seconds", lambda *_: next(times))
+    cpu = torch.device("cpu")
+    for config in (digits(precision="auto"), digits(precision="auto", optimizer={"lr": 0.3})):
+        assert precision.choose(config, cpu) == "fp32"
+    assert precision.choose(digits(precision="auto", batch_size=16), cpu) == "bf16"
+    assert precision.choose(digits(precision="auto", batch_size=16), cpu, kept="fp32") == "fp32"
+    assert precision.choose(digits(precision="bf16"), cpu, kept="fp32") == "bf16"
+
+
+@pytest.mark.parametrize("method", ["lorvp", "linear_probe", "fine_tuning"])
+def test_steps_are_timed_in_each_precision(digits, method):
+    config = digits(precision="auto", method=method, prompt={}, optimizer={"lr": 0.1})
+    seconds = precision._seconds(config, ("bf16", "fp32"))
+    assert seconds.keys() == {"bf16", "fp32"}
+    assert all(0 < each < math.inf for each in seconds.values())
 
 
 def test_half_precision_runs_and_keeps_the_prompt_in_full(digits):
