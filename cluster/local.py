@@ -20,7 +20,8 @@ from cluster.job import TrialJob
 from cluster.profile import Profile
 
 UNLIMITED_MINUTES = 60 * 24 * 365
-GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
+NVIDIA = "nvidia[0-9]*"
+GPU_DEVICES = (NVIDIA, "dxg", "kfd")
 """Files in /dev, one of which a machine with a GPU has: NVIDIA's, those of WSL, AMD's."""
 
 
@@ -78,7 +79,10 @@ class LocalCluster:
             return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
         if not any(list(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
             return []
-        return list(map(str, range(_counted_by_cuda())))
+        counted = _counted_by_cuda()
+        if not counted and any(Path("/dev").glob(NVIDIA)):
+            return ["0"]  # a job is given it, finds that torch can't use it, and says why
+        return list(map(str, range(counted)))
 
 
 def _counted_by_cuda() -> int:

@@ -304,7 +304,9 @@ class TrialConfig(Part):
     rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after the other")
     batch_size: PositiveInt = 256
     eval_batch_size: PositiveInt = Field(512, description="where no gradient is needed")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: 16 bits where that is fast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or fp16 on a GPU, on a CPU what is quicker"
+    )
     speed: SpeedConfig = SpeedConfig()
     select: Literal["val", "test_best_epoch"] = Field(
         "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"

@@ -342,6 +342,10 @@ def test_a_machine_without_gpu_files_is_not_asked_for_gpus(tmp_path, monkeypatch
     monkeypatch.setattr(local, "GPU_DEVICES", ("null",))  # which every machine has
     monkeypatch.setattr(local, "_counted_by_cuda", lambda: 1)  # in a container, whatever number the file has
     assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == "0"
+    monkeypatch.setattr(local, "_counted_by_cuda", lambda: 0)  # as torch for AMD's would, or one without CUDA
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == ""
+    monkeypatch.setattr(local, "NVIDIA", "null")  # its driver is too old for torch: the job says so
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == "0"
 
 
 @pytest.mark.parametrize(
