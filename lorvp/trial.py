@@ -29,7 +29,7 @@ from lorvp import (
 )
 from lorvp.backbone import Backbone
 from lorvp.config import HEAD_MAPPINGS, Rung, TrialConfig
-from lorvp.device import MicroBatches
+from lorvp.device import MicroBatches, is_out_of_memory
 from lorvp.errors import TrialFailed, UserError
 from lorvp.galore import state_bytes
 from lorvp.optimizers import lr_factor, make_optimizer
@@ -51,7 +51,7 @@ class Loaded:
     def where(self) -> str:
         """Say what trials run on and in."""
         on = self.backbone.mean.device
-        driver = f", driver {device.driver()}" if on.type == "cuda" else ""
+        driver = f", driver {device.driver()}" if on.type == "cuda" and device.driver() else ""
         return f"{device.name(on)}{driver}, {self.precision}"
 
     def in_precision(self, precision: str, config: TrialConfig) -> Loaded:
@@ -253,8 +253,15 @@ class Training:
         return self.order
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch from the data as the trial takes it."""
-        return images if self.cached else self.loaded.backbone.prepare(images)
+        """A batch from the data as the trial takes it, prepared once for all that share it where memory allows."""
+        if self.cached:
+            return images
+        try:
+            return self.loaded.backbone.prepare(images)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return images  # the method prepares the parts that it takes
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
         """One step on this process's share of a batch of `whole` images."""

@@ -315,7 +315,15 @@ def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tm
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return forward(self, images, *rest)
 
+    prepare = Backbone.prepare
+
+    def few(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(self, images)
+
     monkeypatch.setattr(Backbone, "forward", small)
+    monkeypatch.setattr(Backbone, "prepare", few)
     for ours, whole in zip(train(config), expected, strict=True):
         assert ours.train_loss == pytest.approx(whole.train_loss, abs=1e-5)
         assert ours.val_loss == pytest.approx(whole.val_loss, abs=1e-5)
