@@ -250,7 +250,7 @@ class Relay:
         elif sick:
             cause, log = Cause.NODE_FAILURE, sick
             self._sick.add(sick[-1].removeprefix(ON_NODE).partition(":")[0])
-            self.troubles[trial.name] = sick[-1]
+            self.troubles[trial.name] = f"has to go on elsewhere: {sick[-1]}"
         elif kind == "NODE_FAIL":
             cause = Cause.NODE_FAILURE
         elif kind in ("", "FAILED", "COMPLETED"):

@@ -59,7 +59,7 @@ def require_gpu() -> None:
         torch.cuda.init()
         reason = "CUDA counts none"
     except Exception as error:  # torch raises several kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
     raise NoGpu(f"the job was given a GPU, and torch {torch.__version__} can use none: {reason}{_driver_in_words()}")
 
 

@@ -377,6 +377,11 @@ class Training:
         if distributed.agreed(self.should_stop):
             raise Stopped
 
+    def _check_alone(self) -> None:
+        """Of several processes one computes what is cached, and can't ask the others."""
+        if self.processes == 1:
+            self._check()
+
     def _start_head(self) -> None:
         """Puts a fitted head in, where the config asks for one."""
         if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
@@ -387,13 +392,12 @@ class Training:
         whole = train if self.config.dataset.train_on_val else None
         if whole is not None:  # C is chosen without val's images, which are its last ones
             train = train.subset(np.arange(len(train) - len(val)))
-        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, whole)
+        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, whole, self._check_alone)
         self.method.start_head(weight, bias)
 
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
-        """Of several processes one computes it and the others wait, where they can't agree to stop."""
-        check = self._check if self.processes == 1 else lambda: None
-        return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, check)
+        """From the cache; of several processes one computes it, and the others wait."""
+        return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone)
 
     def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The source class that the backbone takes each of the training images for, and their labels."""

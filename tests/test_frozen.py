@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -174,14 +175,37 @@ def test_a_head_for_all_images_has_the_c_that_was_best_on_val(cache):
         torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, c))
 
 
+def test_a_fit_that_is_ended_goes_on_with_the_c_that_was_under_way(cache):
+    points, cpu = blobs(), torch.device("cpu")
+    train, val = points.subset(np.arange(60)), points.subset(np.arange(60, 180))
+    cs = np.array([1e-5, 1e-2, 10.0])
+    calls = 0
+
+    def check(ends: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == ends:
+            raise StopIteration
+
+    expected = probe.head(train, val, "best", cpu, cs, check=lambda: check(math.inf))
+    iterations, calls = calls, 0
+    shutil.rmtree(cache)
+    with pytest.raises(StopIteration):
+        probe.head(train, val, "best", cpu, cs, check=lambda: check(iterations))  # in the last one
+    calls = 0
+    found = probe.head(train, val, "best", cpu, cs, check=lambda: check(math.inf))
+    assert calls < iterations
+    assert all(map(torch.equal, found, expected))
+
+
 def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatch):
     """With C as it is without them."""
     asked = []
     head = probe.head
 
-    def watched(train, val, how_far, device, cs, whole):
+    def watched(train, val, how_far, device, cs, whole, check):
         asked.append((len(train), len(val), whole and len(whole)))
-        return head(train, val, how_far, device, cs, whole)
+        return head(train, val, how_far, device, cs, whole, check)
 
     monkeypatch.setattr(probe, "head", watched)
     for on in (False, True):
