@@ -308,6 +308,8 @@ def test_packing_is_found_to_pay_or_not(digits, monkeypatch, seconds, best):
         (NoGpu("the job was given a GPU"), Cause.NODE_FAILURE),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), Cause.EXCEPTION),
         (OSError(errno.ENOSPC, "No space left on device"), Cause.DISK_FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Cause.DISK_FULL),
+        (RuntimeError("[enforce fail at inline_container.cc] . Disk quota exceeded"), Cause.DISK_FULL),
         (RuntimeError("shapes"), Cause.EXCEPTION),
     ],
 )
