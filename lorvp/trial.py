@@ -387,7 +387,7 @@ class Training:
         if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
             return
         splits, reads = self.loaded.splits, self.method.mapping.reads
-        train, val = (self._said(images, reads) for images in (splits.train, splits.val))
+        train, val = (self._read_plain(self._said(images, reads)) for images in (splits.train, splits.val))
         cs = probe.CS if self.method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
         whole = train if self.config.dataset.train_on_val else None
         if whole is not None:  # C is chosen without val's images, which are its last ones
@@ -398,6 +398,11 @@ class Training:
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
         """From the cache; of several processes one computes it, and the others wait."""
         return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone)
+
+    def _read_plain(self, said: datasets.ArrayImages) -> datasets.ArrayImages:
+        """`said`, as a fitted head reads it."""
+        read = self.method.read_plain(said.pixels)
+        return said if read is said.pixels else datasets.ArrayImages(read, said.labels, said.class_names)
 
     def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The source class that the backbone takes each of the training images for, and their labels."""

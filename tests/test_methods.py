@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 from scipy.special import erf
 from test_training import figures
+from torch.nn import functional as F
 
-from lorvp import methods, plugins, training
+from lorvp import methods, plugins, probe, training
 from lorvp.backbone import Backbone
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import SpeedConfig, TrialConfig
@@ -198,7 +199,8 @@ def test_without_a_prompt_it_is_the_frozen_backbone_bit_for_bit(case, changes):
 def test_vqt_leaves_what_the_backbone_says(speed):
     method = built("vqt", speed)
     pixels = images(method)
-    assert torch.equal(method.said(pixels, "features")[:, :48], method.backbone(pixels, "features"))
+    own = F.normalize(method.backbone(pixels, "features"))
+    assert torch.equal(method.said(pixels, "features")[:, :48], own)
 
 
 # -- the transformer in NumPy
@@ -269,18 +271,40 @@ def test_vpt_is_its_definition(case, speed):
 
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig().model_dump()], ids=["plain", "fast"])
 def test_vqt_is_its_definition(speed):
-    """Queries attend to a layer's own keys and values, and go through its MLP (Tu et al. 2023, section 3.2)."""
+    """As the public code computes it (andytu28/VQT, read and written anew).
+
+    Queries stand before the layer's tokens and go through it with them, but lend no key and no value; what comes of
+    them leaves the stream. Class token and each layer's q answers, these as one vector, are divided by their lengths.
+    """
     method = built("vqt", speed)
     pixels = images(method)
     x, tokens = embedded(method, pixels), method.tokens.detach().numpy()
-    answers = []
+    count = tokens.shape[1]
+    parts = []
     for layer, timm_block in enumerate(built("vqt").backbone.model.blocks):
-        w = weights(timm_block)
-        answer = block(x, w, np.repeat(tokens[layer][None], len(x), 0))
-        answers.append((answer / np.linalg.norm(answer, axis=2, keepdims=True)).reshape(len(x), -1))
-        x = block(x, w)
-    expected = np.concatenate([norm(x, weights(method.backbone.model), "norm")[:, 0], *answers], 1)
-    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+        together = np.concatenate([np.repeat(tokens[layer][None], len(x), 0), x], 1)
+        together = block(x, weights(timm_block), together)
+        parts.append(together[:, :count].reshape(len(x), -1))
+        x = together[:, count:]
+    parts.insert(0, norm(x, weights(method.backbone.model), "norm")[:, 0])
+    expected = np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], 1)
+    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vqt_starts_as_its_fitted_head():
+    """Fitted to class tokens of length 1, as VQT's head reads them; the answers' weights are zero."""
+    wanted = config("vqt, warm", head_fit=1e3)
+    trial = Training(wanted, loaded(wanted))
+    trial.begin(order=1)
+    train = trial.splits.train
+    pixels = trial.prepare(train.read(np.arange(len(train))))
+    with torch.no_grad():
+        own = trial.method.backbone(pixels, "features")
+        own = own / own.norm(dim=1, keepdim=True)
+        labels = torch.from_numpy(train.labels)
+        started = trial.method(pixels)
+    torch.testing.assert_close(started, F.linear(own, *probe.fit(own, labels, 10, 1e3)), rtol=1e-3, atol=1e-3)
+    assert (started.argmax(1) == labels).float().mean() > 0.25  # it was fitted to something
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -343,7 +367,7 @@ def test_autovp_scales_the_padded_image(scale):
     torch.manual_seed(3)
     torch.nn.init.normal_(method.prompt.delta)
     pixels = images(method)
-    inner = torch.nn.functional.interpolate(pixels, (16, 16), mode="bilinear", antialias=True).numpy()
+    inner = F.interpolate(pixels, (16, 16), mode="bilinear", antialias=True).numpy()
     padded = np.pad(inner, ((0, 0), (0, 0), (8, 8), (8, 8)))
     expected = np.zeros_like(padded)
     for row in range(32):

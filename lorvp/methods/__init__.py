@@ -98,8 +98,12 @@ class Method(nn.Module):
         head = list(self.mapping.parameters())
         return {"head": head} if head else {}
 
+    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+        """What a head that starts fitted reads of what the backbone says of images as they are (N, d): (N, d)."""
+        return said
+
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Puts in a head that was fitted to what the backbone says of the images as they are."""
+        """Puts in a head that was fitted to `read_plain` of what the backbone says."""
         self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
 
     def start_epoch(

@@ -23,7 +23,8 @@ class VQT(Method):
 
     Queries attend to the keys and values that the layer has anyway and go on through its MLP; nothing of the image
     attends to them, so what the backbone says stays as it was. That stream has no gradient, and keeps nothing for one.
-    The head reads the class token and each layer's answers, of length 1: d + layers x q x d features.
+    The head reads the class token and each layer's q answers as one vector, each of these of length 1 as in the public
+    code: d + layers x q x d features.
     """
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
@@ -60,8 +61,8 @@ class VQT(Method):
             return model.norm(x)
 
         own = super().said(images, output, asked)
-        long = [F.normalize(answer.float(), dim=2).flatten(1) for answer in answers]
-        return torch.cat([own, *long], dim=1) * self.kept
+        together = [answer.float().flatten(1) for answer in answers]
+        return torch.cat([F.normalize(part) for part in (own, *together)], dim=1) * self.kept
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"tokens": [self.tokens]} | super().groups()
@@ -69,6 +70,9 @@ class VQT(Method):
     def penalty(self) -> torch.Tensor | None:
         lasso = self.config.tokens.group_lasso
         return lasso * self.mapping.head.weight.norm(dim=0).sum() if lasso else None
+
+    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+        return F.normalize(said)
 
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
