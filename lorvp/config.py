@@ -383,6 +383,14 @@ class TrialConfig(Part):
         return self.prompt.rank if self.methods[0] == "lorvp" and self.prompt.kind == "low_rank" else None
 
     @property
+    def inner(self) -> float | None:
+        """What images are shrunk to, in pixels at L = 224, by methods that put a frame around them."""
+        if self.method not in FRAMES:
+            return None
+        learned = self.method == "ilm_vp" or self.prompt.learn_scale
+        return self.prompt.inner * (1.0 if learned else self.prompt.scale)
+
+    @property
     def trains_backbone(self) -> bool:
         return bool({"fine_tuning", "lp_ft", "galore"} & set(self.methods))
 
@@ -485,6 +493,7 @@ class TrialConfig(Part):
         return (
             not (self.rungs or other.rungs or random)
             and self.shares_with(other)
+            and self.inner == other.inner
             and all(getattr(self, key) == getattr(other, key) for key in same)
         )
 
@@ -495,5 +504,7 @@ class TrialConfig(Part):
 
 WITHIN = ("vpt", "vqt", "fine_tuning", "lp_ft", "galore")
 """Methods that work within the backbone, and leave its input to a prompt."""
+FRAMES = ("ilm_vp", "autovp")
+"""Methods that put a frame around the image."""
 HEAD_MAPPINGS = ("fm", "lp")
 """The label mappings that train a head; the others choose source classes and have nothing to learn."""

@@ -257,7 +257,7 @@ class Training:
         if self.cached:
             return images
         try:
-            return self.loaded.backbone.prepare(images)
+            return self.method.prepare(images)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

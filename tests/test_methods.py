@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from scipy.special import erf
 from test_training import figures
@@ -100,7 +101,7 @@ def built(case: str, speed: dict[str, bool] = PLAIN, **changes: Any) -> Method:
 
 
 def images(method: Method, count: int = 2) -> torch.Tensor:
-    side = method.backbone.image_size
+    side = method.side
     return torch.rand(count, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -367,8 +368,7 @@ def test_autovp_scales_the_padded_image(scale):
     torch.manual_seed(3)
     torch.nn.init.normal_(method.prompt.delta)
     pixels = images(method)
-    inner = F.interpolate(pixels, (16, 16), mode="bilinear", antialias=True).numpy()
-    padded = np.pad(inner, ((0, 0), (0, 0), (8, 8), (8, 8)))
+    padded = np.pad(pixels.numpy(), ((0, 0), (0, 0), (8, 8), (8, 8)))
     expected = np.zeros_like(padded)
     for row in range(32):
         for column in range(32):
@@ -390,11 +390,29 @@ def test_autovp_scales_the_padded_image(scale):
     assert method.prompt.scale.grad.abs() > 0
 
 
-def test_ilm_vp_is_grey_around_a_smaller_image():
-    method = built("ilm_vp", prompt={"inner": 112})
-    seen = (method.placed(images(method)) + method.added())[0]
-    assert torch.equal(seen[:, :8], torch.full((3, 8, 32), 0.5, dtype=torch.float64))
-    assert torch.equal(method.placed(images(method))[0, :, 8:24, 8:24], seen[:, 8:24, 8:24])
+@pytest.mark.parametrize("case", ["ilm_vp", "autovp, fixed"])
+def test_a_small_image_goes_into_the_frame_as_it_is(case):
+    """32 px within 64, grey around it; not to L and down again. Others are resized once, as PIL does."""
+    prompt = {"inner": 112 if case == "ilm_vp" else 224, "scale": 0.5, "learn_scale": False}
+    method = built(case, backbone=CNN | {"image_size": 64}, prompt=prompt)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    seen = method.placed(method.prepare(pixels)) + method.added()
+    assert torch.equal(seen[:, :, 16:48, 16:48], (pixels.float() / 255).double())
+    frame = torch.ones(64, 64, dtype=torch.bool)
+    frame[16:48, 16:48] = False
+    assert torch.equal(seen[:, :, frame], torch.full((2, 3, int(frame.sum())), 0.5, dtype=torch.float64))
+    large = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
+    by_pil = Image.fromarray(large[0].permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    resized = method.prepare(large)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(resized - np.asarray(by_pil)).max() <= 2  # torch's own kernel on a CPU (lorvp/resize.py)
+
+
+def test_trials_whose_images_are_resized_otherwise_share_no_batches():
+    frame = config("ilm_vp")
+    assert not frame.packs_with(config("lorvp"))
+    assert not frame.packs_with(config("ilm_vp", prompt={"inner": 64}))
+    assert frame.packs_with(config("autovp"))
+    assert not config("autovp").packs_with(config("autovp", prompt={"scale": 0.5, "learn_scale": False}))
 
 
 def test_padding_of_a_convolutional_net_is_outside_the_image():
