@@ -103,8 +103,10 @@ class DatasetConfig(Part):
         description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
     )
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
-    val_fraction: Fraction = Field(
-        0.1, description="of the training images: those to choose by, where the data has no validation set of its own"
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1,
+        description="of the training images: those to choose by, where the data has no validation set of its own; "
+        "0: none, train on every image and choose by the test set, under select: test_best_epoch alone",
     )
     val_images: PositiveInt | None = Field(
         None,
@@ -136,6 +138,11 @@ class DatasetConfig(Part):
         """`root`, of a dataset that lies in one."""
         assert self.root is not None  # by _has_root
         return self.root
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are images to choose by, other than the test set's."""
+        return self.val_images is not None or self.val_fraction > 0
 
     @property
     def title(self) -> str:
@@ -325,6 +332,13 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: their epochs must be fewer than epochs ({self.epochs}): the last ones are whole")
         if self.dataset.train_on_val and any(rung.train_share for rung in self.rungs):
             raise ValueError("rungs: dataset.train_on_val trains on all images, train_share on a part: leave one out")
+        if not self.dataset.holds_back and self.select != "test_best_epoch":
+            raise ValueError(
+                "dataset.val_fraction 0 leaves only the test set to choose by: select must be test_best_epoch, "
+                "and a sweep must have no confirm"
+            )
+        if not self.dataset.holds_back and self.dataset.train_on_val:
+            raise ValueError("dataset.val_fraction 0 trains on every image already: train_on_val must be false")
         if self.select == "test_best_epoch" and not self.read_test:
             raise ValueError("select: test_best_epoch chooses by the test set: read_test must be true")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:

@@ -305,7 +305,9 @@ class Training:
         skipped = int(self.skipped) if self.scaler.is_enabled() else 0
         taken = self.steps_per_epoch - skipped * self.steps_per_epoch / self.steps_in_epoch
         val_loss, val_top1, val_top5 = val
-        test = self._evaluate("test") if self.config.select == "test_best_epoch" else None
+        test = None
+        if self.config.select == "test_best_epoch":  # val may be the test set
+            test = self._evaluate("test") if self.config.dataset.holds_back else val
         score = val_top1 if test is None else test[1]
         best = self.best
         learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
