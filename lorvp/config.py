@@ -110,10 +110,13 @@ class DatasetConfig(Part):
     )
     val_images: PositiveInt | None = Field(
         None,
-        description="in place of val_fraction: so many images, stratified; of the data's own validation set so many",
+        description="in place of val_fraction: so many images, drawn by split_seed in the classes' proportions; of the "
+        "data's own validation set so many. With val_from no draw",
     )
     train_images: PositiveInt | None = Field(
-        None, description="train on so many of the rest, stratified; default: on all"
+        None,
+        description="train on so many of the rest, drawn in the same way; with val_from on the first ones, as VTAB "
+        "does; default: on all",
     )
     val_from: NonNegativeInt | None = Field(
         None,
