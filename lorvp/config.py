@@ -192,9 +192,13 @@ class TokensConfig(Part):
     deep: bool = Field(True, description="of vpt: new tokens at every layer, not at the first alone")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the tokens")
     project: PositiveInt | None = Field(None, description="of vpt: width of the tokens before a linear layer")
-    group_lasso: NonNegativeFloat = Field(0.0, description="of vqt: penalty on the norm of each feature's weights")
+    group_lasso: NonNegativeFloat = Field(
+        0.0, description="of vqt with keep: penalty on the norm of each feature's weights; 0.0001 as published"
+    )
     keep: Fraction | None = Field(
-        None, description="of vqt: share of the features, those of the largest weights, that the second half trains on"
+        None,
+        description="of vqt: share of the features that its head has at the end. A third of the epochs trains queries "
+        "and head; one a new head under group_lasso, which chooses; one a new head on those of the largest weights",
     )
 
 
@@ -370,8 +374,7 @@ class TrialConfig(Part):
             raise ValueError(f"tokens.project: {name} has no tokens, vpt pads its images")
         if self.method == "lorvp+vpt" and not name.startswith((*VITS, *SWINS)):
             raise ValueError(f"method lorvp+vpt needs a backbone with tokens; of {name} vpt pads the images")
-        if self.tokens.keep and not self.tokens.group_lasso:
-            raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
+        self._stages_fit()
         if "lp_ft" in self.methods and (self.head_init == "random" or self.label_mapping not in HEAD_MAPPINGS):
             raise ValueError("method lp_ft starts from a fitted head: head_init linear_probe, label_mapping lp or fm")
         if self.steps_per_layer:
@@ -383,6 +386,34 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: method {self.method} trains the backbone, which has one size and starts once")
         if any(rung.image_size for rung in self.rungs) and {"vpt", "vqt"} & set(self.methods):
             raise ValueError(f"rungs: method {self.method} does not go from one image_size to another")
+
+    def _stages_fit(self) -> None:
+        """Raises ValueError for a selection of features (tokens.keep) that can't be carried out."""
+        if "vqt" in self.methods and self.tokens.group_lasso and not self.tokens.keep:
+            raise ValueError("tokens.group_lasso chooses the features for tokens.keep, which must be given")
+        if self.stages == 1:
+            return
+        if not self.tokens.group_lasso:
+            raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
+        if self.epochs % self.stages:
+            raise ValueError(f"tokens.keep trains in three stages: epochs must be a multiple of 3, not {self.epochs}")
+        if self.schedule.warmup_epochs >= self.epochs // self.stages:
+            raise ValueError(
+                "tokens.keep trains in three stages: schedule.warmup_epochs must be below a third of epochs"
+            )
+        if self.head_init != "random":
+            raise ValueError("tokens.keep trains two heads anew: head_init must be random")
+        if self.rungs:
+            raise ValueError("tokens.keep trains in three stages of its own: leave rungs out")
+
+    @property
+    def stages(self) -> int:
+        """How many trainings follow one another in the trial, each of as many epochs and with the whole schedule."""
+        return 3 if "vqt" in self.methods and self.tokens.keep else 1
+
+    def stage(self, epoch: int) -> int:
+        """The stage, from 0, that an epoch, counted from 1, belongs to."""
+        return (epoch - 1) * self.stages // self.epochs
 
     @property
     def reads_logits(self) -> bool:

@@ -22,7 +22,7 @@ from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
 from lorvp.training import train
-from lorvp.trial import Training
+from lorvp.trial import Training, evaluate
 
 PLAIN = dict.fromkeys(SpeedConfig.model_fields, False)
 VIT = {
@@ -37,6 +37,7 @@ SWIN = {
     "image_size": 56,
     "kwargs": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 20},
 }
+SELECTION = {"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4, "keep": 0.5}}
 CNN = {"name": "lorvp_tiny_32", "pretrained": False}
 GALORE = {"lr": 0.01, "galore": {"rank": 8, "update_gap": 4}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vpt, cnn": {"backbone": CNN, "tokens": {"count": 3, "deep": False}},
     "vpt, flm": {"backbone": VIT, "tokens": {"count": 3}, "label_mapping": "flm"},
     "vqt": {"backbone": VIT, "tokens": {"count": 2}},
-    "vqt, selection": {"backbone": VIT, "tokens": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}},
+    "vqt, selection": {"backbone": VIT, "tokens": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}, "epochs": 3},
     "vqt, warm": {"backbone": VIT, "tokens": {"count": 2}, "head_init": "linear_probe"},
     "ilm_vp": {"backbone": CNN, "label_mapping": "ilm"},
     "autovp": {"backbone": CNN, "label_mapping": "fm"},
@@ -424,17 +425,62 @@ def test_padding_of_a_convolutional_net_is_outside_the_image():
     assert ((seen >= 0) & (seen <= 1)).all()
 
 
-def test_vqt_selects_features_by_their_weights():
-    wanted = config("vqt, selection")
+def one_epoch(trial: Training) -> None:
+    trial.begin(order=len(trial.results) + 1)
+    for batch in trial.batches():
+        trial.step(*batch)
+    trial.trained_for = 1.0
+    trial.finish(evaluate([trial], trial.splits.val)[trial], packed=1)
+
+
+def test_vqt_selects_in_three_stages():
+    """As its public code: VQT; queries frozen, a new head under the penalty; a new head on what that one weighs most.
+
+    Each has the whole schedule, and half the learning rate from the second on. Only the last one's epochs count.
+    """
+    wanted = config("vqt, selection", optimizer={"name": "adam", "lr": 0.02}, epochs=6)
     trial = Training(wanted, loaded(wanted))
-    list(training.train_together(lambda count, waiting=[trial]: [waiting.pop()] if waiting else []))
-    kept = trial.method.kept.bool()
-    assert kept.sum() == round(0.5 * len(kept))
-    without = config("vqt, selection", tokens={"count": 2, "group_lasso": 1.0})
-    assert trial.method.penalty().item() > 0
-    heavy = Training(without, loaded(without))
-    list(training.train_together(lambda count, waiting=[heavy]: [waiting.pop()] if waiting else []))
-    assert heavy.method.mapping.head.weight.norm() < trial.method.mapping.head.weight.norm()
+    first, count = trial.method, trial.method.features()
+    start = first.mapping.head.weight.detach().clone()
+    one_epoch(trial)
+    assert (first.penalty(), trial.base_lr) == (None, {"tokens": 0.02, "head": 0.02})
+    one_epoch(trial)
+    assert trial.method is first
+    queries = first.tokens.detach().clone()
+    trial.begin(order=3)
+    choosing = trial.method
+    assert trial.base_lr == {"head": 0.01}
+    assert torch.equal(choosing.tokens, queries)
+    assert torch.equal(choosing.mapping.head.weight, start)
+    norms = np.linalg.norm(start.numpy().astype(np.float64), axis=0)
+    assert choosing.penalty().item() == pytest.approx(1e-3 * norms.sum(), rel=1e-5)
+    one_epoch(trial)
+    assert trial.results[2].lr == {"head": 0.01}  # where it begins anew
+    one_epoch(trial)
+    assert torch.equal(choosing.tokens, queries)
+    assert choosing.kept.all()
+    weights = choosing.mapping.head.weight.detach().norm(dim=0)
+    one_epoch(trial)
+    last = trial.method
+    assert (last.penalty(), trial.base_lr) == (None, {"head": 0.01})
+    assert torch.equal(last.kept.bool(), weights >= weights.sort(descending=True).values[count // 2 - 1])
+    assert last.kept.sum() == count // 2
+    assert trial.best["epoch"] == 5
+    one_epoch(trial)
+    assert torch.equal(last.tokens, queries)
+    assert [result.whole for result in trial.results] == [False] * 4 + [True] * 2
+    assert trial.results[-1].parameters == trial.results[0].parameters
+
+
+def test_a_heavier_penalty_leaves_smaller_weights():
+    found = []
+    for lasso in (1e-6, 1.0):
+        wanted = config("vqt, selection", tokens={"count": 2, "group_lasso": lasso, "keep": 0.5})
+        trial = Training(wanted, loaded(wanted))
+        one_epoch(trial)
+        one_epoch(trial)
+        found.append(trial.method.mapping.head.weight.norm().item())
+    assert found[1] < 0.9 * found[0]
 
 
 def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
@@ -457,6 +503,11 @@ def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
         ({"method": "lorvp+linear_probe", "backbone": VIT}, "what goes together is lorvp+vpt"),
         ({"method": "vtp", "backbone": VIT}, "unknown name 'vtp'; one of autovp"),
         ({"method": "vqt", "backbone": VIT, "tokens": {"keep": 0.5}}, "tokens.group_lasso, which must be above 0"),
+        ({"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4}}, "for tokens.keep, which must be given"),
+        (SELECTION | {"epochs": 20}, "a multiple of 3, not 20"),
+        (SELECTION | {"epochs": 30, "schedule": {"warmup_epochs": 10}}, "below a third of epochs"),
+        (SELECTION | {"epochs": 30, "head_init": "linear_probe"}, "head_init must be random"),
+        (SELECTION | {"epochs": 30, "rungs": [{"epochs": 1}]}, "leave rungs out"),
         ({"method": "lp_ft", "backbone": VIT, "head_init": "random"}, "starts from a fitted head"),
         ({"method": "lp_ft", "backbone": VIT, "label_mapping": "flm"}, "starts from a fitted head"),
         ({"method": "fine_tuning", "backbone": VIT, "rungs": [{"epochs": 1}]}, "trains the backbone"),

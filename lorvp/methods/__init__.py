@@ -34,6 +34,8 @@ class Method(nn.Module):
     """Of a loaded bundle: what each of its logits stands for."""
     reads_frozen = False
     """Whether it trains the label mapping alone: what the backbone says of an image is then always the same."""
+    stage = 0
+    """Of `TrialConfig.stages`, that which is trained."""
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__()
@@ -115,6 +117,11 @@ class Method(nn.Module):
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Puts in a head that was fitted to `read_plain` of what the backbone says."""
         self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
+
+    def start_stage(self, before: Method) -> None:
+        """Takes what an earlier stage, `before`, has trained; the label mapping is a new one."""
+        kept = {name: tensor for name, tensor in before.tuned().items() if not name.startswith("mapping.")}
+        self.load_tuned(self.tuned() | kept)
 
     def start_epoch(
         self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
