@@ -430,7 +430,7 @@ def one_epoch(trial: Training) -> None:
     for batch in trial.batches():
         trial.step(*batch)
     trial.trained_for = 1.0
-    trial.finish(evaluate([trial], trial.splits.val)[trial], packed=1)
+    trial.finish(evaluate([trial], "val")[trial], packed=1)
 
 
 def test_vqt_selects_in_three_stages():

@@ -193,9 +193,9 @@ def test_the_published_protocol_can_train_on_every_image(digits, tmp_path, monke
     read = []
     evaluate = trial.evaluate
     for module in (trial, training):
-        monkeypatch.setattr(module, "evaluate", lambda group, images: read.append(images) or evaluate(group, images))
+        monkeypatch.setattr(module, "evaluate", lambda group, split: read.append(split) or evaluate(group, split))
     results = list(train(whole, folder=tmp_path))
-    assert len(read) == whole.epochs
+    assert read == ["val"] * whole.epochs
     assert all((r.val_top1, r.val_loss) == (r.test_top1, r.test_loss) for r in results)
     metrics = describe(tmp_path / "bundle")["metrics"]
     assert metrics["test_top1"] == max(r.test_top1 for r in results)
