@@ -32,7 +32,7 @@ class EpochResult:
     packed: int = 1
     """Trials that shared its batches."""
     whole: bool = True
-    """Whether it was at full size and on all training images, not at a rung."""
+    """Whether it was at full size and on all training images, not at a rung, and in the last of a method's stages."""
     device: str = ""
     """What it was trained on: a GPU or a processor, as its maker calls it."""
     driver: str = ""

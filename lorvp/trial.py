@@ -38,6 +38,8 @@ from lorvp.speed import keep_memory
 
 BUNDLE = "bundle"
 TOP_K = 5
+LATER_STAGES_LR = 0.5
+"""Share of the learning rate after the first stage, as VQT's public code has it."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ class Training:
         else:
             self._continue(state)
 
-    def _enter(self, rung: Rung | None) -> None:
-        """Makes what is trained, at the size and on the images of `rung`."""
+    def _enter(self, rung: Rung | None, stage: int = 0) -> None:
+        """Makes what is trained, at the size and on the images of `rung`, and in that stage of `TrialConfig.stages`."""
         config, backbone, splits = self.config, self.whole.backbone, self.whole.splits
         if rung and rung.image_size:
             smaller = config.backbone.model_copy(update={"image_size": rung.image_size})
@@ -169,11 +171,18 @@ class Training:
         classes = len(splits.class_names)
         self.method = methods.make(config, backbone, classes).to(self.device)
         self.method.micro_batches = self.micro_batches
+        self.method.stage = stage
         self.groups = self.method.groups()
+        if stage:  # what the first one has trained is frozen
+            for group in (group for name, group in self.groups.items() if name != "head"):
+                for parameter in group:
+                    parameter.requires_grad_(False)
+            self.groups = {"head": self.groups["head"]}
         self.optimizers = {
             name: make_optimizer(name, group, config, self.whole.precision) for name, group in self.groups.items()
         }
-        self.base_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        share = LATER_STAGES_LR if stage else 1.0
+        self.base_lr = {name: share * optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self.cached = self.method.reads_frozen and not config.dataset.crop_flip
         """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
         self.model = self.method.mapping if self.cached else self.method
@@ -195,6 +204,23 @@ class Training:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(optimizers[name].state_dict())
 
+    def _next_stage(self) -> None:
+        """Goes on with a new head and new optimizers, at the beginning of the schedule."""
+        before = self.method
+        stage = before.stage + 1
+        self._enter(None, stage)
+        self.method.start_stage(before)
+        self.steps_taken = float(stage * self._steps_in_stage)
+
+    @property
+    def _steps_in_stage(self) -> int:
+        return self.config.epochs // self.config.stages * self.steps_per_epoch
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the epoch under way is one that the result may come from."""
+        return self.rung is None and self.method.stage == self.config.stages - 1
+
     @property
     def through(self) -> bool:
         return len(self.results) == self.config.epochs
@@ -207,6 +233,8 @@ class Training:
         rung = self.config.rung(len(self.results) + 1)
         if rung != self.rung:
             self._climb(rung)
+        if self.order is None and self.config.stage(len(self.results) + 1) != self.method.stage:
+            self._next_stage()
         if self.cached and self.splits is self.loaded.splits:
             said = {
                 name: self._said(getattr(self.loaded.splits, name), self.method.mapping.reads)
@@ -257,7 +285,7 @@ class Training:
         if self.cached:
             return images
         try:
-            return self.loaded.backbone.prepare(images)
+            return self.method.prepare(images)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -269,8 +297,8 @@ class Training:
             self.before = time.perf_counter() - self.training_start
             raise Stopped
         step = self.steps_taken + self.steps_done * self.steps_per_epoch / self.steps_in_epoch
-        total = self.config.epochs * self.steps_per_epoch
-        factor = lr_factor(self.config.schedule, step, total, self.steps_per_epoch)
+        step -= self.method.stage * self._steps_in_stage
+        factor = lr_factor(self.config.schedule, step, self._steps_in_stage, self.steps_per_epoch)
         for name, optimizer in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = self.base_lr[name] * factor
         self.total_loss += self._backward(images, labels, self.processes / whole)
@@ -305,11 +333,13 @@ class Training:
         skipped = int(self.skipped) if self.scaler.is_enabled() else 0
         taken = self.steps_per_epoch - skipped * self.steps_per_epoch / self.steps_in_epoch
         val_loss, val_top1, val_top5 = val
-        test = self._evaluate("test") if self.config.select == "test_best_epoch" else None
+        test = None
+        if self.config.select == "test_best_epoch":  # val may be the test set
+            test = self._evaluate("test") if self.config.dataset.holds_back else val
         score = val_top1 if test is None else test[1]
         best = self.best
         learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
-        if self.rung is None and (not best["epoch"] or learned_val or score > best["score"]):
+        if self._whole and (not best["epoch"] or learned_val or score > best["score"]):
             best = Best(epoch=epoch, score=score, tuned=self.method.tuned())
         if self.config.select == "val" and self.config.read_test and epoch == self.config.epochs:
             last = self.method.tuned()
@@ -334,7 +364,7 @@ class Training:
             optimizer_state_mib=sum(map(state_bytes, self.optimizers.values())) / 2**20,
             order=order,
             packed=packed,
-            whole=self.rung is None,
+            whole=self._whole,
             device=device.name(self.device),
             driver=device.driver() if self.device.type == "cuda" else "",
             precision=self.whole.precision,
@@ -350,7 +380,7 @@ class Training:
 
     def parameters(self) -> dict[str, int]:
         """How many numbers of each kind were trained, or fitted."""
-        groups = {"head": list(self.method.mapping.parameters())} | self.groups
+        groups = {"head": list(self.method.mapping.parameters())} | self.method.groups()
         return {name: sum(p.numel() for p in group) for name, group in groups.items() if group}
 
     def close(self) -> None:
@@ -387,7 +417,7 @@ class Training:
         if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
             return
         splits, reads = self.loaded.splits, self.method.mapping.reads
-        train, val = (self._said(images, reads) for images in (splits.train, splits.val))
+        train, val = (self._read_plain(self._said(images, reads)) for images in (splits.train, splits.val))
         cs = probe.CS if self.method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
         whole = train if self.config.dataset.train_on_val else None
         if whole is not None:  # C is chosen without val's images, which are its last ones
@@ -398,6 +428,11 @@ class Training:
     def _said(self, images: datasets.Images, output: frozen.Output) -> datasets.ArrayImages:
         """From the cache; of several processes one computes it, and the others wait."""
         return frozen.outputs(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone)
+
+    def _read_plain(self, said: datasets.ArrayImages) -> datasets.ArrayImages:
+        """`said`, as a fitted head reads it."""
+        read = self.method.read_plain(said.pixels)
+        return said if read is said.pixels else datasets.ArrayImages(read, said.labels, said.class_names)
 
     def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The source class that the backbone takes each of the training images for, and their labels."""
@@ -498,7 +533,8 @@ class Training:
         self.results = [EpochResult(**values) for values in state["results"]]
         self.best, self.steps_taken, self.next_order = state["best"], state["steps_taken"], state["next_order"]
         part = state["part"]
-        self._enter(self.config.rung(len(self.results) + 1 if part else max(1, len(self.results))))
+        epoch = len(self.results) + 1 if part else max(1, len(self.results))
+        self._enter(self.config.rung(epoch), self.config.stage(epoch))
         self.method.load_tuned(state["tuned"])
         if state["counts"] is not None:
             self.method.counts = state["counts"].to(self.device) * (self.rank == 0)

@@ -6,10 +6,12 @@ from functools import cache
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import lorvp
-from lorvp import precision
+from lorvp import datasets, precision, training, trial
 from lorvp.backbone import Backbone, resolve_precision
+from lorvp.bundle_format import describe
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
@@ -179,6 +181,34 @@ def test_published_protocol_reads_the_test_set_every_epoch(digits, tmp_path):
     metrics = describe(tmp_path / "bundle")["metrics"]
     assert metrics["test_top1"] == max(r.test_top1 for r in results)
     assert "published protocol" in metrics["selection"]
+
+
+def test_the_published_protocol_can_train_on_every_image(digits, tmp_path, monkeypatch):
+    """val_fraction 0: nothing is held back, and the test set, read once an epoch, is what there is to choose by."""
+    few = {"name": "digits", "max_per_class": 20}
+    whole = digits(select="test_best_epoch", dataset=few | {"val_fraction": 0})
+    splits = datasets.load(whole.dataset, 32)
+    assert len(splits.train) == 200
+    assert splits.val is splits.test
+    read = []
+    evaluate = trial.evaluate
+    for module in (trial, training):
+        monkeypatch.setattr(module, "evaluate", lambda group, split: read.append(split) or evaluate(group, split))
+    results = list(train(whole, folder=tmp_path))
+    assert read == ["val"] * whole.epochs
+    assert all((r.val_top1, r.val_loss) == (r.test_top1, r.test_loss) for r in results)
+    metrics = describe(tmp_path / "bundle")["metrics"]
+    assert metrics["test_top1"] == max(r.test_top1 for r in results)
+    assert "trained on every image" in metrics["selection"]
+    for values, message in (
+        ({"dataset": few | {"val_fraction": 0}}, "select must be test_best_epoch"),
+        (
+            {"select": "test_best_epoch", "dataset": few | {"val_fraction": 0, "train_on_val": True}},
+            "train_on_val must",
+        ),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            digits(**values)
 
 
 def test_a_loss_that_is_no_number_ends_the_trial(digits):
