@@ -61,6 +61,10 @@ class Cause(StrEnum):
     LOST = "job lost"
 
 
+ON_NODE = f"{Cause.NODE_FAILURE} on "
+"""How a line of a log begins in which a job says that its node, whose name follows, is not in order."""
+
+
 class StopReason(StrEnum):
     SEARCH = "search"
     """The search gave up on the trial: its state becomes `stopped`, for good."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,15 +21,17 @@ from typing import TYPE_CHECKING
 
 import submitit
 
-from cluster.folder import AUTO, Attempt, Cause, State, StopReason, TrialFolder, pack_file
+from cluster.folder import AUTO, ON_NODE, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from cluster.quick_torch import leave_out_compiler
 from lorvp.errors import TrialFailed, UserError
-from lorvp.files import give_libraries_caches, write_json
+from lorvp.files import create, give_libraries_caches, read_line, write_json
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
     from lorvp.trial import Loaded, Options
 
+ANY_GPU = "any"
+"""Of a job whose GPUs the cluster chooses."""
 HAND_OVER_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""
 HAND_OVER_POLL = 0.1
@@ -35,13 +39,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a disk says that takes no more, of anybody or of this user."""
 
 
+ELSEWHERE = (Cause.DISK_FULL, Cause.NODE_FAILURE)
+"""Causes that another place, or the same one later, may not have."""
+
+
 class TrialJob:
     """What submitit runs. Its `checkpoint` is asked for when the job is to be requeued, at a limit or a preemption."""
 
-    def __call__(self, folder: Path, threads: int, trials: int, pack: int | str) -> None:
+    def __call__(self, folder: Path, threads: int, trials: int, pack: int | str, gpus: str = "") -> None:
+        """`run`, on the GPUs that the cluster gives the job (`ANY_GPU`) or on those of CUDA's names, if any."""
         leave_out_compiler()
         give_libraries_caches()
-        run(folder, threads, trials, pack)
+        if gpus not in ("", ANY_GPU):
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # as text: submitit takes numbers only
+        run(folder, threads, trials, pack, needs_gpu=bool(gpus))
 
     def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:
         return submitit.helpers.DelayedSubmission(self, *arguments)
@@ -54,15 +65,17 @@ class Fenced(Exception):
 class Requeue:
     """submitit's handler requeues a job on the spot, wherever it is; this one waits for `carry_out`.
 
-    So the job gets to the end of its step, when the trial's state is whole and in its checkpoint.
+    So the job gets to the end of its step, when the trial's state is whole and in its checkpoint. It does so at SIGTERM
+    too, by which SLURM says that it will kill the job: SLURM or the driver starts another then.
     """
 
     def __init__(self) -> None:
-        self.asked_for = False
+        self.asked_for = self.terminated = False
         handler = signal.getsignal(signal.SIGUSR2)
         self._handler = handler if callable(handler) else None
         if self._handler:
             signal.signal(signal.SIGUSR2, self._note)
+            signal.signal(signal.SIGTERM, self._leave)
 
     def carry_out(self) -> None:
         if self._handler:
@@ -71,30 +84,48 @@ class Requeue:
     def _note(self, signum: int, frame: object) -> None:
         self.asked_for = True
 
+    def _leave(self, signum: int, frame: object) -> None:
+        self.terminated = True
 
-def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1) -> None:
+
+def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_gpu: bool = False) -> None:
     """Trains the trial in `folder`, and those that are handed over, each from where its last attempt was.
 
     `threads` are those of the CPU. Up to `trials` are trained one after the other; or, with `pack` other than 1,
     together, for as long as the driver hands any over, and if it is `auto` the job measures how many at a time that had
     better be. A job that is started again finds what it was handed before.
+
+    A job that `needs_gpu` and finds none that torch can use ends with exit code 1 and says so, to run elsewhere.
     """
     import torch
+
+    from lorvp import device
 
     torch.set_num_threads(threads)
     requeue = Requeue()
     first = TrialFolder(folder)
 
     def leaving() -> bool:
-        return requeue.asked_for
+        return requeue.asked_for or requeue.terminated
 
+    failed: Exception | None
     try:
+        if needs_gpu:
+            device.require_gpu()
         failed = one_by_one(first, trials, leaving) if pack == 1 else together(first, leaving, measure=pack == AUTO)
     except Fenced:
         return
-    if requeue.asked_for and any(not trial.ended() and not trial.stop_reason() for trial in handed(first)):
-        requeue.carry_out()
-    if failed:
+    except device.NoGpu as error:
+        failed = error
+        print(on_node(error), flush=True)
+    except Exception as error:
+        failed = error
+    else:
+        if requeue.asked_for and any(not trial.ended() and not trial.stop_reason() for trial in handed(first)):
+            requeue.carry_out()
+    if failed is not None:
+        if cause_of(failed) in ELSEWHERE:
+            sys.exit(1)  # without a traceback: the line that the driver looks for is among the log's last
         raise failed
 
 
@@ -114,14 +145,14 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
     """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
     import torch
 
-    from lorvp import distributed, training
+    from lorvp import distributed
 
     loaded: Loaded | None = None  # stays in memory for all trials of the job
     failed: TrialFailed | None = None
     for trial in taken(first, trials, leaving):
         run = Run(trial, leaving)
         try:
-            loaded = loaded or training.load(trial.config)
+            loaded = loaded or load(trial)
             processes = max(1, torch.cuda.device_count())
             for result in distributed.train(trial.config, processes, loaded=loaded, **run.options()):
                 run.record(result)
@@ -154,7 +185,7 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
         run = Run(trial, leaving)
         try:
             if loaded is None:
-                loaded = training.load(trial.config)
+                loaded = load(trial)
                 if measure:
                     note_pack(trial, lambda: training.best_pack(trial.config, loaded))
             begins = training.Training(trial.config, loaded, **run.options())
@@ -192,6 +223,18 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
             else:
                 runs[member].record(said)
     return failed
+
+
+def load(trial: TrialFolder) -> Loaded:
+    """Reads what the job's trials share, and says what they run on."""
+    from lorvp import precision, training
+
+    config, path = trial.config, precision.file(trial.path.parent, trial.config)
+    loaded = training.load(config, read_line(path))
+    if config.precision == "auto" and not create(path, loaded.precision):  # another job was faster
+        loaded = loaded.in_precision(precision.choose(config, loaded.backbone.mean.device, read_line(path)), config)
+    print(f"on {loaded.where()}", flush=True)
+    return loaded
 
 
 def note_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
@@ -269,10 +312,12 @@ class Run:
 
 
 def record_failure(attempt: Attempt, error: Exception) -> None:
-    """Ends the attempt as failed, unless the disk is full: that may be otherwise elsewhere, or later."""
+    """Ends the attempt as failed, unless it may be otherwise elsewhere: the disk is full, or the node not in order."""
     cause = cause_of(error)
     if cause == Cause.DISK_FULL:
         print(f"{Cause.DISK_FULL}: {error}", flush=True)  # the log is all that can be written
+    elif cause == Cause.NODE_FAILURE:
+        print(on_node(error), flush=True)
     elif isinstance(error, TrialFailed | UserError):
         attempt.end(State.FAILED, str(error), cause)
     else:
@@ -285,21 +330,20 @@ def cause_of(error: Exception) -> Cause:
         return Cause.DIVERGED
     if isinstance(error, UserError):
         return Cause.BAD_INPUT
+    from lorvp.device import chain, is_out_of_memory, is_sick
+
     for each in chain(error):
         text = str(each).lower()
         if getattr(each, "errno", None) in FULL or any(os.strerror(number).lower() in text for number in FULL):
             return Cause.DISK_FULL
-        if (
-            isinstance(each, MemoryError)
-            or type(each).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in text
-        ):
+        if is_out_of_memory(each):
             return Cause.OUT_OF_MEMORY
+        if is_sick(each):
+            return Cause.NODE_FAILURE
     return Cause.EXCEPTION
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception, and those that it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def on_node(error: Exception) -> str:
+    """The line of the log by which the driver learns which node is not in order."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return f"{ON_NODE}{name}: {str(error).strip().splitlines()[0]}"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -16,6 +20,9 @@ from cluster.job import TrialJob
 from cluster.profile import Profile
 
 UNLIMITED_MINUTES = 60 * 24 * 365
+NVIDIA = "nvidia[0-9]*"
+GPU_DEVICES = (NVIDIA, "dxg", "kfd")
+"""Files in /dev, one of which a machine with a GPU has: NVIDIA's, those of WSL, AMD's."""
 
 
 class LocalCluster:
@@ -30,22 +37,17 @@ class LocalCluster:
         self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
-        self._gpu_of: dict[str, int] = {}
+        self._gpu_of: dict[str, str] = {}
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         """Starts a job for each of `trials` and notes its id in the folder; there is no node to `exclude`."""
         for trial in trials:
             gpu = self._free_gpu()
             executor = submitit.LocalExecutor(self.folder, python=self.python)
-            executor.update_parameters(
-                timeout_min=UNLIMITED_MINUTES,
-                gpus_per_node=0 if gpu is None else 1,
-                visible_gpus=() if gpu is None else (gpu,),
-                stderr_to_stdout=True,
-            )
-            submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job, self.pack)
+            executor.update_parameters(timeout_min=UNLIMITED_MINUTES, gpus_per_node=0, stderr_to_stdout=True)
+            submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job, self.pack, gpu)
             trial.submitted(submitted.job_id, submitted.paths.stdout)
-            if gpu is not None:
+            if gpu:
                 self._gpu_of[submitted.job_id] = gpu
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
@@ -62,15 +64,32 @@ class LocalCluster:
                 for process in [controller, *controller.children(recursive=True)]:
                     process.kill()
 
-    def _free_gpu(self) -> int | None:
+    def _free_gpu(self) -> str:
+        """The GPU that the fewest jobs use, as CUDA_VISIBLE_DEVICES names it; empty where there is none."""
+        alive = self.states(list(self._gpu_of))
+        self._gpu_of = {job_id: gpu for job_id, gpu in self._gpu_of.items() if job_id in alive}
+        used = Counter(self._gpu_of.values())
+        return min(self._gpus, key=lambda gpu: used[gpu], default="")
+
+    @cached_property
+    def _gpus(self) -> list[str]:
+        """This machine's GPUs, as CUDA names them: of those that the user has chosen, else all that CUDA counts."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
-            gpus = [int(gpu) for gpu in visible.split(",") if gpu.isdigit()]
-        else:
-            gpus = sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit())
-        alive = self.states(list(self._gpu_of))
-        used = Counter(gpu for job_id, gpu in self._gpu_of.items() if job_id in alive)
-        return min(gpus, key=lambda gpu: used[gpu]) if gpus else None
+            return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
+        if not any(list(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
+            return []
+        counted = _counted_by_cuda()
+        if not counted and any(Path("/dev").glob(NVIDIA)):
+            return ["0"]  # a job is given it, finds that torch can't use it, and says why
+        return list(map(str, range(counted)))
+
+
+def _counted_by_cuda() -> int:
+    """How many GPUs torch can use, asked in a process of its own: one that has CUDA can't be forked."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
 
 def _process(job_id: str) -> psutil.Process | None:

@@ -60,6 +60,12 @@ class Profile(Part):
     driver: DriverJob = DriverJob()
 
     @property
+    def asks_for_gpus(self) -> bool:
+        """Whether a job is given GPUs: by `gres`, or by one of sbatch's own options."""
+        asked = [self.gres or "", *(f"{key}={value}" for key, value in self.sbatch.items())]
+        return any(re.match(r"gpu(:|$)|gpus(-per-\w+)?=|gres=(.*,)?gpu|tres-per-\w+=.*gpu", text) for text in asked)
+
+    @property
     def gpus(self) -> int:
         """GPUs of a job; CPUs and memory are asked for as if a job without any had one."""
         count = re.search(r":(\d+)$", self.gres or "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster import code
-from cluster.folder import AUTO, Cause, JobState, State, StopReason, TrialFolder, pack_file
+from cluster.folder import AUTO, ON_NODE, Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from cluster.scan import FollowedTrial, Scan
@@ -75,6 +75,7 @@ class Relay:
         self._submissions: Counter[str] = Counter()
         self._starts: dict[str, tuple[int, int]] = {}  # epochs recorded, and the starts since
         self._exclude: dict[str, str] = {}  # the node that failed it
+        self._sick: set[str] = set()  # nodes that said so themselves
         self._not_before: dict[str, float] = {}
         self._wait, self._refused_until = 0.0, 0.0
         self._adopted = False
@@ -139,7 +140,8 @@ class Relay:
         """Submits, or waits longer before each next try."""
         groups: dict[str, list[FollowedTrial]] = defaultdict(list)
         for trial in trials:
-            groups[self._exclude.get(trial.name, "")].append(trial)
+            nodes = self._sick | {self._exclude.get(trial.name, "")}
+            groups[",".join(sorted(filter(None, nodes)))].append(trial)
         for exclude, group in groups.items():
             jobs = {trial.name: trial.job() for trial in group}
             # SLURM may yet requeue what it called dead: not beside the new one
@@ -155,6 +157,7 @@ class Relay:
                         self._count_start(trial)
                     else:
                         self._exclude.pop(trial.name, None)  # it may be the only node there is
+                        self._sick.clear()
                 self._wait = min(LONGEST_WAIT, 2 * self._wait + 1)
                 self._refused_until = time.monotonic() + self._wait
                 last_line = str(error).strip().splitlines()[-1:]
@@ -237,12 +240,17 @@ class Relay:
         kind = state.state if state else ""
         log = trial.last_log_lines(LOG_LINES)
         disk_full = [line for line in log if line.startswith(f"{Cause.DISK_FULL}: ")]
+        sick = [line for line in log if line.startswith(ON_NODE)]
         limit, cause, wait = self.cluster.max_submissions, Cause.LOST, 0.0
         if kind in NO_USE:
             limit, cause = 1, NO_USE[kind]
         elif disk_full:
             cause, wait = Cause.DISK_FULL, min(LONGEST_WAIT, 2.0**starts)  # whoever has to make room takes a while
             log = disk_full
+        elif sick:
+            cause, log = Cause.NODE_FAILURE, sick
+            self._sick.add(sick[-1].removeprefix(ON_NODE).partition(":")[0])
+            self.troubles[trial.name] = f"has to go on elsewhere: {sick[-1]}"
         elif kind == "NODE_FAIL":
             cause = Cause.NODE_FAILURE
         elif kind in ("", "FAILED", "COMPLETED"):
@@ -257,7 +265,7 @@ class Relay:
             trial.claim().end(State.FAILED, reason + why_it_ended(log, kind), cause)
             trial.wake()
             return False
-        if state and cause in (Cause.DISK_FULL, Cause.NODE_FAILURE):
+        if state and not sick and cause in (Cause.DISK_FULL, Cause.NODE_FAILURE):
             self._exclude[trial.name] = state.node
         self._not_before[trial.name] = now + wait
         return True

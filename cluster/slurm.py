@@ -18,7 +18,7 @@ from submitit.slurm import slurm
 
 from cluster import code, slurm_commands
 from cluster.folder import JobState, TrialFolder
-from cluster.job import TrialJob
+from cluster.job import ANY_GPU, TrialJob
 from cluster.profile import Profile
 from lorvp.files import replacing, write_json
 
@@ -127,9 +127,10 @@ class SlurmCluster:
                         self._next_question = 0.0  # the answer that is kept may be older than the job
             intent.unlink(missing_ok=True)
 
-    def _arguments(self, trial: TrialFolder) -> tuple[Path, int, int, int | str]:
+    def _arguments(self, trial: TrialFolder) -> tuple[Path, int, int, int | str, str]:
         """Of `TrialJob`."""
-        return trial.path, self.profile.cpus_per_gpu * self.profile.gpus, self.trials_per_job, self.pack
+        threads = self.profile.cpus_per_gpu * self.profile.gpus
+        return trial.path, threads, self.trials_per_job, self.pack, ANY_GPU if self.profile.asks_for_gpus else ""
 
     def _note(self, trial: TrialFolder, job_id: str) -> None:
         trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")

@@ -91,16 +91,16 @@ class Backbone(nn.Module):
         """Stays in eval mode: BatchNorm statistics never move."""
         return super().train(False)
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of any size, uint8 or float in [0, 1], as (N, 3, L, L) float32 in [0, 1].
+    def prepare(self, images: torch.Tensor, side: int | None = None) -> torch.Tensor:
+        """Images of any size, uint8 or float in [0, 1], as (N, 3, side, side) float32 in [0, 1]; default: L.
 
         Resizing is bilinear with antialias, aspect squashed, and on uint8 where the images are, as published.
         """
+        side = side or self.image_size
         if images.dtype == torch.uint8:
-            return resize(images, self.image_size).float() / 255
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            return resize(images, side).float() / 255
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         return images.float()
 
     def forward(

@@ -77,7 +77,7 @@ def save(
             "class_names": list(class_names),
             "source": {
                 "digest": backbone.digest,
-                "image_size": backbone.image_size,
+                "image_size": method.side,  # of the images to give it
                 "mean": backbone.mean.flatten().tolist(),
                 "std": backbone.std.flatten().tolist(),
                 "classes": backbone.source_classes,
@@ -88,13 +88,13 @@ def save(
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
         }
         with torch.inference_mode():
-            plain = backbone.prepare(example.to(backbone.mean.device))
-            enlarged(plain[0]).save(temporary / EXAMPLE)
+            example = example.to(backbone.mean.device)
+            enlarged(backbone.prepare(example)[0]).save(temporary / EXAMPLE)
             pattern = method.added()
             if pattern is not None:
                 description["prompt"] = spectrum(pattern)
                 picture(pattern).save(temporary / PICTURE)
-                enlarged((method.placed(plain) + pattern)[0]).save(temporary / PROMPTED)
+                enlarged((method.placed(method.prepare(example)) + pattern)[0]).save(temporary / PROMPTED)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (temporary / CARD).write_text(card(description))
 

@@ -23,7 +23,9 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.explain import explain
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SINCE_3 = ("vqt", "ilm_vp", "autovp")
+"""Methods that took features or images otherwise in format 2; of the others nothing has changed."""
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 PICTURE, EXAMPLE, PROMPTED = "prompt.png", "example.png", "example_prompted.png"
 
@@ -49,13 +51,16 @@ def describe(folder: Path) -> dict[str, Any]:
         version = description["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a prompt bundle ({type(error).__name__})") from None
-    if version != FORMAT_VERSION:
+    if version not in (2, FORMAT_VERSION):
         raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
     try:
         _Description.model_validate(description)
     except ValidationError as error:
         location, message = explain(error, _Description)
         raise UserError(f"{path}: {'.'.join(map(str, location))}: {message}") from None
+    method = description["config"].get("method", "lorvp")
+    if version == 2 and set(method.split("+")) & {*SINCE_3}:
+        raise UserError(f"{path}: bundle format 2 of {method}, which takes its input otherwise since: tune it again")
     return description
 
 

@@ -107,15 +107,20 @@ class DatasetConfig(Part):
         description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
     )
     root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
-    val_fraction: Fraction = Field(
-        0.1, description="of the training images: those to choose by, where the data has no validation set of its own"
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1,
+        description="of the training images: those to choose by, where the data has no validation set of its own; "
+        "0: none, train on every image and choose by the test set, under select: test_best_epoch alone",
     )
     val_images: PositiveInt | None = Field(
         None,
-        description="in place of val_fraction: so many images, stratified; of the data's own validation set so many",
+        description="in place of val_fraction: so many images, drawn by split_seed in the classes' proportions; of the "
+        "data's own validation set so many. With val_from no draw",
     )
     train_images: PositiveInt | None = Field(
-        None, description="train on so many of the rest, stratified; default: on all"
+        None,
+        description="train on so many of the rest, drawn in the same way; with val_from on the first ones, as VTAB "
+        "does; default: on all",
     )
     val_from: NonNegativeInt | None = Field(
         None,
@@ -140,6 +145,11 @@ class DatasetConfig(Part):
         """`root`, of a dataset that lies in one."""
         assert self.root is not None  # by _has_root
         return self.root
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are images to choose by, other than the test set's."""
+        return self.val_images is not None or self.val_fraction > 0
 
     @property
     def title(self) -> str:
@@ -186,9 +196,13 @@ class TokensConfig(Part):
     deep: bool = Field(True, description="of vpt: new tokens at every layer, not at the first alone")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the tokens")
     project: PositiveInt | None = Field(None, description="of vpt: width of the tokens before a linear layer")
-    group_lasso: NonNegativeFloat = Field(0.0, description="of vqt: penalty on the norm of each feature's weights")
+    group_lasso: NonNegativeFloat = Field(
+        0.0, description="of vqt with keep: penalty on the norm of each feature's weights; 0.0001 as published"
+    )
     keep: Fraction | None = Field(
-        None, description="of vqt: share of the features, those of the largest weights, that the second half trains on"
+        None,
+        description="of vqt: share of the features that its head has at the end. A third of the epochs trains queries "
+        "and head; one a new head under group_lasso, which chooses; one a new head on those of the largest weights",
     )
 
 
@@ -308,7 +322,9 @@ class TrialConfig(Part):
     rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after the other")
     batch_size: PositiveInt = 256
     eval_batch_size: PositiveInt = Field(512, description="where no gradient is needed")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: 16 bits where that is fast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or fp16 on a GPU, on a CPU what is quicker"
+    )
     speed: SpeedConfig = SpeedConfig()
     select: Literal["val", "test_best_epoch"] = Field(
         "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"
@@ -327,6 +343,13 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: their epochs must be fewer than epochs ({self.epochs}): the last ones are whole")
         if self.dataset.train_on_val and any(rung.train_share for rung in self.rungs):
             raise ValueError("rungs: dataset.train_on_val trains on all images, train_share on a part: leave one out")
+        if not self.dataset.holds_back and self.select != "test_best_epoch":
+            raise ValueError(
+                "dataset.val_fraction 0 leaves only the test set to choose by: select must be test_best_epoch, "
+                "and a sweep must have no confirm"
+            )
+        if not self.dataset.holds_back and self.dataset.train_on_val:
+            raise ValueError("dataset.val_fraction 0 trains on every image already: train_on_val must be false")
         if self.select == "test_best_epoch" and not self.read_test:
             raise ValueError("select: test_best_epoch chooses by the test set: read_test must be true")
         if self.method == "linear_probe" and self.head_init == "linear_probe" and self.epochs != 1:
@@ -355,8 +378,7 @@ class TrialConfig(Part):
             raise ValueError(f"tokens.project: {name} has no tokens, vpt pads its images")
         if self.method == "lorvp+vpt" and not name.startswith((*VITS, *SWINS)):
             raise ValueError(f"method lorvp+vpt needs a backbone with tokens; of {name} vpt pads the images")
-        if self.tokens.keep and not self.tokens.group_lasso:
-            raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
+        self._stages_fit()
         if "lp_ft" in self.methods and (self.head_init == "random" or self.label_mapping not in HEAD_MAPPINGS):
             raise ValueError("method lp_ft starts from a fitted head: head_init linear_probe, label_mapping lp or fm")
         if self.steps_per_layer:
@@ -368,6 +390,34 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: method {self.method} trains the backbone, which has one size and starts once")
         if any(rung.image_size for rung in self.rungs) and {"vpt", "vqt"} & set(self.methods):
             raise ValueError(f"rungs: method {self.method} does not go from one image_size to another")
+
+    def _stages_fit(self) -> None:
+        """Raises ValueError for a selection of features (tokens.keep) that can't be carried out."""
+        if "vqt" in self.methods and self.tokens.group_lasso and not self.tokens.keep:
+            raise ValueError("tokens.group_lasso chooses the features for tokens.keep, which must be given")
+        if self.stages == 1:
+            return
+        if not self.tokens.group_lasso:
+            raise ValueError("tokens.keep chooses by tokens.group_lasso, which must be above 0")
+        if self.epochs % self.stages:
+            raise ValueError(f"tokens.keep trains in three stages: epochs must be a multiple of 3, not {self.epochs}")
+        if self.schedule.warmup_epochs >= self.epochs // self.stages:
+            raise ValueError(
+                "tokens.keep trains in three stages: schedule.warmup_epochs must be below a third of epochs"
+            )
+        if self.head_init != "random":
+            raise ValueError("tokens.keep trains two heads anew: head_init must be random")
+        if self.rungs:
+            raise ValueError("tokens.keep trains in three stages of its own: leave rungs out")
+
+    @property
+    def stages(self) -> int:
+        """How many trainings follow one another in the trial, each of as many epochs and with the whole schedule."""
+        return 3 if "vqt" in self.methods and self.tokens.keep else 1
+
+    def stage(self, epoch: int) -> int:
+        """The stage, from 0, that an epoch, counted from 1, belongs to."""
+        return (epoch - 1) * self.stages // self.epochs
 
     @property
     def reads_logits(self) -> bool:
@@ -383,6 +433,14 @@ class TrialConfig(Part):
     def rank(self) -> int | None:
         """The prompt's, of methods that have one of low rank."""
         return self.prompt.rank if self.methods[0] == "lorvp" and self.prompt.kind == "low_rank" else None
+
+    @property
+    def inner(self) -> float | None:
+        """What images are shrunk to, in pixels at L = 224, by methods that put a frame around them."""
+        if self.method not in FRAMES:
+            return None
+        learned = self.method == "ilm_vp" or self.prompt.learn_scale
+        return self.prompt.inner * (1.0 if learned else self.prompt.scale)
 
     @property
     def trains_backbone(self) -> bool:
@@ -487,6 +545,7 @@ class TrialConfig(Part):
         return (
             not (self.rungs or other.rungs or random)
             and self.shares_with(other)
+            and self.inner == other.inner
             and all(getattr(self, key) == getattr(other, key) for key in same)
         )
 
@@ -497,5 +556,7 @@ class TrialConfig(Part):
 
 WITHIN = ("vpt", "vqt", "fine_tuning", "lp_ft", "galore")
 """Methods that work within the backbone, and leave its input to a prompt."""
+FRAMES = ("ilm_vp", "autovp")
+"""Methods that put a frame around the image."""
 HEAD_MAPPINGS = ("fm", "lp")
 """The label mappings that train a head; the others choose source classes and have nothing to learn."""

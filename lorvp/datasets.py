@@ -155,6 +155,8 @@ def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -
 class Splits:
     """The three parts of a dataset; `val` is its own, or else split off the training images, stratified and seeded.
 
+    With `val_fraction: 0` nothing is split off, and `val` is the test set.
+
     Under `train_on_val` the images of `val` are the last of `train`, too.
     Where random crops are asked for, `train` has images of the size that they are taken from.
     """
@@ -199,6 +201,12 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
     parts = _read(config, image_size)
     train, test = parts.train, parts.test
     assert test is not None  # by _read
+    if not config.holds_back:
+        kept = np.arange(len(train))
+        if config.train_images is not None:
+            kept = stratified_sample(train.labels, config.train_images, config.split_seed)[1]
+        trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
+        return Splits(trained_on.subset(kept), test, test)
     source = train if parts.val is None else parts.val
     kept, held_back = _chosen(config, train.labels, None if parts.val is None else parts.val.labels)
     val = source.subset(held_back)

@@ -6,8 +6,12 @@ Without a process group every function here answers for a trial alone in its pro
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from lorvp.result import EpochResult
     from lorvp.trial import Loaded, Options
 
+LEFT_TO_THE_FIRST = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a scheduler or a terminal sends to all processes of a job: the first one saves, and ends the others."""
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another that does not answer."""
 
@@ -70,10 +76,12 @@ def train(
         return
     with tempfile.TemporaryDirectory(prefix="lorvp-") as folder:
         spawn = multiprocessing.get_context("spawn")
-        common = (processes, folder, config, options.get("resume_from"), torch.get_num_threads())
+        precision = loaded and loaded.precision
+        common = (processes, folder, config, precision, options.get("resume_from"), torch.get_num_threads())
         others = [spawn.Process(target=_take_part, args=(rank, *common)) for rank in range(1, processes)]
-        for other in others:
-            other.start()
+        with _blocked(LEFT_TO_THE_FIRST):  # which they inherit, until they ignore them
+            for other in others:
+                other.start()
         try:
             _join_group(0, processes, folder)
             yield from training.train(config, loaded=loaded, **options)
@@ -99,13 +107,38 @@ def _join_group(rank: int, processes: int, folder: str) -> None:
     dist.init_process_group(backend, f"file://{folder}/group", PATIENCE, processes, rank)
 
 
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_first() -> None:
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
+
+
 def _take_part(
-    rank: int, processes: int, folder: str, config: TrialConfig, resume_from: Path | None, threads: int
+    rank: int,
+    processes: int,
+    folder: str,
+    config: TrialConfig,
+    precision: str | None,
+    resume_from: Path | None,
+    threads: int,
 ) -> None:
     from lorvp import training
 
+    for signum in LEFT_TO_THE_FIRST:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
     _join_group(rank, processes, folder)
-    for _ in training.train(config, resume_from=resume_from):
+    for _ in training.train(config, loaded=training.load(config, precision), resume_from=resume_from):
         pass
     dist.destroy_process_group()

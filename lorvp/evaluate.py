@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lorvp import bundle, cli, datasets, pipeline
 from lorvp.corruptions import CORRUPTIONS, Corruption
+from lorvp.device import MicroBatches
 from lorvp.errors import UserError
 from lorvp.files import replacing
 from lorvp.methods import Method
@@ -87,13 +88,14 @@ def hits(
     device = method.backbone.mean.device
     known = torch.from_numpy(class_index(images.class_names, method.class_names, where)).to(device)
     found: list[torch.Tensor] = []
+    micro_batches = MicroBatches(batch_size)
     done = 0
     with torch.inference_mode():
         for pixels, labels in pipeline.batches(images, batch_size, device=device):
             if corruption is not None:
                 places = range(done, done + len(labels))
                 pixels = corruption(resize(pixels, method.backbone.image_size), places)
-            logits = method(pixels)[:, known]
+            logits = torch.cat(micro_batches.run(method, pixels))[:, known]
             ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
             found.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))
             done += len(labels)

@@ -81,7 +81,7 @@ def about(method: Method) -> dict[str, Any]:
     """What one has to know to use a program."""
     return {
         "class_names": method.class_names,
-        "image_size": method.backbone.image_size,
+        "image_size": method.side,
         "trial": method.config.content_hash(),
     }
 
@@ -102,7 +102,7 @@ def command(
     console.print(f"written: {out}, {out.stat().st_size / 2**20:.2f} MiB", highlight=False)
     console.print(f"its logits are the bundle's, in fp32: the largest deviation is {deviation:.2g}", highlight=False)
     for line in lines:
-        filled = line.format(file=out, side=method.backbone.image_size, classes=method.classes)
+        filled = line.format(file=out, side=method.side, classes=method.classes)
         console.print(f"    {filled}", markup=False, highlight=False)
 
 
@@ -124,7 +124,7 @@ def _in_fp32(method: Method) -> Iterator[None]:
 
 def _images(method: Method, count: int) -> torch.Tensor:
     """Random pixels, of each count always the same."""
-    side = method.backbone.image_size
+    side = method.side
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
 

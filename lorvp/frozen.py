@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from lorvp import files, pipeline
 from lorvp.backbone import Backbone
 from lorvp.datasets import ArrayImages, Images
+from lorvp.device import MicroBatches
 from lorvp.files import replacing
 
 Output = Literal["features", "logits", "top"]
@@ -68,7 +71,7 @@ def outputs(
 ) -> ArrayImages:
     """`images` with what `backbone` says in place of the pixels, mapped from the cache, where it is put if missing.
 
-    `check` is called before every batch, and may raise what ends the computation.
+    `check` is called before every batch, and may raise what ends the computation; the next call goes on there.
     """
     statistics = (backbone.mean.flatten().tolist(), backbone.std.flatten().tolist())
     name = key(output, backbone.digest, backbone.image_size, statistics, str(backbone.dtype), images.digest)
@@ -86,10 +89,39 @@ def _compute(
     width = {"features": (backbone.features,), "logits": (backbone.source_classes,), "top": ()}[output]
     kind = np.dtype(np.int64 if output == "top" else np.float32)
     header = {"descr": kind.str, "fortran_order": False, "shape": (len(images), *width)}
-    # not through a memory map: on a full disk that would kill the process
-    with replacing(path) as temporary, open(temporary, "wb") as file, torch.inference_mode():
-        np.lib.format.write_array_header_1_0(file, header)
-        for pixels, _ in pipeline.batches(images, batch_size, device=backbone.mean.device):
-            check()
-            said = backbone(backbone.prepare(pixels), "features" if output == "features" else "logits")
-            file.write((said.argmax(1) if output == "top" else said).cpu().numpy().astype(kind).data)
+    begun = path.with_name(f".{path.name}.begun")  # the rows up to where an earlier call was ended
+    micro_batches = MicroBatches(batch_size)
+
+    def rows(pixels: torch.Tensor) -> torch.Tensor:
+        said = backbone(backbone.prepare(pixels), "features" if output == "features" else "logits")
+        return said.argmax(1) if output == "top" else said
+
+    with replacing(path) as temporary:
+        if begun.exists():
+            os.replace(begun, temporary)
+        # not through a memory map: on a full disk that would kill the process
+        with open(temporary, "ab") as file, torch.inference_mode():
+            if not file.tell():
+                np.lib.format.write_array_header_1_0(file, header)
+                file.flush()
+            start = file.tell()
+            bytes_a_row = kind.itemsize * math.prod(width)
+            done = (start - _header_bytes(temporary)) // bytes_a_row
+            given = pipeline.batches(images, batch_size, np.arange(done, len(images)), backbone.mean.device)
+            for pixels, _ in given:
+                try:
+                    check()
+                except BaseException:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, begun)
+                    raise
+                file.write(torch.cat(micro_batches.run(rows, pixels)).cpu().numpy().astype(kind).data)
+
+
+def _header_bytes(path: Path) -> int:
+    """How many bytes a NumPy file has before its first row."""
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return file.tell()

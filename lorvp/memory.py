@@ -84,7 +84,7 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
 def _states(group: str, parameters: list[torch.nn.Parameter], config: TrialConfig) -> int:
     """Bytes that a group's optimizer keeps, seen in a step that computes nothing."""
     shapes = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
-    optimizer = make_optimizer(group, shapes, config)
+    optimizer = make_optimizer(group, shapes, config, config.precision)
     for parameter in shapes:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()

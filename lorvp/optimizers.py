@@ -10,8 +10,10 @@ from lorvp.config import ScheduleConfig, TrialConfig
 from lorvp.galore import GaLore
 
 
-def make_optimizer(group: str, parameters: list[torch.nn.Parameter], config: TrialConfig) -> torch.optim.Optimizer:
-    """The optimizer of one group: prompt, tokens, head or backbone."""
+def make_optimizer(
+    group: str, parameters: list[torch.nn.Parameter], config: TrialConfig, precision: str
+) -> torch.optim.Optimizer:
+    """Make the optimizer of one group (prompt, tokens, head or backbone) of a trial in that precision."""
     options = config.optimizer
     lr, weight_decay = getattr(options, f"{group}_lr"), getattr(options, f"{group}_weight_decay")
     if options.scale_lr:
@@ -21,6 +23,8 @@ def make_optimizer(group: str, parameters: list[torch.nn.Parameter], config: Tri
     kind = options.prompt_name if group == "prompt" else options.name
     fused = parameters[0].is_cuda  # fused steps read GradScaler's verdict on the device
     if kind == "sgd":
+        # a fused first step that GradScaler skips leaves the momentum as it was allocated, with whatever lay there
+        fused = fused and precision != "fp16"
         return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused)
     made = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
     return made(parameters, lr, weight_decay=weight_decay, fused=fused)

@@ -17,6 +17,7 @@ import torch
 
 from lorvp import shuffle
 from lorvp.datasets import ArrayImages, Images, Splits, crop_size
+from lorvp.device import is_out_of_memory
 from lorvp.resize import resize
 
 DEVICE_SHARE = 0.25
@@ -44,6 +45,8 @@ def batches(
     Of n processes the i-th, `share` = (i, n), gets every n-th image of each batch: together they see each image once.
     """
     order = np.arange(len(images)) if order is None else order
+    if not len(order):
+        return
     starts = [*range(0, len(order), batch_size), len(order)]
     chunks = [order[start:stop][share[0] :: share[1]] for start, stop in pairwise(starts)]
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -52,10 +55,16 @@ def batches(
         labels = torch.from_numpy(images.labels[chunk])
         if copies is None:
             return images.read(chunk), labels, None
-        with torch.cuda.stream(copies):
-            # torch keeps pinned memory from being used again before such a copy of it is through
-            pixels = images.read(chunk, pin=True).to(device, non_blocking=True)
-            return pixels, labels.pin_memory().to(device, non_blocking=True), copies.record_event()
+        read = images.read(chunk, pin=True)
+        try:
+            with torch.cuda.stream(copies):
+                # torch keeps pinned memory from being used again before such a copy of it is through
+                pixels = read.to(device, non_blocking=True)
+                return pixels, labels.pin_memory().to(device, non_blocking=True), copies.record_event()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return read, labels, None  # there is room for one batch at a time
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         ahead = reader.submit(fetch, chunks[0])
@@ -68,7 +77,7 @@ def batches(
                 now.wait_event(copied)
                 pixels.record_stream(now)  # or their memory would be the next copy's while this step still reads it
                 labels.record_stream(now)
-            yield pixels, labels
+            yield pixels.to(device), labels.to(device)
 
 
 def kept_on_device(splits: Splits, device: torch.device, share: float = DEVICE_SHARE) -> Splits:
@@ -79,7 +88,12 @@ def kept_on_device(splits: Splits, device: torch.device, share: float = DEVICE_S
     free, _ = torch.cuda.mem_get_info(device)
     if sum(len(images) * math.prod(images.read(np.arange(1)).shape) for images in parts.values()) > share * free:
         return splits
-    return replace(splits, **{name: on_device(images, device) for name, images in parts.items()})
+    try:
+        return replace(splits, **{name: on_device(images, device) for name, images in parts.items()})
+    except RuntimeError as error:  # another process has taken the memory meanwhile
+        if not is_out_of_memory(error):
+            raise
+        return splits
 
 
 def on_device(images: Images, device: torch.device, at_once: int = 512) -> ArrayImages:

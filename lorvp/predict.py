@@ -38,7 +38,7 @@ def predict(method: Method, paths: Sequence[Path], top: int = 5) -> Iterator[Pre
     """
     device = method.backbone.mean.device
     for some in batched(paths, AT_ONCE):
-        decoded = np.stack([images.decode(path, method.backbone.image_size) for path in some])
+        decoded = np.stack([images.decode(path, method.side) for path in some])
         pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).to(device)
         with torch.inference_mode():
             probabilities = method(pixels).softmax(1)

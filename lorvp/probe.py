@@ -6,6 +6,8 @@ bias is free. C says how far the head is fitted: a small one leaves errors, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from lorvp.config import BEST
 from lorvp.datasets import ArrayImages
+from lorvp.device import is_out_of_memory
 from lorvp.files import replacing
 from lorvp.frozen import cache_folder, key, once
 
@@ -26,14 +29,25 @@ Head = tuple[torch.Tensor, torch.Tensor]
 """Weight (classes, d) and bias (classes,), float32."""
 
 
-def fit(x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: Head | None = None) -> Head:
-    """The head of that C on x (N, d), labels (N,), from zero or from `start`; on the device that x is on."""
+def fit(
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    c: float,
+    start: Head | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Head:
+    """Fit the head of that C to x (N, d) and labels (N,), from zero or from `start`, on the device that x is on.
+
+    `check` is called in every iteration, and may raise what ends the fit.
+    """
     mean = x.mean(0)  # the same optimum as without it, as the bias is free, and sooner reached
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = weight.clone().requires_grad_(), (bias + weight @ mean).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
+        check()
         optimizer.zero_grad()
         total = weight.square().sum() / (2 * c * len(x))
         total.backward()
@@ -48,6 +62,20 @@ def fit(x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: He
     return weight, bias - weight @ mean
 
 
+def _fit_where_it_fits(
+    x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: Head | None, check: Callable[[], None]
+) -> Head:
+    """`fit`, on the CPU where the device's memory is too small for it."""
+    try:
+        return fit(x, labels, classes, c, start, check)
+    except RuntimeError as error:
+        if x.device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    print("out of device memory: the head is fitted on the CPU", flush=True)
+    return fit(x.cpu(), labels.cpu(), classes, c, start and (start[0].cpu(), start[1].cpu()), check)
+
+
 def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
     """In percent."""
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
@@ -60,11 +88,13 @@ def head(
     device: torch.device,
     cs: np.ndarray = CS,
     whole: ArrayImages | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Head:
     """The head for `train`, fitted as far as `TrialConfig.head_fit` says; from the cache, where it is put if missing.
 
     `train` and `val` are what a backbone says of the images (`frozen.outputs`); `cs`, rising, are those to choose from.
-    With `whole` it is the head for those images, with the C that was chosen so.
+    With `whole` it is the head for those images, with the C that was chosen so. `check` is called in every iteration,
+    and may raise what ends the fits: the next call goes on with the C that was under way.
     """
     classes = len(train.class_names)
 
@@ -75,7 +105,7 @@ def head(
         path = cache_folder() / f"probe-{name}.safetensors"
         with once(path) as missing:
             if missing:
-                weight, bias = fit(x, labels, classes, c, start)
+                weight, bias = _fit_where_it_fits(x, labels, classes, c, start, check)
                 with replacing(path) as temporary:
                     save_file({"weight": weight, "bias": bias}, temporary)
         kept = load_file(path, str(device))

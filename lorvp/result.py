@@ -32,7 +32,13 @@ class EpochResult:
     packed: int = 1
     """Trials that shared its batches."""
     whole: bool = True
-    """Whether it was at full size and on all training images, not at a rung."""
+    """Whether it was at full size and on all training images, not at a rung, and in the last of a method's stages."""
+    device: str = ""
+    """What it was trained on: a GPU or a processor, as its maker calls it."""
+    driver: str = ""
+    """The version of NVIDIA's driver, on a GPU."""
+    precision: str = ""
+    """fp32, bf16 or fp16: what `auto` came to."""
     test_loss: float | None = None
     test_top1: float | None = None
     test_top5: float | None = None

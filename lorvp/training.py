@@ -81,7 +81,12 @@ def _epoch(group: list[Training], order: int | None, members: list[Training]) ->
 
     def attempt(training: Training, work: Callable[[], None]) -> None:
         try:
-            work()
+            try:
+                work()
+            except Stopped:
+                if training.begun:
+                    training.save()
+                raise
         except Stopped:
             end(training, None)
         except Exception as error:
@@ -105,8 +110,8 @@ def _epoch(group: list[Training], order: int | None, members: list[Training]) ->
             if not running:
                 break
     for training in running:
-        training.trained_for = time.perf_counter() - training.training_start
-    found = evaluate(running, running[0].splits.val) if running else {}
+        training.trained_for = training.before = time.perf_counter() - training.training_start
+    found = evaluate(running, "val") if running else {}
     for training in list(running):
         attempt(training, partial(finish, training, found.get(training)))
         if training in running and training.through:

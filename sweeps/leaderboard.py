@@ -66,7 +66,12 @@ class Entry:
         return attempt.bundle
 
     def test_at_best_val(self) -> float | None:
-        """With the prompt of the epoch that is best on the validation set, whatever the trial's protocol."""
+        """With the prompt of the epoch that is best on the validation set, whatever the trial's protocol.
+
+        None where there is no such set.
+        """
+        if not self.trial.config.dataset.holds_back:
+            return None
         if self.trial.config.select == "val":
             return self.test_top1()
         return max(self.whole, key=lambda result: result["val_top1"])["test_top1"]
@@ -74,6 +79,9 @@ class Entry:
     def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
         return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+
+
+NO_VAL = "the val figures are the test set's (dataset.val_fraction 0): epochs and trials were chosen on it"
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,8 @@ class Leaderboard:
         ours, theirs = best.test_top1(), control.test_top1()
         test = "" if ours is None or theirs is None else f", test {ours - theirs:+.2f}"
         lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
+        if not best.trial.config.dataset.holds_back:
+            lines.append(NO_VAL)
         bias = Bias.of(self.searched())
         return lines + [str(bias)] * (bias is not None) + triage.checked(self.spec, val)
 
@@ -231,6 +241,7 @@ class Leaderboard:
             | epoch_metrics(result)
             | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}
             | {key: result[key] for key in ("test_loss", "test_top1", "test_top5")}
+            | {key: result.get(key, "") for key in ("device", "driver", "precision")}
             | {"test_at_best_val": entry.test_at_best_val()}
             for entry in self.entries
             for result in entry.results

@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from lorvp.config import BackboneConfig, DatasetConfig, Part
+from lorvp.config import BackboneConfig, DatasetConfig, Part, TrialConfig
 from lorvp.errors import UserError
 from lorvp.yaml_file import YamlFile
 from sweeps.comparison import Comparison, Difference, Row, Spread
@@ -28,19 +28,32 @@ CORRUPTED = "corrupted"
 GROUPS = ("prompt", "tokens", "head", "backbone")
 
 
+Key = tuple[str, str, str, str, str | None, str | None]
+"""Network, pre-training, dataset, method, kind of prompt and label mapping."""
+
+
 class Published(Part):
     """An accuracy that others have published."""
 
-    network: str
+    network: str = Field(description="clip: a CLIP image tower that the source does not name")
     pretraining: str
     dataset: str
     method: str
+    prompt: str | None = Field(None, description="prompt.kind, of methods that have one")
+    label_mapping: str | None = Field(None, description="null: the source does not name it, and any is compared")
     top1: float = Field(ge=0, le=100)
+    epochs: PositiveInt | None = Field(None, description="where the source names them")
+    note: str | None = Field(None, description="what else is known to be otherwise than in a trial here")
     source: str = Field(min_length=1, description="where it was read: page or table and address")
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.network, self.pretraining, self.dataset, self.method
+    def key(self) -> Key:
+        return self.network, self.pretraining, self.dataset, self.method, self.prompt, self.label_mapping
+
+    def unlike(self, config: TrialConfig) -> str:
+        """How it was obtained otherwise than by a trial of `config`, in words; empty where nothing is known of it."""
+        epochs = f"{self.epochs} epochs" if self.epochs not in (None, config.epochs) else None
+        return "; ".join(word for word in (epochs, self.note) if word)
 
 
 class PublishedFigures(Part):
@@ -51,12 +64,12 @@ class PublishedFigures(Part):
         keys = [figure.key for figure in self.figures]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
-            raise ValueError(f"figures names {', '.join(twice)} twice")
+            raise ValueError(f"figures names {', '.join(part for part in twice if part)} twice")
         return self
 
 
-def published(path: Path = FIGURES) -> dict[tuple[str, str, str, str], Published]:
-    """The published figures by network, pre-training, dataset and method. Raises UserError for a key that is wrong."""
+def published(path: Path = FIGURES) -> dict[Key, Published]:
+    """The published figures by what they are of. Raises UserError for a key that is wrong."""
     return {figure.key: figure for figure in YamlFile(path).validate(PublishedFigures).figures}
 
 
@@ -80,6 +93,15 @@ class Result:
     def key(self) -> tuple[str, str, str, str]:
         config = self.entry.trial.config
         return *network(config.backbone), dataset(config.dataset), config.method
+
+    def published(self, figures: dict[Key, Published]) -> Published | None:
+        """The figure for the same method, prompt, label mapping, network, pre-training and dataset, if there is one."""
+        config = self.entry.trial.config
+        name, *rest = self.key
+        kind = config.prompt.kind if config.methods[0] == "lorvp" else None
+        networks = [name] + ["clip"] * ("_clip_" in name)
+        keys = [(each, *rest, kind, mapping) for each in networks for mapping in (config.label_mapping, None)]
+        return next((figures[key] for key in keys if key in figures), None)
 
     @property
     def select(self) -> str:
@@ -120,6 +142,7 @@ class Result:
             | {"control_top1": control.mean if control else None, "control_top1_sd": control.sd if control else None}
             | {f"difference_{end}": getattr(difference, end) if difference else None for end in ("mean", "low", "high")}
             | {"published_top1": known.top1 if known else None, "published_source": known.source if known else None}
+            | {"published_differs": known.unlike(config) if known else None}
             | {"sweep": self.sweep, "trial": self.row.choice.trial}
         )
 
@@ -131,7 +154,7 @@ SCHEMA = pa.schema(
     + [("select", pa.string()), ("confirmed", pa.bool_()), ("n", pa.int64())]
     + [(key, pa.float64()) for key in ("top1", "top1_sd", "control_top1", "control_top1_sd")]
     + [(f"difference_{end}", pa.float64()) for end in ("mean", "low", "high")]
-    + [("published_top1", pa.float64()), ("published_source", pa.string())]
+    + [("published_top1", pa.float64()), ("published_source", pa.string()), ("published_differs", pa.string())]
     + [("sweep", pa.string()), ("trial", pa.string())]
 )
 """Of tables.parquet; the OOD sets come after it."""

@@ -36,7 +36,7 @@ def table(spec: Spec, relay: Relay) -> Table:
         states = dict.fromkeys(jobs.values(), JobState("UNKNOWN", str(error)))
         shown.caption = f"the folders alone say this: {error}"
     stage = ["stage"] if spec.confirm else []
-    for column in ("trial", *stage, "job", "state", "node", "epoch", spec.objective, "queued", "running", "why"):
+    for column in ("trial", *stage, "job", "state", "node", "on", "epoch", spec.objective, "queued", "running", "why"):
         shown.add_column(column, overflow="fold")
     for trial in trials:
         results = trial.results()
@@ -45,9 +45,10 @@ def table(spec: Spec, relay: Relay) -> Table:
         state = states.get(job)
         end = trial.ended()
         node = state.node if state and state.alive and end is None else ""
+        on = ", ".join(filter(None, (results[-1].get(key) for key in ("device", "precision")))) if results else ""
         epochs = f"{len(results)}/{trial.config.epochs}"
         name = [trial.name, spec.stage(trial.config)] if spec.confirm else [trial.name]
-        shown.add_row(*name, job, _state(end, state), node, epochs, value, *_times(trial), _why(trial, end, state))
+        shown.add_row(*name, job, _state(end, state), node, on, epochs, value, *_times(trial), _why(trial, end, state))
     return shown
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import typer
 
 from lorvp import cli
+from lorvp.config import TrialConfig
 from lorvp.files import replacing
 from sweeps.leaderboard import number
 from sweeps.results import SCHEMA, Published, Result, published, results
@@ -42,9 +43,17 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
         | {"top-1": str(result.top1), "n": str(len(result.row.entries))}
         | {"control": str(result.control_top1 or "-"), "difference": str(difference or "-")}
         | {name: on_set(result.ood.get(name)) for name in ood}
-        | {"published": f"{known.top1:.1f}" if known else "unknown"}
+        | {"published": beside(known, config)}
         | {"protocol": protocol(result)}
     )
+
+
+def beside(known: Published | None, config: TrialConfig) -> str:
+    """A published figure, and in brackets what is known to differ."""
+    if known is None:
+        return "unknown"
+    unlike = known.unlike(config)
+    return f"{known.top1:.1f}" + (f" ({unlike})" if unlike else "")
 
 
 def rates(lrs: dict[str, float]) -> str:
@@ -90,12 +99,13 @@ def command(
     known = published()
     found = sorted((result for folder in sweeps for result in results(folder)), key=lambda result: result.key)
     ood = list(dict.fromkeys(name for result in found for name in result.ood))
-    rows = [cells(result, known.get(result.key), ood) for result in found]
-    cited = {known[result.key].source for result in found if result.key in known}
+    theirs = [result.published(known) for result in found]
+    rows = [cells(result, their, ood) for result, their in zip(found, theirs, strict=True)]
+    cited = {their.source for their in theirs if their}
     records = [
-        result.record(known.get(result.key))
+        result.record(their)
         | {f"ood.{name}.{model}": top1 for name, models in result.ood.items() for model, top1 in models.items()}
-        for result in found
+        for result, their in zip(found, theirs, strict=True)
     ]
     columns = [(f"ood.{name}.{model}", pa.float64()) for name in ood for model in ("best", "control")]
     out.mkdir(parents=True, exist_ok=True)

@@ -110,8 +110,9 @@ class Tracker:
             for result in new
             for key, value in _metrics(result).items()
         ]
+        tags = _trained_on(new[-1]) if new and new[0]["epoch"] == 1 else []
         if params or metrics:
-            self.client.log_batch(self._started[trial.name].info.run_id, metrics=metrics, params=params)
+            self.client.log_batch(self._started[trial.name].info.run_id, metrics=metrics, params=params, tags=tags)
         self.runs[trial.name] = self._started[trial.name]
         if new:
             self._epochs_sent[trial.name] = new[-1]["epoch"]
@@ -137,6 +138,8 @@ class Tracker:
             tags.append(RunTag("reason", end.reason[:5000]))
         if end.cause:
             tags.append(RunTag("failure", end.cause))
+        if results := trial.results():
+            tags += _trained_on(results[-1])  # a trial may have gone on elsewhere
         attempt = trial.newest()
         if attempt and attempt.bundle.is_dir():
             figures = describe(attempt.bundle)["metrics"]
@@ -242,6 +245,11 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     """An epoch's, what the user compares by before all else: MLflow's pages begin with the first."""
     values = {key: value for key, value in epoch_metrics(result).items() if key not in NO_METRICS}
     return {"val_top1": values.pop("val_top1")} | values
+
+
+def _trained_on(result: dict[str, Any]) -> list[RunTag]:
+    """The GPU or processor, NVIDIA's driver and the precision of an epoch, as tags."""
+    return [RunTag(key, result[key]) for key in ("device", "driver", "precision") if result.get(key)]
 
 
 def _short(value: Any) -> str:

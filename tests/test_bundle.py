@@ -94,6 +94,11 @@ def test_bundles_that_cannot_be_loaded(saved):
     write(format_version=99)
     with pytest.raises(UserError, match="bundle format 99"):
         lorvp.load(folder)
+    write(format_version=2)
+    lorvp.load(folder)
+    write(format_version=2, config=description["config"] | {"method": "ilm_vp"})
+    with pytest.raises(UserError, match="bundle format 2 of ilm_vp, which takes its input otherwise since"):
+        lorvp.load(folder)
     write(source=description["source"] | {"digest": "0" * 16})
     with pytest.raises(UserError, match="tuned on other weights"):
         lorvp.load(folder)

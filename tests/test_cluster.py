@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import job
-from cluster.folder import Cause, End, State, StopReason, TrialFolder, pack_file
+from cluster import job, local
+from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder, pack_file
+from cluster.local import LocalCluster
+from cluster.profile import Profile
+from lorvp import precision
+from lorvp.device import NoGpu
 from lorvp.errors import TrialFailed, UserError
 
 
@@ -290,9 +294,84 @@ def test_packing_is_found_to_pay_or_not(digits, monkeypatch, seconds, best):
         (UserError("no such file"), Cause.BAD_INPUT),
         (torch.OutOfMemoryError("CUDA out of memory"), Cause.OUT_OF_MEMORY),
         (MemoryError(), Cause.OUT_OF_MEMORY),
+        (torch.AcceleratorError("CUDA error: out of memory"), Cause.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Cause.OUT_OF_MEMORY),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), Cause.OUT_OF_MEMORY),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            Cause.OUT_OF_MEMORY,
+        ),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), Cause.NODE_FAILURE),
+        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), Cause.NODE_FAILURE),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), Cause.NODE_FAILURE),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, ncclSystemError: System call failed"), Cause.NODE_FAILURE),
+        (NoGpu("the job was given a GPU"), Cause.NODE_FAILURE),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), Cause.EXCEPTION),
         (OSError(errno.ENOSPC, "No space left on device"), Cause.DISK_FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Cause.DISK_FULL),
+        (RuntimeError("[enforce fail at inline_container.cc] . Disk quota exceeded"), Cause.DISK_FULL),
         (RuntimeError("shapes"), Cause.EXCEPTION),
     ],
 )
 def test_failures_are_told_apart(error, cause):
     assert job.cause_of(error) == cause
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        ("GPU-8a3c, GPU-77de", ["GPU-8a3c", "GPU-77de"]),
+        ("MIG-1f,MIG-2f", ["MIG-1f", "MIG-2f"]),
+        (" 3 ,1", ["3", "1"]),
+        ("0,-1,1", ["0"]),  # CUDA reads no further
+        ("", [""]),
+    ],
+)
+def test_jobs_on_this_machine_share_the_gpus_that_the_user_names(tmp_path, monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(LocalCluster, "states", lambda _, ids: {each: JobState("RUNNING") for each in ids})
+    cluster = LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)
+    for place in range(2 * len(gpus)):
+        assert cluster._free_gpu() == gpus[place % len(gpus)]
+        cluster._gpu_of[str(place)] = gpus[place % len(gpus)]
+
+
+def test_a_machine_without_gpu_files_is_not_asked_for_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(local, "GPU_DEVICES", ("no-such-device",))
+    monkeypatch.setattr(local, "_counted_by_cuda", lambda: pytest.fail("CUDA was asked"))
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == ""
+    monkeypatch.setattr(local, "GPU_DEVICES", ("null",))  # which every machine has
+    monkeypatch.setattr(local, "_counted_by_cuda", lambda: 1)  # in a container, whatever number the file has
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == "0"
+    monkeypatch.setattr(local, "_counted_by_cuda", lambda: 0)  # as torch for AMD's would, or one without CUDA
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == ""
+    monkeypatch.setattr(local, "NVIDIA", "null")  # its driver is too old for torch: the job says so
+    assert LocalCluster(Profile(kind="local"), tmp_path, "", concurrent=2, pack=1)._free_gpu() == "0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks"),
+    [
+        ({"gres": "gpu:rtx8000:1"}, True),
+        ({"gres": "gpu"}, True),
+        ({"gres": "nvme:1"}, False),
+        ({"sbatch": {"gpus-per-node": 2}}, True),
+        ({"sbatch": {"gres": "nvme:1,gpu:2"}}, True),
+        ({"sbatch": {"exclusive": True}}, False),
+        ({}, False),
+    ],
+)
+def test_whether_a_profile_asks_for_gpus(changes, asks):
+    assert Profile(kind="slurm", **changes).asks_for_gpus is asks
+
+
+def test_jobs_of_a_sweep_train_in_what_the_first_of_them_chose(digits, tmp_path, monkeypatch):
+    trials = [TrialFolder.request(tmp_path / "trials", digits(precision="auto", init_seed=seed)) for seed in (1, 2)]
+    monkeypatch.setattr(precision, "choose", lambda _, __, kept=None: kept or "bf16")
+    assert job.load(trials[0]).precision == "bf16"
+    monkeypatch.setattr(precision, "choose", lambda _, __, kept=None: kept or "fp32")
+    assert job.load(trials[1]).precision == "bf16"
+    lines = iter((None, "bf16"))  # both begin at once
+    monkeypatch.setattr(job, "read_line", lambda _: next(lines))
+    assert job.load(trials[1]).precision == "bf16"

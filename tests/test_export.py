@@ -100,7 +100,7 @@ def test_the_file_says_what_the_bundle_says(case, to, tmp_path):
     assert 0 <= deviation <= 1e-4
     program = run(out)
     for count in (1, 3, 17):
-        images = pixels(count, method.backbone.image_size)
+        images = pixels(count, method.side)
         with torch.inference_mode():
             expected = method(images)
         logits = program(images)

@@ -305,7 +305,7 @@ def test_prompts(outcome: Outcome):
     for shade, name in enumerate((PICTURE, EXAMPLE, PROMPTED)):
         Image.new("RGB", (8, 8), (shade, 0, 0)).save(first / name)
     bundle(entries[1])
-    bundle(entries[2], format_version=FORMAT_VERSION - 1)
+    bundle(entries[2], format_version=FORMAT_VERSION - 2)
     figure = PARTS["prompts"].make(outcome)
     picture, spectrum, example, prompted = figure.axes
     assert [plot.images[0].get_array()[0, 0, 0] for plot in (picture, example, prompted)] == [0, 1, 2]
@@ -314,7 +314,7 @@ def test_prompts(outcome: Outcome):
     assert "0.25" in picture.get_title()
     _, said, older = [row.texts[-1].get_text() for row in figure.subfigs]
     assert said == "no prompt to show: the method has none on the image"
-    assert f"bundle format {FORMAT_VERSION - 1}" in older.replace("\n", " ")
+    assert f"bundle format {FORMAT_VERSION - 2}" in older.replace("\n", " ")
     assert outcome.best().trial.name in figure.subfigs[0].get_suptitle()
 
 

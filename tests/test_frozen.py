@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from conftest import make
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from lorvp import datasets, frozen, probe, training
+import lorvp
+from lorvp import datasets, evaluate, frozen, probe, training
 from lorvp.backbone import Backbone
 from lorvp.calibrate import calibrate
 from lorvp.checkpoint import CHECKPOINT
@@ -93,12 +96,21 @@ def test_images_are_told_apart_by_their_content(image_root, tmp_path):
     assert not set(digests()[:3]) & set(first)
 
 
-def test_a_computation_that_is_broken_off_leaves_nothing(digits, cache):
+@pytest.mark.parametrize("output", ["features", "top"])
+def test_a_computation_that_is_broken_off_is_gone_on_with(digits, cache, forwards, output):
+    """Nothing but the batch before which it was ended is computed again, and the result is the same."""
     loaded = training.load(digits())
-    calls = iter(range(3))
-    with pytest.raises(StopIteration):
-        frozen.outputs(loaded.backbone, loaded.splits.train, "features", 32, lambda: next(calls) and None)
-    assert not [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+    expected = frozen.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels.clone()
+    shutil.rmtree(cache)
+    forwards.clear()
+    for ends in (1, 2):
+        calls = iter(range(ends))
+        with pytest.raises(StopIteration):
+            frozen.outputs(loaded.backbone, loaded.splits.train, output, 32, lambda calls=calls: next(calls) and None)
+    found = frozen.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels
+    assert torch.equal(found, expected)
+    assert sum(forwards) == len(loaded.splits.train)
+    assert not [path for path in cache.iterdir() if path.suffix not in (".npy", ".lock")]
 
 
 def test_of_several_that_need_it_one_computes(digits, cache, forwards):
@@ -163,14 +175,37 @@ def test_a_head_for_all_images_has_the_c_that_was_best_on_val(cache):
         torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, c))
 
 
+def test_a_fit_that_is_ended_goes_on_with_the_c_that_was_under_way(cache):
+    points, cpu = blobs(), torch.device("cpu")
+    train, val = points.subset(np.arange(60)), points.subset(np.arange(60, 180))
+    cs = np.array([1e-5, 1e-2, 10.0])
+    calls = 0
+
+    def check(ends: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == ends:
+            raise StopIteration
+
+    expected = probe.head(train, val, "best", cpu, cs, check=lambda: check(math.inf))
+    iterations, calls = calls, 0
+    shutil.rmtree(cache)
+    with pytest.raises(StopIteration):
+        probe.head(train, val, "best", cpu, cs, check=lambda: check(iterations))  # in the last one
+    calls = 0
+    found = probe.head(train, val, "best", cpu, cs, check=lambda: check(math.inf))
+    assert calls < iterations
+    assert all(map(torch.equal, found, expected))
+
+
 def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatch):
     """With C as it is without them."""
     asked = []
     head = probe.head
 
-    def watched(train, val, how_far, device, cs, whole):
+    def watched(train, val, how_far, device, cs, whole, check):
         asked.append((len(train), len(val), whole and len(whole)))
-        return head(train, val, how_far, device, cs, whole)
+        return head(train, val, how_far, device, cs, whole, check)
 
     monkeypatch.setattr(probe, "head", watched)
     for on in (False, True):
@@ -288,22 +323,37 @@ def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forward
 
 
 @pytest.mark.slow
-def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, monkeypatch, capsys):
-    """The result is that of the whole batch."""
-    config = digits(label_mapping="ilm", ilm="streamed", epochs=2, eval_batch_size=64)
-    expected = list(train(config))
+@pytest.mark.parametrize("ilm", ["streamed", "pass"])
+def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tmp_path, monkeypatch, capsys, ilm):
+    """The result is that of the whole batch; in training, evaluation, a recount and the computation of features."""
+    config = digits(label_mapping="ilm", ilm=ilm, epochs=2, eval_batch_size=64)
+    expected = list(train(config, folder=tmp_path))
+    method = lorvp.load(tmp_path / "bundle")
+    images = datasets.load(config.dataset, 32).test
+    hits = evaluate.hits(method, images, tmp_path)
+    shutil.rmtree(cache)
     forward = Backbone.forward
 
     def small(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(images) > 10:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return forward(self, images, *rest)
 
+    prepare = Backbone.prepare
+
+    def few(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(self, images)
+
     monkeypatch.setattr(Backbone, "forward", small)
+    monkeypatch.setattr(Backbone, "prepare", few)
     for ours, whole in zip(train(config), expected, strict=True):
         assert ours.train_loss == pytest.approx(whole.train_loss, abs=1e-5)
         assert ours.val_loss == pytest.approx(whole.val_loss, abs=1e-5)
-    assert "out of device memory: batches of 32 are taken 8 at a time" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out of device memory: batches of 64 are taken 8 at a time" in said  # of the first pass
+    assert np.array_equal(evaluate.hits(method, images, tmp_path), hits)
     monkeypatch.setattr(Backbone, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("all full")))
     with pytest.raises(torch.OutOfMemoryError):
         list(train(config))

@@ -16,7 +16,7 @@ from cluster.folder import Cause, State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps import confirm
 from sweeps.comparison import LEARNED, MAY_BE_NONE, PUBLISHED, Comparison, paired
-from sweeps.leaderboard import Bias, Leaderboard
+from sweeps.leaderboard import NO_VAL, Bias, Leaderboard
 from sweeps.spec import Spec
 
 
@@ -333,6 +333,22 @@ def test_the_bias_of_the_published_protocol(spec: Spec, tmp_path: Path):
     attempt.end(State.FINISHED)
     assert str(Bias.of(board.entries)) in Leaderboard.read(published).verdict()
     assert Bias.of(Leaderboard.read(spec).entries[:0]) is None
+
+
+def test_without_validation_images_no_bias_is_told(spec: Spec):
+    """Where nothing is held back (val_fraction 0) val is the test set, and says nothing of the bias."""
+    trial = digits_values(epochs=3, select="test_best_epoch", dataset={"name": "digits", "val_fraction": 0})
+    whole = spec.model_copy(update={"trial": trial})
+    for config in (whole.trial_config({"prompt.rank": 1}), *whole.control_configs()):
+        attempt = TrialFolder.request(whole.trials, config).claim()
+        for epoch, top1 in enumerate([40, 60, 50], start=1):
+            attempt.append({"epoch": epoch, "val_top1": top1, "test_top1": top1, "whole": True})
+        attempt.end(State.FINISHED)
+    board = Leaderboard.read(whole)
+    assert board.entries[0].test_at_best_val() is None
+    assert Bias.of(board.entries) is None
+    assert NO_VAL in board.verdict()
+    assert NO_VAL not in Leaderboard.read(spec).verdict()
 
 
 def test_an_interval_is_scipys():

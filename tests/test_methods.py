@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from scipy.special import erf
 from test_training import figures
+from torch.nn import functional as F
 
-from lorvp import methods, plugins, training
+from lorvp import methods, plugins, probe, training
 from lorvp.backbone import Backbone
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
 from lorvp.training import train
-from lorvp.trial import Training
+from lorvp.trial import Training, evaluate
 
 PLAIN = dict.fromkeys(SpeedConfig.model_fields, False)
 VIT = {
@@ -35,6 +37,7 @@ SWIN = {
     "image_size": 56,
     "kwargs": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 20},
 }
+SELECTION = {"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4, "keep": 0.5}}
 CNN = {"name": "lorvp_tiny_32", "pretrained": False}
 GALORE = {"lr": 0.01, "galore": {"rank": 8, "update_gap": 4}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -56,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vpt, cnn": {"backbone": CNN, "tokens": {"count": 3, "deep": False}},
     "vpt, flm": {"backbone": VIT, "tokens": {"count": 3}, "label_mapping": "flm"},
     "vqt": {"backbone": VIT, "tokens": {"count": 2}},
-    "vqt, selection": {"backbone": VIT, "tokens": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}},
+    "vqt, selection": {"backbone": VIT, "tokens": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}, "epochs": 3},
     "vqt, warm": {"backbone": VIT, "tokens": {"count": 2}, "head_init": "linear_probe"},
     "ilm_vp": {"backbone": CNN, "label_mapping": "ilm"},
     "autovp": {"backbone": CNN, "label_mapping": "fm"},
@@ -99,7 +102,7 @@ def built(case: str, speed: dict[str, bool] = PLAIN, **changes: Any) -> Method:
 
 
 def images(method: Method, count: int = 2) -> torch.Tensor:
-    side = method.backbone.image_size
+    side = method.side
     return torch.rand(count, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -198,7 +201,8 @@ def test_without_a_prompt_it_is_the_frozen_backbone_bit_for_bit(case, changes):
 def test_vqt_leaves_what_the_backbone_says(speed):
     method = built("vqt", speed)
     pixels = images(method)
-    assert torch.equal(method.said(pixels, "features")[:, :48], method.backbone(pixels, "features"))
+    own = F.normalize(method.backbone(pixels, "features"))
+    assert torch.equal(method.said(pixels, "features")[:, :48], own)
 
 
 # -- the transformer in NumPy
@@ -269,18 +273,40 @@ def test_vpt_is_its_definition(case, speed):
 
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig().model_dump()], ids=["plain", "fast"])
 def test_vqt_is_its_definition(speed):
-    """Queries attend to a layer's own keys and values, and go through its MLP (Tu et al. 2023, section 3.2)."""
+    """As the public code computes it (andytu28/VQT, read and written anew).
+
+    Queries stand before the layer's tokens and go through it with them, but lend no key and no value; what comes of
+    them leaves the stream. Class token and each layer's q answers, these as one vector, are divided by their lengths.
+    """
     method = built("vqt", speed)
     pixels = images(method)
     x, tokens = embedded(method, pixels), method.tokens.detach().numpy()
-    answers = []
+    count = tokens.shape[1]
+    parts = []
     for layer, timm_block in enumerate(built("vqt").backbone.model.blocks):
-        w = weights(timm_block)
-        answer = block(x, w, np.repeat(tokens[layer][None], len(x), 0))
-        answers.append((answer / np.linalg.norm(answer, axis=2, keepdims=True)).reshape(len(x), -1))
-        x = block(x, w)
-    expected = np.concatenate([norm(x, weights(method.backbone.model), "norm")[:, 0], *answers], 1)
-    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+        together = np.concatenate([np.repeat(tokens[layer][None], len(x), 0), x], 1)
+        together = block(x, weights(timm_block), together)
+        parts.append(together[:, :count].reshape(len(x), -1))
+        x = together[:, count:]
+    parts.insert(0, norm(x, weights(method.backbone.model), "norm")[:, 0])
+    expected = np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], 1)
+    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vqt_starts_as_its_fitted_head():
+    """Fitted to class tokens of length 1, as VQT's head reads them; the answers' weights are zero."""
+    wanted = config("vqt, warm", head_fit=1e3)
+    trial = Training(wanted, loaded(wanted))
+    trial.begin(order=1)
+    train = trial.splits.train
+    pixels = trial.prepare(train.read(np.arange(len(train))))
+    with torch.no_grad():
+        own = trial.method.backbone(pixels, "features")
+        own = own / own.norm(dim=1, keepdim=True)
+        labels = torch.from_numpy(train.labels)
+        started = trial.method(pixels)
+    torch.testing.assert_close(started, F.linear(own, *probe.fit(own, labels, 10, 1e3)), rtol=1e-3, atol=1e-3)
+    assert (started.argmax(1) == labels).float().mean() > 0.25  # it was fitted to something
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -343,8 +369,7 @@ def test_autovp_scales_the_padded_image(scale):
     torch.manual_seed(3)
     torch.nn.init.normal_(method.prompt.delta)
     pixels = images(method)
-    inner = torch.nn.functional.interpolate(pixels, (16, 16), mode="bilinear", antialias=True).numpy()
-    padded = np.pad(inner, ((0, 0), (0, 0), (8, 8), (8, 8)))
+    padded = np.pad(pixels.numpy(), ((0, 0), (0, 0), (8, 8), (8, 8)))
     expected = np.zeros_like(padded)
     for row in range(32):
         for column in range(32):
@@ -366,11 +391,29 @@ def test_autovp_scales_the_padded_image(scale):
     assert method.prompt.scale.grad.abs() > 0
 
 
-def test_ilm_vp_is_grey_around_a_smaller_image():
-    method = built("ilm_vp", prompt={"inner": 112})
-    seen = (method.placed(images(method)) + method.added())[0]
-    assert torch.equal(seen[:, :8], torch.full((3, 8, 32), 0.5, dtype=torch.float64))
-    assert torch.equal(method.placed(images(method))[0, :, 8:24, 8:24], seen[:, 8:24, 8:24])
+@pytest.mark.parametrize("case", ["ilm_vp", "autovp, fixed"])
+def test_a_small_image_goes_into_the_frame_as_it_is(case):
+    """32 px within 64, grey around it; not to L and down again. Others are resized once, as PIL does."""
+    prompt = {"inner": 112 if case == "ilm_vp" else 224, "scale": 0.5, "learn_scale": False}
+    method = built(case, backbone=CNN | {"image_size": 64}, prompt=prompt)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    seen = method.placed(method.prepare(pixels)) + method.added()
+    assert torch.equal(seen[:, :, 16:48, 16:48], (pixels.float() / 255).double())
+    frame = torch.ones(64, 64, dtype=torch.bool)
+    frame[16:48, 16:48] = False
+    assert torch.equal(seen[:, :, frame], torch.full((2, 3, int(frame.sum())), 0.5, dtype=torch.float64))
+    large = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
+    by_pil = Image.fromarray(large[0].permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    resized = method.prepare(large)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(resized - np.asarray(by_pil)).max() <= 2  # torch's own kernel on a CPU (lorvp/resize.py)
+
+
+def test_trials_whose_images_are_resized_otherwise_share_no_batches():
+    frame = config("ilm_vp")
+    assert not frame.packs_with(config("lorvp"))
+    assert not frame.packs_with(config("ilm_vp", prompt={"inner": 64}))
+    assert frame.packs_with(config("autovp"))
+    assert not config("autovp").packs_with(config("autovp", prompt={"scale": 0.5, "learn_scale": False}))
 
 
 def test_padding_of_a_convolutional_net_is_outside_the_image():
@@ -382,17 +425,62 @@ def test_padding_of_a_convolutional_net_is_outside_the_image():
     assert ((seen >= 0) & (seen <= 1)).all()
 
 
-def test_vqt_selects_features_by_their_weights():
-    wanted = config("vqt, selection")
+def one_epoch(trial: Training) -> None:
+    trial.begin(order=len(trial.results) + 1)
+    for batch in trial.batches():
+        trial.step(*batch)
+    trial.trained_for = 1.0
+    trial.finish(evaluate([trial], "val")[trial], packed=1)
+
+
+def test_vqt_selects_in_three_stages():
+    """As its public code: VQT; queries frozen, a new head under the penalty; a new head on what that one weighs most.
+
+    Each has the whole schedule, and half the learning rate from the second on. Only the last one's epochs count.
+    """
+    wanted = config("vqt, selection", optimizer={"name": "adam", "lr": 0.02}, epochs=6)
     trial = Training(wanted, loaded(wanted))
-    list(training.train_together(lambda count, waiting=[trial]: [waiting.pop()] if waiting else []))
-    kept = trial.method.kept.bool()
-    assert kept.sum() == round(0.5 * len(kept))
-    without = config("vqt, selection", tokens={"count": 2, "group_lasso": 1.0})
-    assert trial.method.penalty().item() > 0
-    heavy = Training(without, loaded(without))
-    list(training.train_together(lambda count, waiting=[heavy]: [waiting.pop()] if waiting else []))
-    assert heavy.method.mapping.head.weight.norm() < trial.method.mapping.head.weight.norm()
+    first, count = trial.method, trial.method.features()
+    start = first.mapping.head.weight.detach().clone()
+    one_epoch(trial)
+    assert (first.penalty(), trial.base_lr) == (None, {"tokens": 0.02, "head": 0.02})
+    one_epoch(trial)
+    assert trial.method is first
+    queries = first.tokens.detach().clone()
+    trial.begin(order=3)
+    choosing = trial.method
+    assert trial.base_lr == {"head": 0.01}
+    assert torch.equal(choosing.tokens, queries)
+    assert torch.equal(choosing.mapping.head.weight, start)
+    norms = np.linalg.norm(start.numpy().astype(np.float64), axis=0)
+    assert choosing.penalty().item() == pytest.approx(1e-3 * norms.sum(), rel=1e-5)
+    one_epoch(trial)
+    assert trial.results[2].lr == {"head": 0.01}  # where it begins anew
+    one_epoch(trial)
+    assert torch.equal(choosing.tokens, queries)
+    assert choosing.kept.all()
+    weights = choosing.mapping.head.weight.detach().norm(dim=0)
+    one_epoch(trial)
+    last = trial.method
+    assert (last.penalty(), trial.base_lr) == (None, {"head": 0.01})
+    assert torch.equal(last.kept.bool(), weights >= weights.sort(descending=True).values[count // 2 - 1])
+    assert last.kept.sum() == count // 2
+    assert trial.best["epoch"] == 5
+    one_epoch(trial)
+    assert torch.equal(last.tokens, queries)
+    assert [result.whole for result in trial.results] == [False] * 4 + [True] * 2
+    assert trial.results[-1].parameters == trial.results[0].parameters
+
+
+def test_a_heavier_penalty_leaves_smaller_weights():
+    found = []
+    for lasso in (1e-6, 1.0):
+        wanted = config("vqt, selection", tokens={"count": 2, "group_lasso": lasso, "keep": 0.5})
+        trial = Training(wanted, loaded(wanted))
+        one_epoch(trial)
+        one_epoch(trial)
+        found.append(trial.method.mapping.head.weight.norm().item())
+    assert found[1] < 0.9 * found[0]
 
 
 def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
@@ -415,6 +503,11 @@ def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
         ({"method": "lorvp+linear_probe", "backbone": VIT}, "what goes together is lorvp+vpt"),
         ({"method": "vtp", "backbone": VIT}, "unknown name 'vtp'; one of autovp"),
         ({"method": "vqt", "backbone": VIT, "tokens": {"keep": 0.5}}, "tokens.group_lasso, which must be above 0"),
+        ({"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4}}, "for tokens.keep, which must be given"),
+        (SELECTION | {"epochs": 20}, "a multiple of 3, not 20"),
+        (SELECTION | {"epochs": 30, "schedule": {"warmup_epochs": 10}}, "below a third of epochs"),
+        (SELECTION | {"epochs": 30, "head_init": "linear_probe"}, "head_init must be random"),
+        (SELECTION | {"epochs": 30, "rungs": [{"epochs": 1}]}, "leave rungs out"),
         ({"method": "lp_ft", "backbone": VIT, "head_init": "random"}, "starts from a fitted head"),
         ({"method": "lp_ft", "backbone": VIT, "label_mapping": "flm"}, "starts from a fitted head"),
         ({"method": "fine_tuning", "backbone": VIT, "rungs": [{"epochs": 1}]}, "trains the backbone"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +14,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from support.waiting import wait_for
 
 from lorvp import datasets, distributed, pipeline, shuffle
 from lorvp.checkpoint import CHECKPOINT
@@ -197,7 +202,12 @@ def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, change
     alone = list(train(config))
     (tmp_path / "whole").mkdir()
     monkeypatch.setenv("LORVP_CACHE", str(tmp_path / "cache"))
-    together = list(distributed.train(config, 2, folder=tmp_path / "whole"))
+    together = []
+    for result in distributed.train(config, 2, folder=tmp_path / "whole"):
+        together.append(result)
+        for other in multiprocessing.active_children():  # as SLURM does, to all of a job's processes
+            for signum in distributed.LEFT_TO_THE_FIRST:
+                os.kill(other.pid, signum)
     assert len(together) == 3
     for one, two in zip(alone, together, strict=True):
         assert two.train_loss == pytest.approx(one.train_loss, abs=1e-5)
@@ -215,6 +225,25 @@ def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, change
     assert len(first) < 3
     continued = list(distributed.train(config, 2, folder=tmp_path, resume_from=tmp_path / CHECKPOINT))
     assert [r.train_loss for r in continued] == pytest.approx([r.train_loss for r in together], abs=1e-9)
+
+
+ENDING = """
+import multiprocessing, os, sys
+from lorvp import distributed
+if __name__ == "__main__":
+    other = multiprocessing.get_context("spawn").Process(target=distributed._end_with_the_first)
+    other.start()
+    print(other.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_the_others_end_with_the_first_process(tmp_path):
+    (tmp_path / "ending.py").write_text(ENDING)
+    killed = subprocess.run([sys.executable, tmp_path / "ending.py"], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    wait_for("end of the other process", lambda: not psutil.pid_exists(int(killed.stdout)))
 
 
 def leave(rank: int, processes: int, folder: str, *others: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from support.holds import Holds
 from support.waiting import wait_for
 
@@ -93,6 +94,38 @@ def test_a_job_that_gets_on_between_its_ends_is_submitted_as_often_as_it_takes(t
     for _ in range(UNEXPLAINED + 1):
         relay.poll()
     assert trial.ended().cause == Cause.OUT_OF_MEMORY
+
+
+def test_a_job_that_finds_its_node_out_of_order_runs_elsewhere(trial, tmp_path):
+    """So do other trials from then on, until the site refuses to do without that node."""
+    cluster = DeadCluster(tmp_path / "log", JobState("FAILED"))
+    relay = Relay(trial.path.parent, cluster)
+    relay.poll()
+    assert cluster.excluded == ""
+    cluster.log.write_text("on Quadro RTX 8000, fp16\nnode failure on gpu7: CUDA error: uncorrectable ECC error\n")
+    relay.poll()
+    assert cluster.excluded == "gpu7"
+    cluster.log.write_text("node failure on gpu8: the job was given a GPU, and torch can use none\n")
+    relay.poll()
+    assert cluster.excluded == "gpu7,gpu8"
+    assert trial.ended() is None
+    for _ in range(DeadCluster.max_submissions):
+        relay.poll()
+    assert trial.ended().cause == Cause.NODE_FAILURE
+    assert "node failure on gpu8: the job was given a GPU" in trial.ended().reason
+
+
+def test_a_job_without_the_gpu_that_it_was_given_does_not_train(trial, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
+    with pytest.raises(SystemExit) as ended:
+        job.TrialJob()(trial.path, 1, 1, 1, job.ANY_GPU)
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert said.startswith("node failure on gpu7: the job was given a GPU, and torch ")
+    assert trial.ended() is None
+    assert not trial.results()
 
 
 @pytest.mark.parametrize(

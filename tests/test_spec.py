@@ -413,6 +413,32 @@ def test_published_settings():
     assert published in cifar.cells()
 
 
+def test_the_peers_published_grids():
+    """As their public code has them; what differs is in each spec's header."""
+    vpt, vqt, autovp, ilm_vp = (
+        spec_file.load(SWEEPS / f"{name}.yaml")
+        for name in ("vpt_cifar100", "vqt_cifar100", "autovp_cifar10", "ilmvp_cifar10")
+    )
+    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 54)
+    for spec in (vpt, vqt):
+        config = spec.trial_config(spec.cells()[0])
+        assert (config.optimizer.scale_lr, config.batch_size, config.tokens.dropout) == (True, 128, 0.1)
+        assert (config.epochs, config.schedule.warmup_epochs, spec.early_stopping.rule) == (100, 10, "none")
+        assert (config.dataset.train_images, config.dataset.val_images, config.dataset.val_from) == (800, 200, 45_000)
+        assert (config.backbone.name, config.backbone.mean) == (
+            "vit_base_patch16_224.orig_in21k",
+            (0.485, 0.456, 0.406),
+        )
+        assert spec.confirm is not None
+        assert (spec.confirm.seeds, spec.confirm.all_images) == ([42, 44, 82, 100, 800], True)
+    dropouts = {(c.tokens.deep, c.tokens.dropout) for c in map(vpt.trial_config, vpt.cells())}
+    assert dropouts == {(True, 0.1), (False, 0.0)}
+    for spec, schedule, grace in ((autovp, "constant", 3), (ilm_vp, "steps", 1)):
+        config = spec.trial_config(spec.cells()[0])
+        assert (config.batch_size, config.schedule.name) == (128, schedule)
+        assert spec.early_stopping.grace_epochs == grace
+
+
 def test_values_that_go_with_some_others_only(write):
     """A grid over them is refused (above); a search is not, and such a point is a failed trial."""
     path = write("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}")

@@ -107,15 +107,14 @@ def test_rows(sweep: Path, tmp_path: Path):
     assert (third["network"], third["dataset"], third["label_mapping"]) == ("resnet18", "cifar100", "ilm")
     assert (third["top1"], third["top1_sd"], third["n"], third["confirmed"]) == (25, None, 1, False)
     assert (third["control_top1"], third["difference_mean"], third["difference_low"]) == (41, -16, None)
-    cited = next(
-        each for each in results.published().values() if each.key == ("resnet18", "in1k", "cifar100", "ilm_vp")
-    )
+    cited = results.published()["resnet18", "in1k", "cifar100", "ilm_vp", None, "ilm"]
     assert (third["published_top1"], third["published_source"]) == (cited.top1, cited.source)
     text = (tmp_path / "out" / "tables.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3
     assert lines[2].endswith("| 40.00 (30.00) | 75.00 (65.00) | unknown | val |")
-    assert lines[4].endswith(f"| - | - | {cited.top1} | val, {tables.NOT_CONFIRMED} |")
+    assert third["published_differs"] == f"200 epochs; {cited.note}"
+    assert lines[4].endswith(f"| - | - | {cited.top1} (200 epochs; {cited.note}) | val, {tables.NOT_CONFIRMED} |")
     assert cited.source in text
 
 
@@ -177,6 +176,32 @@ def test_networks_without_a_tag():
     assert results.network(BackboneConfig(name="resnet50", pretrained=False)) == ("resnet50", "none")
     own = BackboneConfig(name="resnet50", checkpoint="weights/resnet50_21k.safetensors")
     assert results.network(own) == ("resnet50", "resnet50_21k")
+
+
+@pytest.mark.parametrize(
+    ("trial", "key"),
+    [
+        ({}, ("resnet18", "in1k", "cifar100", "ilm_vp", None, "ilm")),
+        ({"label_mapping": "flm"}, None),
+        (
+            {"method": "lorvp", "prompt": {"kind": "full_image"}},
+            ("resnet18", "in1k", "cifar100", "lorvp", "full_image", "ilm"),
+        ),
+        ({"method": "lorvp"}, None),
+        ({"backbone": {"name": "resnet50.tv2_in1k"}}, ("resnet50", "in1k", "cifar100", "ilm_vp", None, "ilm")),
+        (
+            {"method": "autovp", "backbone": {"name": "vit_base_patch32_clip_224.openai"}, "label_mapping": "lp"},
+            ("clip", "openai", "cifar100", "autovp", None, None),
+        ),
+    ],
+)
+def test_a_published_figure_is_of_the_same_method_prompt_and_mapping(trial: dict, key: tuple | None, tmp_path: Path):
+    """A trial of another mapping or prompt has none beside it."""
+    folder = unconfirmed(tmp_path / "other", **trial)
+    rewrite(folder, '"test_top1": null', '"test_top1": 70')
+    (result,) = results.results(folder)
+    figures = results.published()
+    assert result.published(figures) is (None if key is None else figures[key])
 
 
 def test_datasets_by_their_stores():

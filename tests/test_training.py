@@ -6,9 +6,12 @@ from functools import cache
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import lorvp
+from lorvp import datasets, precision, training, trial
 from lorvp.backbone import Backbone, resolve_precision
+from lorvp.bundle_format import describe
 from lorvp.checkpoint import CHECKPOINT
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
 from lorvp.errors import TrialFailed, UserError
@@ -56,18 +59,38 @@ def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, ma
     assert str(final[0]["optimizers"]) == str(final[1]["optimizers"])
 
 
+def counting(monkeypatch) -> list[int]:
+    """How many images the backbone is shown, a number each time."""
+    shown: list[int] = []
+    forward = Backbone.forward
+
+    def counted(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
+        shown.append(len(images))
+        return forward(self, images, *rest)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    return shown
+
+
 @cache
-def uninterrupted(config: str) -> list[dict]:
-    return figures(list(train(TrialConfig.model_validate_json(config))))
+def uninterrupted(config: str) -> tuple[list[dict], int]:
+    """Its results, and how many images it shows the backbone once the cache has what it needs."""
+    wanted = TrialConfig.model_validate_json(config)
+    expected = figures(list(train(wanted)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shown = counting(monkeypatch)
+        assert figures(list(train(wanted))) == expected
+        return expected, sum(shown)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
-@pytest.mark.parametrize("calls", range(1, 18))
-def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, calls):
-    """Before any batch, of training, of a recount or of validation."""
-    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=70)
-    expected = uninterrupted(config.canonical_json())
+@pytest.mark.parametrize("calls", range(1, 23))
+def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, monkeypatch, mapping, calls):
+    """Before any batch, of training, of a recount, of validation or of the test set; no batch is done twice."""
+    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30)
+    expected, images = uninterrupted(config.canonical_json())
+    shown = counting(monkeypatch)
     left = calls
 
     def stop() -> bool:
@@ -80,6 +103,29 @@ def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp
     continued = list(train(config, resume_from=checkpoint if checkpoint.exists() else None))
     assert figures(continued) == expected
     assert figures(first) == expected[: len(first)]
+    assert sum(shown) == images
+
+
+def test_a_trial_goes_on_in_the_precision_that_it_began_in(digits, tmp_path, monkeypatch):
+    """Requeued to another kind of machine, `auto` would be another."""
+    config = digits(precision="auto", epochs=2)
+    kinds = iter(("bf16", "fp32"))
+    monkeypatch.setattr(precision, "choose", lambda *_: next(kinds))
+    ends = iter((False,) * 6)
+    first = list(train(config, folder=tmp_path, should_stop=lambda: next(ends, True)))
+    continued = list(train(config, folder=tmp_path, resume_from=tmp_path / CHECKPOINT))
+    assert first == continued[: len(first)]
+    assert [result.precision for result in continued] == ["bf16", "bf16"]
+    assert lorvp.load(tmp_path / "bundle").backbone.dtype == torch.bfloat16
+
+
+def test_sgd_is_not_fused_where_steps_may_be_skipped(digits, monkeypatch):
+    """A first step that fp16 skips would leave a fused one's momentum as it was allocated."""
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)  # torch fuses on CPUs, too
+    for kind, fused in (("fp16", False), ("bf16", True)):
+        made = make_optimizer("head", parameters, digits(), kind)
+        assert (type(made), made.defaults["fused"]) == (torch.optim.SGD, fused)
 
 
 def test_it_learns_and_the_test_set_is_read_once(digits):
@@ -137,6 +183,34 @@ def test_published_protocol_reads_the_test_set_every_epoch(digits, tmp_path):
     assert "published protocol" in metrics["selection"]
 
 
+def test_the_published_protocol_can_train_on_every_image(digits, tmp_path, monkeypatch):
+    """val_fraction 0: nothing is held back, and the test set, read once an epoch, is what there is to choose by."""
+    few = {"name": "digits", "max_per_class": 20}
+    whole = digits(select="test_best_epoch", dataset=few | {"val_fraction": 0})
+    splits = datasets.load(whole.dataset, 32)
+    assert len(splits.train) == 200
+    assert splits.val is splits.test
+    read = []
+    evaluate = trial.evaluate
+    for module in (trial, training):
+        monkeypatch.setattr(module, "evaluate", lambda group, split: read.append(split) or evaluate(group, split))
+    results = list(train(whole, folder=tmp_path))
+    assert read == ["val"] * whole.epochs
+    assert all((r.val_top1, r.val_loss) == (r.test_top1, r.test_loss) for r in results)
+    metrics = describe(tmp_path / "bundle")["metrics"]
+    assert metrics["test_top1"] == max(r.test_top1 for r in results)
+    assert "trained on every image" in metrics["selection"]
+    for values, message in (
+        ({"dataset": few | {"val_fraction": 0}}, "select must be test_best_epoch"),
+        (
+            {"select": "test_best_epoch", "dataset": few | {"val_fraction": 0, "train_on_val": True}},
+            "train_on_val must",
+        ),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            digits(**values)
+
+
 def test_a_loss_that_is_no_number_ends_the_trial(digits):
     config = digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"})
     with pytest.raises(TrialFailed, match="train loss is nan in epoch 1"):
@@ -187,8 +261,8 @@ def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name
         optimizer={"name": name, "prompt_name": prompt_name, "lr": 0.01, "prompt_lr": 0.02, "prompt_weight_decay": 0.5},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    prompt = make_optimizer("prompt", parameters, config)
-    head = make_optimizer("head", parameters, config)
+    prompt = make_optimizer("prompt", parameters, config, "fp32")
+    head = make_optimizer("head", parameters, config, "fp32")
     assert (type(head).__name__.lower(), type(prompt).__name__.lower()) == (name, prompt_name)
     assert (prompt.param_groups[0]["lr"], prompt.param_groups[0]["weight_decay"]) == (0.02, 0.5)
     assert (head.param_groups[0]["lr"], head.param_groups[0]["weight_decay"]) == (0.01, 1e-4)
@@ -247,6 +321,28 @@ def test_auto_precision_is_what_the_hardware_has(monkeypatch, capability, expect
     if expected == "fp16":
         with pytest.raises(UserError, match="Quadro RTX 8000 has no bf16"):
             resolve_precision("bf16", FakeCuda())
+
+
+def test_auto_precision_of_a_cpu_is_what_is_quicker_there(digits, tmp_path, monkeypatch):
+    """Measured once a machine and model; a sweep keeps what its first job chose."""
+    monkeypatch.setenv("LORVP_CACHE", str(tmp_path))
+    monkeypatch.setattr(precision, "resolve_precision", lambda wanted, _: "bf16" if wanted == "auto" else wanted)
+    times = iter(({"bf16": 2.0, "fp32": 1.0}, {"bf16": 1.0, "fp32": 2.0}))
+    monkeypatch.setattr(precision, "_seconds", lambda *_: next(times))
+    cpu = torch.device("cpu")
+    for config in (digits(precision="auto"), digits(precision="auto", optimizer={"lr": 0.3})):
+        assert precision.choose(config, cpu) == "fp32"
+    assert precision.choose(digits(precision="auto", batch_size=16), cpu) == "bf16"
+    assert precision.choose(digits(precision="auto", batch_size=16), cpu, kept="fp32") == "fp32"
+    assert precision.choose(digits(precision="bf16"), cpu, kept="fp32") == "bf16"
+
+
+@pytest.mark.parametrize("method", ["lorvp", "linear_probe", "fine_tuning"])
+def test_steps_are_timed_in_each_precision(digits, method):
+    config = digits(precision="auto", method=method, prompt={}, optimizer={"lr": 0.1})
+    seconds = precision._seconds(config, ("bf16", "fp32"))
+    assert seconds.keys() == {"bf16", "fp32"}
+    assert all(0 < each < math.inf for each in seconds.values())
 
 
 def test_half_precision_runs_and_keeps_the_prompt_in_full(digits):

@@ -15,6 +15,7 @@ from lorvp import distributed, plugins
 from lorvp.architectures import no_classifier
 from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
+from lorvp.device import MicroBatches
 from lorvp.errors import UserError
 from lorvp.mapping import MAPPINGS, count, greedy_matching
 from lorvp.pipeline import Batches
@@ -33,6 +34,8 @@ class Method(nn.Module):
     """Of a loaded bundle: what each of its logits stands for."""
     reads_frozen = False
     """Whether it trains the label mapping alone: what the backbone says of an image is then always the same."""
+    stage = 0
+    """Of `TrialConfig.stages`, that which is trained."""
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__()
@@ -47,6 +50,9 @@ class Method(nn.Module):
         self.counts: torch.Tensor | None = None
         """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
+        self.recounting: torch.Tensor | None = None
+        """Of a pass over the training images for the next mapping, while it is under way: as `counts`."""
+        self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
 
     def features(self) -> int:
         """How many features a head reads."""
@@ -56,8 +62,17 @@ class Method(nn.Module):
         """Whether, before its first step, it says of the images what the backbone says of them as they are."""
         return True
 
+    @property
+    def side(self) -> int:
+        """Of the images that it takes, in pixels: L, or what they are shrunk to."""
+        return self.backbone.image_size
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of any size, uint8 or float in [0, 1], as (N, 3, side, side) float32 in [0, 1]: resized once."""
+        return self.backbone.prepare(images, self.side)
+
     def placed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the method makes of images (N, 3, L, L) in [0, 1] before a prompt is added to them."""
+        """What the method makes of images (N, 3, side, side) in [0, 1] before a prompt is added to them."""
         return images
 
     def added(self) -> torch.Tensor | None:
@@ -65,7 +80,8 @@ class Method(nn.Module):
         return None
 
     def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
-        """What it makes the backbone say of images (N, 3, L, L): (N, source classes) `logits` or (N, d) `features`."""
+        """What it makes the backbone say of images as `prepare` gives them: (N, source classes) `logits` or (N, d)
+        `features`."""
         return self.backbone(self.placed(images), output, self.added(), through)
 
     def penalty(self) -> torch.Tensor | None:
@@ -74,7 +90,7 @@ class Method(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images of any size, uint8 or float in [0, 1], (N, 3, H, W), to downstream logits (N, classes) float32."""
-        said = self.said(self.backbone.prepare(images), self.mapping.reads)
+        said = self.said(self.prepare(images), self.mapping.reads)
         if self.counts is not None and torch.is_grad_enabled():
             self._tops.append(said.detach().argmax(1))
         return self.mapping(said)
@@ -94,16 +110,26 @@ class Method(nn.Module):
         head = list(self.mapping.parameters())
         return {"head": head} if head else {}
 
+    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+        """What a head that starts fitted reads of what the backbone says of images as they are (N, d): (N, d)."""
+        return said
+
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Puts in a head that was fitted to what the backbone says of the images as they are."""
+        """Puts in a head that was fitted to `read_plain` of what the backbone says."""
         self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
+
+    def start_stage(self, before: Method) -> None:
+        """Takes what an earlier stage, `before`, has trained; the label mapping is a new one."""
+        kept = {name: tensor for name, tensor in before.tuned().items() if not name.startswith("mapping.")}
+        self.load_tuned(self.tuned() | kept)
 
     def start_epoch(
         self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         """Called before each epoch, from 1 on: makes the label mapping anew where it is one that counts.
 
-        `batches` starts a pass over the training images, on the device; of several processes each sees its share.
+        `batches` starts a pass over the training images, on the device, or goes on with one that was left half-way
+        (`recounting`); of several processes each sees its share.
         `frozen_tops` gives the source class (N,) that the backbone takes each of all of them for without a prompt, and
         their labels (N,).
         """
@@ -117,12 +143,16 @@ class Method(nn.Module):
             elif self.counts is not None:
                 counts = distributed.total(self.counts)
             else:
+                self.recounting = counts = counts if self.recounting is None else self.recounting
                 for images, labels in batches():
-                    count(counts, self.said(self.backbone.prepare(images), "logits").argmax(1), labels)
-                counts = distributed.total(counts)
+                    count(counts, torch.cat(self.micro_batches.run(self._top, images)), labels)
+                counts, self.recounting = distributed.total(counts), None
         self.mapping.index.copy_(greedy_matching(counts))
         if self.mapping.recount == "epoch" and self.config.ilm == "streamed":
             self.counts = torch.zeros_like(counts)
+
+    def _top(self, images: torch.Tensor) -> torch.Tensor:
+        return self.said(self.prepare(images), "logits").argmax(1)
 
     def tuned(self) -> dict[str, torch.Tensor]:
         """All that was chosen or learned, by name, on the CPU: what a bundle stores. A frozen backbone is not in it."""

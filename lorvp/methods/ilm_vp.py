@@ -13,6 +13,7 @@ from lorvp.prompts import Prompt
 class _Frame(Prompt):
     """sigmoid(delta) around a smaller image: delta (3, L, L) is zero at the start, which is grey.
 
+    An image is resized once, to its size within the frame; one of that size goes in as it is, as published.
     All of delta is stored, as published; 3 (L² - inner²) of it show, 147,456 around CIFAR's 32 pixels at L = 224.
     """
 
@@ -21,16 +22,14 @@ class _Frame(Prompt):
         self.inner = max(1, round(config.inner * image_size / 224))
         if self.inner > image_size:
             raise UserError(f"prompt.inner {config.inner}: the image inside must not be larger than 224")
+        self.side = self.inner
         self.delta = nn.Parameter(torch.zeros(3, image_size, image_size))
 
     def pattern(self) -> torch.Tensor:
         return self.delta.sigmoid() * self.mask(self.inner)
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        inner = images
-        if self.inner < self.image_size:
-            inner = F.interpolate(images, (self.inner, self.inner), mode="bilinear", antialias=True)
-        return F.pad(inner, self._margins(self.inner))
+        return F.pad(images, self._margins(self.inner))
 
     def mask(self, inner: int | torch.Tensor) -> torch.Tensor:
         """1 around an image of that side, 0 where it lies: (L, L)."""

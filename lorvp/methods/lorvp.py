@@ -26,6 +26,10 @@ class LoRVP(Method):
     def starts_plain(self) -> bool:
         return super().starts_plain() and not self.prompt.pattern().any()
 
+    @property
+    def side(self) -> int:
+        return self.prompt.side
+
     def placed(self, images: torch.Tensor) -> torch.Tensor:
         return self.prompt.place(super().placed(images))
 

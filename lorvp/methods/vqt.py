@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,8 +13,10 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods import Method
 from lorvp.methods.vpt import drop, embedded, token_start
-from lorvp.pipeline import Batches
 from lorvp.speed import ClassTokenBlock
+
+CHOOSING = 1
+"""The stage whose head chooses the features."""
 
 
 class VQT(Method):
@@ -23,7 +24,11 @@ class VQT(Method):
 
     Queries attend to the keys and values that the layer has anyway and go on through its MLP; nothing of the image
     attends to them, so what the backbone says stays as it was. That stream has no gradient, and keeps nothing for one.
-    The head reads the class token and each layer's answers, of length 1: d + layers x q x d features.
+    The head reads the class token and each layer's q answers as one vector, each of these of length 1 as in the public
+    code: d + layers x q x d features.
+
+    `tokens.keep` selects among them in three stages, as there: VQT; with its queries frozen a new head under a penalty;
+    a new head on the features whose weights that left largest.
     """
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
@@ -60,26 +65,29 @@ class VQT(Method):
             return model.norm(x)
 
         own = super().said(images, output, asked)
-        long = [F.normalize(answer.float(), dim=2).flatten(1) for answer in answers]
-        return torch.cat([own, *long], dim=1) * self.kept
+        together = [answer.float().flatten(1) for answer in answers]
+        return torch.cat([F.normalize(part) for part in (own, *together)], dim=1) * self.kept
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"tokens": [self.tokens]} | super().groups()
 
     def penalty(self) -> torch.Tensor | None:
-        lasso = self.config.tokens.group_lasso
-        return lasso * self.mapping.head.weight.norm(dim=0).sum() if lasso else None
+        if self.stage != CHOOSING:
+            return None
+        return self.config.tokens.group_lasso * self.mapping.head.weight.norm(dim=0).sum()
+
+    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+        return F.normalize(said)
 
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
 
-    def start_epoch(
-        self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        super().start_epoch(epoch, batches, frozen_tops)
-        if self.config.tokens.keep and epoch == self.config.epochs // 2 + 1:
-            norms = self.mapping.head.weight.detach().norm(dim=0)
-            count = max(1, round(self.config.tokens.keep * len(norms)))
+    def start_stage(self, before: Method) -> None:
+        super().start_stage(before)
+        if before.stage == CHOOSING:
+            norms = before.mapping.head.weight.detach().norm(dim=0)
+            assert self.config.tokens.keep is not None  # or there were no stages
+            count = max(1, int(self.config.tokens.keep * len(norms)))
             self.kept.zero_()[norms.topk(count).indices] = 1
 
     def _answer(self, layer: int, block: Any, x: torch.Tensor) -> torch.Tensor:

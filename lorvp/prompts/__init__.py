@@ -18,13 +18,18 @@ class Prompt(nn.Module):
     def __init__(self, config: PromptConfig, image_size: int) -> None:
         super().__init__()
         self.image_size = image_size
+        self.side = image_size
+        """Of the images that `place` takes; another one where an image is to be smaller than L."""
 
     def pattern(self) -> torch.Tensor:
         """What is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
         raise NotImplementedError
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Where the pattern leaves the images (N, 3, L, L) in [0, 1], before it is added: here as they are."""
+        """Where the pattern leaves the images (N, 3, side, side) in [0, 1], before it is added: here as they are.
+
+        Returns (N, 3, L, L).
+        """
         return images
 
 

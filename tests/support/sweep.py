@@ -213,6 +213,9 @@ class Sweep:
             assert (end.state == State.FINISHED) == (len(epochs) == trial.config.epochs)
             assert run.data.tags["state"] == {"finished": "finished", "stopped": "stopped early"}[end.state]
             assert run.info.status == "FINISHED"
+            last = trial.results()[-1]
+            assert (run.data.tags["device"], run.data.tags["precision"]) == (last["device"], last["precision"])
+            assert last["device"]
             artifacts = {a.path for a in self.client().list_artifacts(run.info.run_id, "bundle")}
             names = {"README.md", "config.json", "example.png", "model.safetensors"}
             names |= {"prompt.png", "example_prompted.png"} if trial.config.method == "lorvp" else set()
