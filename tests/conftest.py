@@ -28,12 +28,16 @@ if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+# A suite that nohup or a script's `&` starts has them ignored, and so would have the drivers that it starts.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the tests beside them
 
 LONGEST = (
     *("test_slurm_faults.py", "test_docs.py", "test_sweep_faults.py", "test_slurm_drivers.py", "test_slurm.py"),
     *("test_sweep.py", "test_driver.py", "test_relay.py", "test_methods.py", "test_export.py", "test_browser.py"),
-    *("test_spec.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
+    *("test_spec_fuzz.py", "test_training.py", "test_packed.py", "test_adding.py", "test_report.py", "test_registry.py"),
 )
 
 
