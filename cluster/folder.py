@@ -195,8 +195,8 @@ class Attempt:
         return End(State(values["state"]), values["reason"], Cause(values["cause"]) if values["cause"] else None)
 
     def started(self) -> float:
-        """Unix time."""
-        return json.loads((self.path / "started.json").read_text())["time"]
+        """Unix time at which it began, by the disk's clock: those of nodes may be minutes apart."""
+        return (self.path / "started.json").stat().st_mtime
 
     def last_sign(self) -> float:
         """Unix time at which it last wrote a file: an epoch's, or its end."""
@@ -299,6 +299,13 @@ class TrialFolder:
     def job_id(self) -> str | None:
         job = self.job()
         return job["id"] if job else None
+
+    def asked_at(self) -> float | None:
+        """Unix time at which its newest job was noted, by the disk's clock; None before the first."""
+        try:
+            return (self.path / "job.json").stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
         before = self.job()

@@ -78,13 +78,13 @@ def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
 
 def _times(trial: TrialFolder) -> tuple[str, str]:
     """How long its last job was in the queue, and how long it has been running, or ran."""
-    job, attempt, now = trial.job(), trial.newest(), time.time()
-    if job is None:
+    asked_at, attempt, now = trial.asked_at(), trial.newest(), time.time()
+    if asked_at is None:
         return "", ""
-    if attempt is None or attempt.started() < job["time"]:
-        return _duration(now - job["time"]), ""
+    if attempt is None or attempt.started() < asked_at:
+        return _duration(now - asked_at), ""
     until = attempt.last_sign() if attempt.ended() else now
-    return _duration(attempt.started() - job["time"]), _duration(until - attempt.started())
+    return _duration(attempt.started() - asked_at), _duration(until - attempt.started())
 
 
 def _duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cluster.profile import Profile
 from lorvp import precision
 from lorvp.device import NoGpu
 from lorvp.errors import TrialFailed, UserError
+from sweeps import status
 
 
 @pytest.fixture
@@ -375,3 +377,17 @@ def test_jobs_of_a_sweep_train_in_what_the_first_of_them_chose(digits, tmp_path,
     lines = iter((None, "bf16"))  # both begin at once
     monkeypatch.setattr(job, "read_line", lambda _: next(lines))
     assert job.load(trials[1]).precision == "bf16"
+
+
+@pytest.mark.parametrize("behind", [-300, 300])
+def test_a_node_whose_clock_is_minutes_apart_runs_the_trial_all_the_same(digits, tmp_path, monkeypatch, behind):
+    trial = TrialFolder.request(tmp_path / "trials", digits())
+    trial.submitted("1", tmp_path / "log")
+    queued, running = status._times(trial)
+    assert (queued[:5], running) == ("0:00:", "")
+    here = time.time
+    with monkeypatch.context() as on_the_node:
+        on_the_node.setattr(time, "time", lambda: here() - behind)
+        trial.claim()
+    queued, running = status._times(trial)
+    assert (queued[:5], running[:5]) == ("0:00:", "0:00:")
