@@ -39,6 +39,9 @@ class Profile(Part):
     qos: str | None = None
     gres: str | None = Field(None, description="GPUs by type, as gpu:rtx8000:1")
     gpu_memory_gb: PositiveFloat | None = Field(None, description="of one GPU; --dry-run says whether trials fit it")
+    allow_cpu: bool = Field(
+        False, description="a job that can use none of its GPUs trains on the CPU, and does not go on elsewhere"
+    )
     constraint: str | None = Field(None, description="features that a node must have")
     exclude: str | None = Field(None, description="nodes not to use")
     trials_per_job: PositiveInt = Field(
@@ -61,7 +64,7 @@ class Profile(Part):
 
     @property
     def asks_for_gpus(self) -> bool:
-        """Whether a job is given GPUs: by `gres`, or by one of sbatch's own options."""
+        """Say whether a job is given GPUs: by `gres`, or by one of sbatch's own options."""
         asked = [self.gres or "", *(f"{key}={value}" for key, value in self.sbatch.items())]
         return any(re.match(r"gpu(:|$)|gpus(-per-\w+)?=|gres=(.*,)?gpu|tres-per-\w+=.*gpu", text) for text in asked)
 

@@ -130,7 +130,8 @@ class SlurmCluster:
     def _arguments(self, trial: TrialFolder) -> tuple[Path, int, int, int | str, str]:
         """Of `TrialJob`."""
         threads = self.profile.cpus_per_gpu * self.profile.gpus
-        return trial.path, threads, self.trials_per_job, self.pack, ANY_GPU if self.profile.asks_for_gpus else ""
+        needs_gpu = self.profile.asks_for_gpus and not self.profile.allow_cpu
+        return trial.path, threads, self.trials_per_job, self.pack, ANY_GPU if needs_gpu else ""
 
     def _note(self, trial: TrialFolder, job_id: str) -> None:
         trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")

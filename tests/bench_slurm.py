@@ -34,7 +34,7 @@ def row(what: str, measured: str, goal: str) -> None:
 
 
 def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
-    profile = Profile(kind="slurm", gres="gpu:rtx8000:1", cpus_per_gpu=1, memory_gb_per_gpu=1.5)
+    profile = Profile(kind="slurm", gres="gpu:rtx8000:1", allow_cpu=True, cpus_per_gpu=1, memory_gb_per_gpu=1.5)
     cluster = make_cluster(profile, folder, "benchmark", concurrent=1)
     relay = Relay(folder / "trials", cluster)
     empty, trials = [], []

@@ -33,6 +33,7 @@ PROFILE = """\
 kind: slurm
 partition: gpu
 gres: gpu:rtx8000:1
+allow_cpu: true
 cpus_per_gpu: 1
 memory_gb_per_gpu: 1.5
 time_limit_minutes: 30

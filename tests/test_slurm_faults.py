@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import re
 import signal
 import subprocess
 
 import psutil
 import pytest
+import torch
 from slurm_sim import PROFILE, Simulation
 from support.slurm import (
     CONTROL,
@@ -194,6 +196,21 @@ def test_a_node_whose_prolog_fails(tmp_path):
         driver.says("launch failed requeued held: job .* is cancelled, and another submitted")
         finish(sweep, slurm, driver, trials=2)
         assert attempts(sweep) == ["0001", "0001"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_nodes_whose_gpus_torch_can_not_use(slurm, tmp_path):
+    """Each is left out from then on; a trial that none of them can train fails, and says why."""
+    profile = PROFILE.replace("allow_cpu: true", "requeues: 2")
+    sweep = make_sweep(slurm, tmp_path, profile, one=("trials: 4", "trials: 1"), alone=(CONTROL, "control: null\n"))
+    sweep.run()
+    (trial,) = sweep.trials()
+    assert str(trial.ended()).startswith(
+        "failed  node failure: its job ended 3 times without a result: node failure on"
+    )
+    assert not trial.results()
+    logs = " ".join(path.read_text() for path in (sweep.path / "jobs").glob("*_log.out"))
+    assert set(re.findall("node failure on (node[123]): the job was given a GPU", logs)) == {"node1", "node2", "node3"}
 
 
 @pytest.mark.usefixtures("installed")
