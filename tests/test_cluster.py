@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -391,3 +393,25 @@ def test_a_node_whose_clock_is_minutes_apart_runs_the_trial_all_the_same(digits,
         trial.claim()
     queued, running = status._times(trial)
     assert (queued[:5], running[:5]) == ("0:00:", "0:00:")
+
+
+@pytest.mark.parametrize(("signum", "requeued"), [(signal.SIGTERM, []), (signal.SIGUSR2, [signal.SIGUSR2])])
+def test_a_job_leaves_at_either_signal_and_requeues_at_one(digits, tmp_path, monkeypatch, signum, requeued):
+    """SIGTERM comes from those who end a job, or start it again themselves."""
+    trial = TrialFolder.request(tmp_path / "trials", digits())
+    seen: list[object] = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def train(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> None:
+        assert not leaving()
+        os.kill(os.getpid(), signum)
+        assert leaving()
+
+    monkeypatch.setattr(job, "one_by_one", train)
+    try:
+        signal.signal(signal.SIGUSR2, lambda each, _: seen.append(each))  # as submitit's
+        job.run(trial.path, threads=1)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert seen == requeued
