@@ -341,10 +341,10 @@ def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tm
 
     prepare = Backbone.prepare
 
-    def few(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def few(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(images) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prepare(self, images)
+        return prepare(self, images, *rest)
 
     monkeypatch.setattr(Backbone, "forward", small)
     monkeypatch.setattr(Backbone, "prepare", few)
