@@ -294,8 +294,11 @@ def test_vqt_is_its_definition(speed):
 
 
 def test_vqt_starts_as_its_fitted_head():
-    """Fitted to class tokens of length 1, as VQT's head reads them; the answers' weights are zero."""
-    wanted = config("vqt, warm", head_fit=1e3)
+    """Fitted to class tokens of length 1, as VQT's head reads them; the answers' weights are zero.
+
+    At a C at which features that are rounded otherwise give the same head: at 1,000 they do not.
+    """
+    wanted = config("vqt, warm", head_fit=1.0)
     trial = Training(wanted, loaded(wanted))
     trial.begin(order=1)
     train = trial.splits.train
@@ -305,8 +308,8 @@ def test_vqt_starts_as_its_fitted_head():
         own = own / own.norm(dim=1, keepdim=True)
         labels = torch.from_numpy(train.labels)
         started = trial.method(pixels)
-    torch.testing.assert_close(started, F.linear(own, *probe.fit(own, labels, 10, 1e3)), rtol=1e-3, atol=1e-3)
-    assert (started.argmax(1) == labels).float().mean() > 0.25  # it was fitted to something
+    torch.testing.assert_close(started, F.linear(own, *probe.fit(own, labels, 10, 1.0)), rtol=1e-4, atol=1e-4)
+    assert (started.argmax(1) == labels).float().mean() > 0.15  # it was fitted to something
 
 
 @pytest.mark.parametrize("shifted", [False, True])
