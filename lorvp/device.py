@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized", "status_alloc_failed")
-"""What CUDA, cuBLAS and cuDNN say, in small letters, where the device's memory is used up.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed", "cublas_status_not_initialized")
+"""What torch, CUDA, cuBLAS and cuDNN say, in small letters, where memory is used up.
 
 cuBLAS says that it is not initialised where it finds no room for its workspace (pytorch/pytorch#54789).
 """
@@ -42,7 +44,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in (*OUT_OF_MEMORY, "can't allocate memory"))
+    return isinstance(error, RuntimeError) and any(word in text for word in OUT_OF_MEMORY)
+
+
+@contextmanager
+def where_it_fits() -> Iterator[None]:
+    """Leave the block, and go on after it, where memory is too small for what it does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def is_sick(error: BaseException) -> bool:
@@ -63,6 +75,7 @@ def require_gpu() -> None:
     raise NoGpu(f"the job was given a GPU, and torch {torch.__version__} can use none: {reason}{_driver_in_words()}")
 
 
+@cache
 def name(device: torch.device) -> str:
     """Name the device as its maker does: the GPU, or the machine's processor."""
     if device.type == "cuda":
@@ -74,8 +87,11 @@ def name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def driver() -> str:
-    """Give the version of NVIDIA's driver; empty where there is none."""
+@cache
+def driver(device: torch.device) -> str:
+    """Give the version of NVIDIA's driver for a GPU; empty for a CPU, and where there is none."""
+    if device.type != "cuda":
+        return ""
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
@@ -84,7 +100,7 @@ def driver() -> str:
 
 
 def _driver_in_words() -> str:
-    version = driver()
+    version = driver(torch.device("cuda"))
     return f" (driver {version}, torch for CUDA {torch.version.cuda})" if version else ""
 
 

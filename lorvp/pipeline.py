@@ -17,7 +17,7 @@ import torch
 
 from lorvp import shuffle
 from lorvp.datasets import ArrayImages, Images, Splits, crop_size
-from lorvp.device import is_out_of_memory
+from lorvp.device import where_it_fits
 from lorvp.resize import resize
 
 DEVICE_SHARE = 0.25
@@ -56,15 +56,11 @@ def batches(
         if copies is None:
             return images.read(chunk), labels, None
         read = images.read(chunk, pin=True)
-        try:
-            with torch.cuda.stream(copies):
-                # torch keeps pinned memory from being used again before such a copy of it is through
-                pixels = read.to(device, non_blocking=True)
-                return pixels, labels.pin_memory().to(device, non_blocking=True), copies.record_event()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return read, labels, None  # there is room for one batch at a time
+        with where_it_fits(), torch.cuda.stream(copies):
+            # torch keeps pinned memory from being used again before such a copy of it is through
+            pixels = read.to(device, non_blocking=True)
+            return pixels, labels.pin_memory().to(device, non_blocking=True), copies.record_event()
+        return read, labels, None  # there is room for one batch at a time
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         ahead = reader.submit(fetch, chunks[0])
@@ -88,12 +84,9 @@ def kept_on_device(splits: Splits, device: torch.device, share: float = DEVICE_S
     free, _ = torch.cuda.mem_get_info(device)
     if sum(len(images) * math.prod(images.read(np.arange(1)).shape) for images in parts.values()) > share * free:
         return splits
-    try:
+    with where_it_fits():
         return replace(splits, **{name: on_device(images, device) for name, images in parts.items()})
-    except RuntimeError as error:  # another process has taken the memory meanwhile
-        if not is_out_of_memory(error):
-            raise
-        return splits
+    return splits  # another process has taken the memory meanwhile
 
 
 def on_device(images: Images, device: torch.device, at_once: int = 512) -> ArrayImages:

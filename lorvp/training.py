@@ -84,7 +84,7 @@ def _epoch(group: list[Training], order: int | None, members: list[Training]) ->
             try:
                 work()
             except Stopped:
-                if training.begun:
+                if training.unsaved:
                     training.save()
                 raise
         except Stopped:

@@ -29,7 +29,7 @@ from lorvp import (
 )
 from lorvp.backbone import Backbone
 from lorvp.config import HEAD_MAPPINGS, Rung, TrialConfig
-from lorvp.device import MicroBatches, is_out_of_memory
+from lorvp.device import MicroBatches, where_it_fits
 from lorvp.errors import TrialFailed, UserError
 from lorvp.galore import state_bytes
 from lorvp.optimizers import lr_factor, make_optimizer
@@ -53,8 +53,8 @@ class Loaded:
     def where(self) -> str:
         """Say what trials run on and in."""
         on = self.backbone.mean.device
-        driver = f", driver {device.driver()}" if on.type == "cuda" and device.driver() else ""
-        return f"{device.name(on)}{driver}, {self.precision}"
+        driver = device.driver(on)
+        return ", ".join([device.name(on), *([f"driver {driver}"] if driver else []), self.precision])
 
     def in_precision(self, precision: str, config: TrialConfig) -> Loaded:
         """Give the same, with the backbone in fp32, bf16 or fp16."""
@@ -271,7 +271,7 @@ class Training:
             yield self.prepare(pixels), labels, len(places)
 
     @property
-    def begun(self) -> bool:
+    def unsaved(self) -> bool:
         """Whether there is something of an epoch that the last checkpoint does not hold."""
         return self.order is not None or self.recounted > 0
 
@@ -284,11 +284,8 @@ class Training:
         """A batch from the data as the trial takes it, prepared once for all that share it where memory allows."""
         if self.cached:
             return images
-        try:
+        with where_it_fits():
             return self.method.prepare(images)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
         return images  # the method prepares the parts that it takes
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
@@ -366,7 +363,7 @@ class Training:
             packed=packed,
             whole=self._whole,
             device=device.name(self.device),
-            driver=device.driver() if self.device.type == "cuda" else "",
+            driver=device.driver(self.device),
             precision=self.whole.precision,
             test_loss=test_loss,
             test_top1=test_top1,

@@ -25,6 +25,7 @@ from PIL import Image
 
 from lorvp.bundle_format import CARD, EXAMPLE, describe
 from lorvp.errors import UserError
+from sweeps.run.background import first_line
 from sweeps.run.store import without_passwords
 
 MODEL = "best_prompt"
@@ -123,9 +124,7 @@ def load(uri: str, module: Path | None = None) -> Any:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except (mlflow.MlflowException, OSError) as error:
-        reason = (without_passwords(str(error)).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{uri}: MLflow at {without_passwords(mlflow.get_tracking_uri())} does not give it: {reason}"
-        ) from None
+        place = without_passwords(mlflow.get_tracking_uri())
+        raise UserError(f"{uri}: MLflow at {place} does not give it: {first_line(error)}") from None
     inner = folder / "artifacts" / "bundle"
     return bundles.load(inner if inner.is_dir() else folder, module=module)

@@ -125,6 +125,21 @@ def make(dataset: str, source: Path, out: Path, **options: Any) -> Store:
     return store.Store.open(prepare.prepare(dataset, source, out, partial=True, **options))
 
 
+def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward of a backbone has, from now on."""
+    from lorvp.backbone import Backbone
+
+    seen: list[int] = []
+    forward = Backbone.forward
+
+    def counted(self: Backbone, images: Any, *rest: object) -> Any:
+        seen.append(len(images))
+        return forward(self, images, *rest)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    return seen
+
+
 def photo(path: Path, size: int = 64, value: int = 100) -> None:
     from PIL import Image
 

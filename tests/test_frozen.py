@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make
+from conftest import count_forwards, make
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
@@ -32,16 +32,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def forwards(monkeypatch) -> list[int]:
-    """How many images each forward of a backbone had."""
-    seen: list[int] = []
-    forward = Backbone.forward
-
-    def counted(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen.append(len(images))
-        return forward(self, images, *rest)
-
-    monkeypatch.setattr(Backbone, "forward", counted)
-    return seen
+    return count_forwards(monkeypatch)
 
 
 @pytest.mark.parametrize("output", ["features", "logits", "top"])

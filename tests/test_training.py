@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import count_forwards
 from pydantic import ValidationError
 
 import lorvp
@@ -59,26 +60,13 @@ def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, ma
     assert str(final[0]["optimizers"]) == str(final[1]["optimizers"])
 
 
-def counting(monkeypatch) -> list[int]:
-    """How many images the backbone is shown, a number each time."""
-    shown: list[int] = []
-    forward = Backbone.forward
-
-    def counted(self: Backbone, images: torch.Tensor, *rest: object) -> torch.Tensor:
-        shown.append(len(images))
-        return forward(self, images, *rest)
-
-    monkeypatch.setattr(Backbone, "forward", counted)
-    return shown
-
-
 @cache
 def uninterrupted(config: str) -> tuple[list[dict], int]:
     """Its results, and how many images it shows the backbone once the cache has what it needs."""
     wanted = TrialConfig.model_validate_json(config)
     expected = figures(list(train(wanted)))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        shown = counting(monkeypatch)
+        shown = count_forwards(monkeypatch)
         assert figures(list(train(wanted))) == expected
         return expected, sum(shown)
 
@@ -90,7 +78,7 @@ def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp
     """Before any batch, of training, of a recount, of validation or of the test set; no batch is done twice."""
     config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30)
     expected, images = uninterrupted(config.canonical_json())
-    shown = counting(monkeypatch)
+    shown = count_forwards(monkeypatch)
     left = calls
 
     def stop() -> bool:
