@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from lorvp.files import replacing
-from sweeps import triage
 from sweeps.confirm import Choice
 from sweeps.leaderboard import Bias, Entry, Leaderboard, number
 from sweeps.spec import Scalar, Spec
@@ -177,8 +176,7 @@ class Comparison:
         for row in self.rows:
             if not row.choice.control:
                 lines += self._differences(row, control)
-        found = None if self.spec.all_images else best.difference(control, val_top1)
-        return lines + self._bias(best) + (triage.checked(self.spec, found.mean) if found else [])
+        return lines + self._bias(best)
 
     def _bias(self, best: Row) -> list[str]:
         """What the published protocol did to the figures, where it was followed."""

@@ -22,7 +22,7 @@ from lorvp import cli
 from lorvp.errors import UserError
 from lorvp.files import give_libraries_caches, replacing, write_json
 from lorvp.store import read_manifest
-from sweeps import spec_file, status, triage
+from sweeps import spec_file, status
 from sweeps.memory import memory_line
 from sweeps.run import lock
 from sweeps.run.background import first_line
@@ -56,9 +56,6 @@ def main(
     no_estimate: Annotated[
         bool, typer.Option("--no-estimate", help="with --dry-run: don't train a few steps to tell what it will take")
     ] = False,
-    triaged: Annotated[
-        bool, typer.Option("--triage", help="say whether a prompt will beat a linear probe on this data, in minutes")
-    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep of this name")] = False,
     leave_running: Annotated[
         bool, typer.Option("--leave-running", help="on a signal, leave the jobs to be re-attached by --resume")
@@ -86,9 +83,6 @@ def main(
             console.print(status.table(spec, relay))
             return
         check_inputs(spec)
-        if triaged:
-            triage.show(spec, console)
-            return
         with sweep_folder(spec, resume) as sweep_id:
             if detach:
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from cluster.folder import End, State, TrialFolder
 from lorvp.files import replacing
-from sweeps import triage
 from sweeps.spec import Spec, Stage
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
@@ -189,7 +188,7 @@ class Leaderboard:
         if not best.trial.config.dataset.holds_back:
             lines.append(NO_VAL)
         bias = Bias.of(self.searched())
-        return lines + [str(bias)] * (bias is not None) + triage.checked(self.spec, val)
+        return lines + [str(bias)] * (bias is not None)
 
     def _missing_control(self) -> list[str]:
         """Say that there is nothing to hold the best trial against, and why; nothing where the spec wants none."""

@@ -11,8 +11,6 @@ the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained 
 warm: epochs that a warm start needs to a cold start's final val accuracy, and its own final one, by how far the head is
 fitted first (`head_fit`); the prompt by Adam, all else as published.
 ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against passes of their own.
-triage: what `--triage` says, and the test accuracy of a sweep's control (the linear probe, fitted to the end) and of
-the prompt: of three learning rates, from a random head and from a fitted one, that of the best val accuracy.
 """
 
 from __future__ import annotations
@@ -26,10 +24,8 @@ import typer
 
 from lorvp import cli, training
 from lorvp.config import TrialConfig
-from lorvp.triage import triage
 
 SEEDS = (0, 1, 2)
-PROMPT_RATES = (0.001, 0.003, 0.01)
 FITS: tuple[float | str, ...] = (1e-4, 1e-3, 1e-2, "80%", "90%", "best")
 
 
@@ -86,36 +82,9 @@ def ilm(base: dict[str, Any], loaded: training.Loaded) -> list[str]:
     return [mean(own), mean(streamed), mean([ours - theirs for ours, theirs in zip(streamed, own, strict=True)])]
 
 
-def advice(base: dict[str, Any], loaded: training.Loaded) -> list[str]:
-    """Of one set and backbone: what triage says, and what came of it."""
-
-    def best(values: list[dict[str, Any]]) -> float:
-        lasts = [list(training.train(TrialConfig.model_validate(each), loaded=loaded)) for each in values]
-        found = max(lasts, key=lambda results: max(result.val_top1 for result in results))[-1].test_top1
-        assert found is not None
-        return found
-
-    ratio = triage(TrialConfig.model_validate(base), loaded).log_ratio
-    probe = best([base | {"method": "linear_probe", "head_init": "linear_probe", "epochs": 1}])
-    gains = [
-        best(
-            [
-                base | start | {"optimizer": base["optimizer"] | {"prompt_lr": rate}, "init_seed": s, "order_seed": s}
-                for start in ({}, {"head_init": "linear_probe"})
-                for rate in PROMPT_RATES
-            ]
-        )
-        - probe
-        for s in SEEDS
-    ]
-    right = "right" if (ratio > 0) == (statistics.mean(gains) > 0) else "wrong"
-    return [f"{ratio:+.4f}", f"{probe:.1f}", mean(gains), right]
-
-
 TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], training.Loaded], list[str]]]] = {
     "warm": (["cold", *map(str, FITS)], warm),
     "ilm": (["ilm: pass", "ilm: streamed", "difference"], ilm),
-    "triage": (["log ratio", "linear probe", "gain of a prompt", "triage was"], advice),
 }
 
 
