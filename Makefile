@@ -26,23 +26,23 @@ check: $(INSTALLED)
 
 # The README's pictures of MLflow, by Chromium; runs/screenshots has more of them.
 pictures: $(INSTALLED)
-	LORVP_SCREENSHOTS=runs/screenshots .venv/bin/python -m pytest -n 0 tests/test_browser.py
+	LORVP_SCREENSHOTS=runs/screenshots .venv/bin/python -m pytest -n 0 tests/system/test_browser.py
 	cp runs/screenshots/mlflow-*.png docs/images
 
-# A real SLURM of three nodes on this machine, to try a sweep on; needs root and the packages in tests/slurm_sim.py.
+# A real SLURM of three nodes on this machine, to try a sweep on; needs root and the packages in tests/support/slurm_sim.py.
 slurm-up: $(INSTALLED)
-	.venv/bin/python tests/slurm_sim.py up /tmp/lorvp-slurm
+	.venv/bin/python tests/support/slurm_sim.py up /tmp/lorvp-slurm
 
 slurm-down:
-	.venv/bin/python tests/slurm_sim.py down /tmp/lorvp-slurm
+	.venv/bin/python tests/support/slurm_sim.py down /tmp/lorvp-slurm
 
 # What a cluster costs a sweep: the table in docs/cluster.md.
 bench-slurm: $(INSTALLED)
-	.venv/bin/python tests/bench_slurm.py
+	.venv/bin/python tests/benchmarks/bench_slurm.py
 
 # What a sweep's driver costs the machine and the disk: the table in docs/benchmarks.md. Needs strace.
 bench-driver: $(INSTALLED)
-	.venv/bin/python tests/bench_driver.py
+	.venv/bin/python tests/benchmarks/bench_driver.py
 
 $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version if sys.version_info < (3, 11) else 0)'

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from lorvp.config import TrialConfig
-from lorvp.files import create, link_or_copy, read_line, write_json
+from lorvp.utils.files import create, link_or_copy, read_line, write_json
 
 NEWS, RESULTS = "news", "results.jsonl"
 ROOM_BYTES = 1 << 20

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING
 import submitit
 
 from cluster.folder import AUTO, ON_NODE, Attempt, Cause, State, StopReason, TrialFolder, pack_file
-from cluster.quick_torch import leave_out_compiler
+from cluster.torch_stub import leave_out_compiler
 from lorvp.errors import TrialFailed, UserError
-from lorvp.files import create, give_libraries_caches, read_line, write_json
+from lorvp.utils.files import create, give_libraries_caches, read_line, write_json
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
-    from lorvp.trial import Loaded, Options
+    from lorvp.training.loop import Training
+    from lorvp.training.trainer import Loaded, Options
 
 ANY_GPU = "any"
 """Of a job whose GPUs the cluster chooses."""
@@ -99,7 +100,7 @@ def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_
     """
     import torch
 
-    from lorvp import device
+    from lorvp.utils import device
 
     torch.set_num_threads(threads)
     requeue = Requeue()
@@ -145,7 +146,7 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
     """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
     import torch
 
-    from lorvp import distributed
+    from lorvp.training import launch
 
     loaded: Loaded | None = None  # stays in memory for all trials of the job
     failed: TrialFailed | None = None
@@ -154,7 +155,7 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
         try:
             loaded = loaded or load(trial)
             processes = max(1, torch.cuda.device_count())
-            for result in distributed.train(trial.config, processes, loaded=loaded, **run.options()):
+            for result in launch.train(trial.config, processes, loaded=loaded, **run.options()):
                 run.record(result)
             run.end()
         except Fenced:
@@ -172,14 +173,14 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
 
 def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
     """Trains this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
-    from lorvp import training
+    from lorvp.training import loop
 
     loaded: Loaded | None = None
     begun: set[str] = set()
-    runs: dict[training.Training, Run] = {}
+    runs: dict[Training, Run] = {}
     failed: Exception | None = None
 
-    def begin(trial: TrialFolder) -> list[training.Training]:
+    def begin(trial: TrialFolder) -> list[loop.Training]:
         nonlocal loaded, failed
         begun.add(trial.name)
         run = Run(trial, leaving)
@@ -187,8 +188,8 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
             if loaded is None:
                 loaded = load(trial)
                 if measure:
-                    note_pack(trial, lambda: training.best_pack(trial.config, loaded))
-            begins = training.Training(trial.config, loaded, **run.options())
+                    note_pack(trial, lambda: loop.best_pack(trial.config, loaded))
+            begins = loop.Training(trial.config, loaded, **run.options())
         except Exception as error:
             with suppress(Fenced):
                 run.fail(error)
@@ -197,7 +198,7 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
         runs[begins] = run
         return [begins]
 
-    def join(running: int) -> list[training.Training]:
+    def join(running: int) -> list[loop.Training]:
         deadline = time.monotonic() + HAND_OVER_SECONDS
         while True:
             mine = handed(first)
@@ -213,7 +214,7 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
                     return []
             time.sleep(HAND_OVER_POLL)
 
-    for member, said in training.train_together(join):
+    for member, said in loop.train_together(join):
         with suppress(Fenced):  # another job has this trial now; the others stay
             if isinstance(said, Exception):
                 failed = said
@@ -227,10 +228,10 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
 
 def load(trial: TrialFolder) -> Loaded:
     """Reads what the job's trials share, and says what they run on."""
-    from lorvp import precision, training
+    from lorvp.training import loop, precision
 
     config, path = trial.config, precision.file(trial.path.parent, trial.config)
-    loaded = training.load(config, read_line(path))
+    loaded = loop.load(config, read_line(path))
     if config.precision == "auto" and not create(path, loaded.precision):  # another job was faster
         loaded = loaded.in_precision(precision.choose(config, loaded.backbone.mean.device, read_line(path)), config)
     print(f"on {loaded.where()}", flush=True)
@@ -330,7 +331,7 @@ def cause_of(error: Exception) -> Cause:
         return Cause.DIVERGED
     if isinstance(error, UserError):
         return Cause.BAD_INPUT
-    from lorvp.device import chain, is_out_of_memory, is_sick
+    from lorvp.utils.device import chain, is_out_of_memory, is_sick
 
     for each in chain(error):
         text = str(each).lower()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import submitit
 
-from cluster import code
+from cluster import snapshot
 from cluster.folder import JobState, TrialFolder
 from cluster.job import TrialJob
 from cluster.profile import Profile
@@ -32,7 +32,7 @@ class LocalCluster:
 
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
         self.folder = sweep / "jobs"
-        self.python = code.python(sweep / "code", by_shell=False)  # submitit starts it without one
+        self.python = snapshot.python(sweep / "code", by_shell=False)  # submitit starts it without one
         self.trials_per_job = profile.trials_per_job
         self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent

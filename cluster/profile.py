@@ -10,8 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lorvp.config import Part
 from lorvp.errors import UserError
-from lorvp.explain import closest
-from lorvp.yaml_file import YamlFile
+from lorvp.utils.explain import closest
+from lorvp.utils.yaml_file import YamlFile
 
 PROFILES = Path(__file__).parent / "profiles"
 

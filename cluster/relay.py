@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from cluster import code
+from cluster import snapshot
 from cluster.folder import AUTO, ON_NODE, Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
@@ -52,7 +52,7 @@ class Cluster(Protocol):
 
 def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str = 1) -> Cluster:
     """The place that `profile` describes, for the sweep in the folder `sweep`; `pack` trials of it share a process."""
-    code.snapshot(sweep / "code")
+    snapshot.snapshot(sweep / "code")
     kinds: dict[str, Callable[..., Cluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
     return kinds[profile.kind](profile, sweep, sweep_id, concurrent, pack)
 

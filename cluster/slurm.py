@@ -16,11 +16,11 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 from submitit.slurm import slurm
 
-from cluster import code, slurm_commands
+from cluster import slurm_commands, snapshot
 from cluster.folder import JobState, TrialFolder
 from cluster.job import ANY_GPU, TrialJob
 from cluster.profile import Profile
-from lorvp.files import replacing, write_json
+from lorvp.utils.files import replacing, write_json
 
 FIRST_POLL, LAST_POLL = 2.0, 30.0
 """Seconds between two questions to the controller: the first while something changes, growing to the last."""
@@ -53,7 +53,7 @@ class SlurmCluster:
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
         self.profile = profile
         self.folder = sweep / "jobs"
-        self.python = code.python(sweep / "code", profile.container)
+        self.python = snapshot.python(sweep / "code", profile.container)
         self.trials_per_job = profile.trials_per_job
         self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
@@ -237,7 +237,7 @@ def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
 
 def sbatch_file(profile: Profile, sweep: Path) -> str:
     """The file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
-    python, jobs = code.python(sweep / "code", profile.container), sweep / "jobs"
+    python, jobs = snapshot.python(sweep / "code", profile.container), sweep / "jobs"
     command = f"{python} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
     return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
 
@@ -265,7 +265,7 @@ def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Seque
     } | driver.sbatch
     command = ["sbatch", "--parsable"]
     command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
-    lines = [*profile.setup, f"exec {code.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
+    lines = [*profile.setup, f"exec {snapshot.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
     slurm_commands.keep(profile.slurm_variables)
     job_id = slurm_commands.job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
     return job_id, Path(str(log).replace("%j", job_id))

@@ -14,11 +14,11 @@ def __getattr__(name: str) -> Any:
 
         return TrialConfig
     if name == "load":
-        from lorvp.bundle import load
+        from lorvp.bundle.io import load
 
         return load
     if name == "train":
-        from lorvp.training import train
+        from lorvp.training.loop import train
 
         return train
     raise AttributeError(f"module 'lorvp' has no attribute {name!r}")

@@ -9,53 +9,19 @@ the cosine (Radford et al. 2021), and RLM, FLM, ILM and FM map from those. open_
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from lorvp import cli
 from lorvp.errors import UserError
-from lorvp.files import replacing
+from lorvp.utils import cli
+from lorvp.utils.files import replacing
 
 TEXTS = "a photo of a {}."
 """What is said of each class, by default."""
-SCALE = 100.0
-
-
-class ZeroShot(nn.Module):
-    """Embeddings of images (N, d) to logits (N, classes): 100 times the cosine to each class's text."""
-
-    def __init__(self, texts: torch.Tensor) -> None:
-        super().__init__()
-        self.texts: torch.Tensor
-        self.register_buffer("texts", texts)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return SCALE * F.normalize(images, dim=1) @ self.texts.to(images.dtype).T
-
-
-def add_zero_shot(model: Any, path: Path) -> int:
-    """Puts the weights of `path` behind a timm image tower's projection, in place; how many classes they are.
-
-    Raises UserError for a file that isn't one, and for weights of another width.
-    """
-    try:
-        texts = load_file(path)["texts"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"backbone.zero_shot: {path} is not what `python -m lorvp.clip` writes ({error})") from None
-    if texts.shape[1] != model.num_classes:
-        width = texts.shape[1]
-        raise UserError(
-            f"backbone.zero_shot: {path} has texts of width {width}, and the backbone gives {model.num_classes}"
-        )
-    name = model.pretrained_cfg["classifier"]
-    model.set_submodule(name, nn.Sequential(model.get_submodule(name), ZeroShot(texts)))
-    return len(texts)
 
 
 def main(

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from lorvp import plugins
+from lorvp.utils import plugins
 
 
 def _one_of(folder: str) -> AfterValidator:
@@ -265,7 +265,7 @@ class Rung(Part):
 
 
 class SpeedConfig(Part):
-    """Ways to the same result in less time (`lorvp/speed.py`), used where they apply."""
+    """Ways to the same result in less time (`lorvp/models/speed.py`), used where they apply."""
 
     channels_last: bool = Field(True, description="convolutions on pixels whose colours lie together")
     fold_batchnorm: bool = Field(True, description="BatchNorm in the convolution before it")

@@ -1,6 +1,6 @@
 """python -m lorvp.evaluate BUNDLE --data STORE: how good a tuned prompt is on prepared datasets, OOD sets included.
 
-With `--corruptions` also on their images blurred, noisy, as JPEG and at less contrast (`lorvp/corruptions.py`).
+With `--corruptions` also on their images blurred, noisy, as JPEG and at less contrast (`lorvp/data/corruptions.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 import typer
 from rich.table import Table
 
-from lorvp import bundle, cli, datasets, pipeline
-from lorvp.corruptions import CORRUPTIONS, Corruption
-from lorvp.device import MicroBatches
+from lorvp.bundle import io as bundle
+from lorvp.data import datasets, loader
+from lorvp.data.corruptions import CORRUPTIONS, Corruption
+from lorvp.data.resize import resize
+from lorvp.data.store import Store
 from lorvp.errors import UserError
-from lorvp.files import replacing
-from lorvp.methods import Method
-from lorvp.resize import resize
-from lorvp.store import Store
+from lorvp.methods.base import Method
+from lorvp.utils import cli
+from lorvp.utils.device import MicroBatches
+from lorvp.utils.files import replacing
 
 TOP_K = 5
 NORMAL_95 = 1.959964
@@ -91,7 +93,7 @@ def hits(
     micro_batches = MicroBatches(batch_size)
     done = 0
     with torch.inference_mode():
-        for pixels, labels in pipeline.batches(images, batch_size, device=device):
+        for pixels, labels in loader.batches(images, batch_size, device=device):
             if corruption is not None:
                 places = range(done, done + len(labels))
                 pixels = corruption(resize(pixels, method.backbone.image_size), places)

@@ -16,10 +16,11 @@ import torch
 import typer
 from torch.export import Dim, ExportedProgram
 
-from lorvp import bundle, cli
+from lorvp.bundle import io as bundle
 from lorvp.errors import UserError
-from lorvp.files import replacing
-from lorvp.methods import Method
+from lorvp.methods.base import Method
+from lorvp.utils import cli
+from lorvp.utils.files import replacing
 
 Format = Literal["torch-export", "onnx"]
 Program = Callable[[torch.Tensor], torch.Tensor]
@@ -53,7 +54,7 @@ console = cli.make_console()
 def export(method: Method, to: Format, out: Path) -> float:
     """Writes a loaded bundle, on the CPU, as a program to `out`; the largest deviation of its logits from the bundle's.
 
-    The program takes images (N, 3, L, L) uint8 of any N, resized to the backbone's L as `lorvp.images.decode` does, and
+    The program takes images (N, 3, L, L) uint8 of any N, resized to the backbone's L as `lorvp.data.decode` does, and
     returns logits (N, classes) float32. It computes in fp32 whatever the trial's precision was, since half precision
     is a matter of the device that it will run on, and it is compared with the bundle in fp32.
 

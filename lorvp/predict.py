@@ -12,9 +12,11 @@ import torch
 import typer
 from rich.table import Table
 
-from lorvp import bundle, cli, images
-from lorvp.methods import Method
-from lorvp.store import batched
+from lorvp.bundle import io as bundle
+from lorvp.data import decode
+from lorvp.data.store import batched
+from lorvp.methods.base import Method
+from lorvp.utils import cli
 
 AT_ONCE = 64
 """Images that go through the backbone together."""
@@ -34,11 +36,13 @@ class Prediction:
 def predict(method: Method, paths: Sequence[Path], top: int = 5) -> Iterator[Prediction]:
     """The `top` likeliest classes of each image file, by a loaded bundle.
 
-    Images are decoded and resized as the trial's were (`lorvp.images`). Raises UserError naming one that can't be read.
+    Images are decoded and resized as the trial's were (`lorvp.data.decode`).
+
+    Raises UserError naming one that can't be read.
     """
     device = method.backbone.mean.device
     for some in batched(paths, AT_ONCE):
-        decoded = np.stack([images.decode(path, method.side) for path in some])
+        decoded = np.stack([decode.decode(path, method.side) for path in some])
         pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).to(device)
         with torch.inference_mode():
             probabilities = method(pixels).softmax(1)

@@ -1,11 +1,9 @@
-"""Two backbones for 32 px, pretrained on CIFAR-10 by this file: the quickstart's ResNet, and a vision transformer.
+"""python -m lorvp.tiny --data CIFAR10_FOLDER: pretrains the two backbones of `lorvp/models/tiny.py` on CIFAR-10.
 
     python -m lorvp.tiny --data CIFAR10_FOLDER                            (train/CLASS/*, test/CLASS/*)
     python -m lorvp.tiny --data CIFAR10_FOLDER --model lorvp_tiny_vit_32 --epochs 10
 
-write `lorvp/weights/*.safetensors`, with the command and the accuracy reached in their metadata. They are registered
-with timm as `lorvp_tiny_32.cifar10` and `lorvp_tiny_vit_32.cifar10`, so that nothing else in the package knows that
-they are special. They have 0.29 and 0.47 M parameters.
+write `lorvp/models/weights/*.safetensors`, with the command and the accuracy reached in their metadata.
 """
 
 from __future__ import annotations
@@ -18,69 +16,15 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from lorvp.files import replacing
-
-WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
-VIT_WEIGHTS = WEIGHTS.with_stem("tiny_vit")
-
-ARCHITECTURE = ByoModelCfg(
-    blocks=(
-        ByoBlockCfg(type="basic", d=1, c=64, s=2, gs=0),
-        ByoBlockCfg(type="basic", d=1, c=128, s=2, gs=0),
-    ),
-    stem_type="3x3",
-    stem_pool="",
-    stem_chs=32,
-)
-
-CIFAR10 = {
-    "num_classes": 10,
-    "input_size": (3, 32, 32),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.25, 0.25, 0.25),
-    "license": "apache-2.0",
-}
-default_cfgs = generate_default_cfgs(
-    {
-        "lorvp_tiny_32.cifar10": CIFAR10
-        | {"file": str(WEIGHTS), "pool_size": (4, 4), "first_conv": "stem.conv", "classifier": "head.fc"},
-        "lorvp_tiny_vit_32.cifar10": CIFAR10
-        | {"file": str(VIT_WEIGHTS), "first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True},
-    }
-)
-
-
-@register_model
-def lorvp_tiny_32(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """ByobNet of two basic blocks on a strided 3x3 stem; 10 classes, 128 features, input (N, 3, 32, 32)."""
-    return build_model_with_cfg(
-        ByobNet,
-        "lorvp_tiny_32",
-        pretrained,
-        model_cfg=ARCHITECTURE,
-        feature_cfg=dict(flatten_sequential=True),
-        **kwargs,
-    )
-
-
-@register_model
-def lorvp_tiny_vit_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Four blocks of width 96 and 3 heads on patches of 8 px; 10 classes, 96 features, input (N, 3, 32, 32)."""
-    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
-    return build_model_with_cfg(VisionTransformer, "lorvp_tiny_vit_32", pretrained, **shape | kwargs)
+from lorvp.data.datasets import image_folder
+from lorvp.models.tiny import VIT_WEIGHTS, WEIGHTS
+from lorvp.utils.files import replacing
 
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of `folder`/CLASS/* as (N, 3, 32, 32) uint8, and their class indices as (N,) int64."""
-    from lorvp.datasets import image_folder
-
     images = image_folder(folder, size=32)
     return images.read(range(len(images))), torch.as_tensor(images.labels)
 

@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 def __getattr__(name: str) -> Any:
     """Imports on first use: MLflow takes seconds."""
     if name == "load":
-        from sweeps.registry import load
+        from sweeps.tracking.registry import load
 
         return load
     raise AttributeError(f"module 'sweeps' has no attribute {name!r}")

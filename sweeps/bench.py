@@ -1,9 +1,9 @@
 """python -m sweeps.bench: what finding the best config costs, by our defaults and by the published way.
 
 The published way is the full grid, 5 learning rates of the prompt x 4 ranks x 5 label mappings, each cell by the public
-code's loop (`lorvp/published.py`). Ours is a sweep of as many trials over the same ranks, mappings and rates: fitted
-heads, TPE, ASHA, one cache, our loop. Counted is the CPU time of the trials, until one of ours has the val accuracy of
-the grid's best within 0.2 points; the starts of jobs and the search itself are in neither.
+code's loop (`lorvp/bench/published.py`). Ours is a sweep of as many trials over the same ranks, mappings and rates:
+fitted heads, TPE, ASHA, one cache, our loop. Counted is the CPU time of the trials, until one of ours has the val
+accuracy of the grid's best within 0.2 points; the starts of jobs and the search itself are in neither.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ import torch
 import typer
 from torch.utils.data import DataLoader
 
-from lorvp import cli, frozen, published, training
-from lorvp.backbone import Backbone
+from lorvp.bench import published
 from lorvp.config import SpeedConfig, TrialConfig
+from lorvp.features import cache as feature_cache
+from lorvp.models.backbone import Backbone
 from lorvp.result import EpochResult
+from lorvp.training import loop
+from lorvp.utils import cli
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import SpecSearch
-from sweeps.spec import Spec
+from sweeps.spec.model import Spec
 
 RATES = (0.02, 0.1, 0.3, 1.0, 3.0)
 RANKS = (1, 4, 8, 16)
@@ -106,7 +109,7 @@ class Clock:
         self.found.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
 
 
-def grid(spec: Spec, loaded: training.Loaded, seed: int) -> Found:
+def grid(spec: Spec, loaded: loop.Loaded, seed: int) -> Found:
     """Every cell by the published loop."""
     found = Found()
     config = spec.trial_config(spec.example())
@@ -155,7 +158,7 @@ class Turn:
 class InTurns:
     """Trains the trials that a search asks for in this process, an epoch of each in turns, until one reaches `goal`."""
 
-    def __init__(self, loaded: training.Loaded, goal: float) -> None:
+    def __init__(self, loaded: loop.Loaded, goal: float) -> None:
         self.found = Found()
         self._loaded, self._goal = loaded, goal
         self._live: deque[Turn] = deque()
@@ -163,7 +166,7 @@ class InTurns:
 
     def request(self, config: TrialConfig) -> Turn:
         self._asked += 1
-        self._live.append(Turn(config, config.content_hash(), training.train(config, loaded=self._loaded)))
+        self._live.append(Turn(config, config.content_hash(), loop.train(config, loaded=self._loaded)))
         return self._live[-1]
 
     def give_up(self, trial: Turn) -> None:
@@ -185,7 +188,7 @@ class InTurns:
         return [trial.name]
 
 
-def ours(spec: Spec, loaded: training.Loaded, goal: float) -> Found:
+def ours(spec: Spec, loaded: loop.Loaded, goal: float) -> Found:
     """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
     trials, failure = InTurns(loaded, goal), Failure()
     with suppress(Reached):
@@ -220,8 +223,8 @@ def main(
     parts: dict[str, Counter[str]] = {"published": Counter(), "ours": Counter()}
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
-        loaded = training.load(spec.trial_config(spec.example()))
-        with frozen.forgotten():  # so that the cache is empty, and filling it is counted
+        loaded = loop.load(spec.trial_config(spec.example()))
+        with feature_cache.forgotten():  # so that the cache is empty, and filling it is counted
             theirs = grid(spec, loaded, seed)
             goal = theirs.best - WITHIN
             found = ours(spec, loaded, goal)

@@ -15,19 +15,21 @@ from typing import Annotated
 import typer
 
 from cluster import profile as profiles
-from cluster.code import snapshot
 from cluster.relay import Relay, make_cluster
 from cluster.slurm import sbatch_file, submit_driver
-from lorvp import cli
+from cluster.snapshot import snapshot
+from lorvp.data.store import read_manifest
 from lorvp.errors import UserError
-from lorvp.files import give_libraries_caches, replacing, write_json
-from lorvp.store import read_manifest
-from sweeps import spec_file, status
-from sweeps.memory import memory_line
-from sweeps.run import lock
-from sweeps.run.background import first_line
+from lorvp.utils import cli
+from lorvp.utils.files import give_libraries_caches, replacing, write_json
+from sweeps import lock
+from sweeps.folder import RECORD, read_record
+from sweeps.plan.memory import memory_line
+from sweeps.run import status
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
-from sweeps.spec import Spec
+from sweeps.spec import file as spec_file
+from sweeps.spec.model import Spec
+from sweeps.tracking.retry import first_line
 
 EXIT_BAD_INPUT = 2
 EXIT_ERROR = 1
@@ -74,7 +76,7 @@ def main(
                 console.print(estimated(spec), highlight=False, markup=False)
             return
         if show_status or cancel or follow:
-            relay = make_relay(spec, spec_file.record(spec.folder)["id"])
+            relay = make_relay(spec, read_record(spec.folder)["id"])
             if follow:
                 status.follow(spec, follow, console)
                 return
@@ -152,7 +154,7 @@ def estimated(spec: Spec) -> str:
     """What the sweep will take, in a line; or why that can't be told: no data, no weights, or another error."""
     try:
         check_inputs(spec)
-        from sweeps import simulate  # it takes Ray, Optuna and torch
+        from sweeps.simulate import __main__ as simulate  # it takes Ray, Optuna and torch
 
         return simulate.estimate(spec)
     except Exception as error:  # whatever keeps a trial from running here; the plan is no worse for it
@@ -181,9 +183,9 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
     """The sweep's folder, new or resumed, locked for this driver; gives the sweep's id."""
     values = spec.model_dump(mode="json", by_alias=True)
     if resume:
-        before = spec_file.record(spec.folder)
+        before = read_record(spec.folder)
         check_same_sweep(spec, before["spec"], values)
-    elif (spec.folder / spec_file.RECORD).exists():
+    elif (spec.folder / RECORD).exists():
         raise UserError(
             f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
         )
@@ -197,7 +199,7 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         except OSError as error:
             raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
         sweep_id = before["id"] if resume else uuid.uuid4().hex
-        write_json(spec.folder / spec_file.RECORD, {"id": sweep_id, "spec": values})
+        write_json(spec.folder / RECORD, {"id": sweep_id, "spec": values})
         try:
             yield sweep_id
         except Exception:
@@ -213,7 +215,7 @@ def take_back(spec: Spec, made: bool) -> None:
         shutil.rmtree(spec.folder, ignore_errors=True)
     else:
         shutil.rmtree(spec.folder / "code", ignore_errors=True)
-        for name in (spec_file.RECORD, lock.LOCK):
+        for name in (RECORD, lock.LOCK):
             (spec.folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # it may hold other sweeps
         spec.output.rmdir()

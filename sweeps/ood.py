@@ -1,7 +1,8 @@
 """python -m sweeps.ood SWEEP: the best bundle of a sweep beside its control's, on other images than it was tuned for.
 
 These are the OOD sets of its dataset (ImageNet-R, -A, -Sketch and -V2 of ImageNet) and its own test images corrupted
-(`lorvp/corruptions.py`). It is a command of its own, and no part of the driver, since it needs a GPU where trials do.
+(`lorvp/data/corruptions.py`). It is a command of its own, and no part of the driver, since it needs a GPU where trials
+do.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ import torch
 import typer
 from rich.table import Table
 
-from lorvp import bundle, bundle_format, cli, datasets, evaluate
+from lorvp import evaluate
+from lorvp.bundle import format as bundle_format
+from lorvp.bundle import io as bundle
 from lorvp.config import DatasetConfig
-from lorvp.corruptions import CORRUPTIONS, Corruption
-from lorvp.data import stores
+from lorvp.data import datasets
+from lorvp.data.__main__ import stores
+from lorvp.data.corruptions import CORRUPTIONS, Corruption
+from lorvp.data.store import Store
 from lorvp.errors import UserError
-from lorvp.files import replacing
-from lorvp.methods import Method
-from lorvp.store import Store
-from sweeps.leaderboard import Entry
-from sweeps.outcome import Outcome
-from sweeps.results import OOD
+from lorvp.methods.base import Method
+from lorvp.utils import cli
+from lorvp.utils.files import replacing
+from sweeps.results.leaderboard import Entry
+from sweeps.results.outcome import Outcome
+from sweeps.results.rows import OOD
 
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 """Of the best's top-1 to the control's on the same images, in points."""

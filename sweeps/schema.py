@@ -13,12 +13,12 @@ from typing import Any
 import typer
 
 from cluster.profile import PROFILES, Profile
-from lorvp import cli, plugins
 from lorvp.config import Part, TrialConfig
-from lorvp.files import replacing
-from sweeps import reference
-from sweeps.spec import Spec
-from sweeps.spec_file import dotted_keys
+from lorvp.utils import cli, plugins
+from lorvp.utils.files import replacing
+from sweeps.spec import reference
+from sweeps.spec.file import dotted_keys
+from sweeps.spec.model import Spec
 
 SPEC_SCHEMA = Path(__file__).parent / "spec.schema.json"
 PROFILE_SCHEMA = PROFILES / "profile.schema.json"

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from lorvp import cli
 from lorvp.config import TrialConfig
-from lorvp.files import replacing
-from sweeps.leaderboard import number
-from sweeps.results import SCHEMA, Published, Result, published, results
+from lorvp.utils import cli
+from lorvp.utils.files import replacing
+from sweeps.results.leaderboard import number
+from sweeps.results.rows import SCHEMA, Published, Result, published, results
 
 NOT_CONFIRMED = "not confirmed"
 BIASED = "published (biased)"

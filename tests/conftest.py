@@ -14,16 +14,15 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 
-import debian
 import psutil
 import pytest
-from support import warm
+from support import debian, warm
 from support.ports import reserve
 from support.waiting import LIMIT, answers, wait_for
 
 if TYPE_CHECKING:  # xdist's first process loads this file, and runs no test
     from lorvp.config import TrialConfig
-    from lorvp.store import Store
+    from lorvp.data.store import Store
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -120,14 +119,14 @@ def digits():
 
 def make(dataset: str, source: Path, out: Path, **options: Any) -> Store:
     """A store of a part of a dataset."""
-    from lorvp import prepare, store
+    from lorvp.data import prepare, store
 
     return store.Store.open(prepare.prepare(dataset, source, out, partial=True, **options))
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each forward of a backbone has, from now on."""
-    from lorvp.backbone import Backbone
+    from lorvp.models.backbone import Backbone
 
     seen: list[int] = []
     forward = Backbone.forward

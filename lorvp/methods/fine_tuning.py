@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
-from lorvp.methods import Method
+from lorvp.methods.base import Method
+from lorvp.models.backbone import Backbone
 
 
 class FineTuning(Method):

@@ -4,4 +4,4 @@ from lorvp.methods.fine_tuning import FineTuning
 
 
 class GaLore(FineTuning):
-    """Fine-tuning in which the backbone's optimizer is GaLore (`lorvp/galore.py`), and the head's `optimizer.name`."""
+    """Fine-tuning with GaLore (`lorvp/optim/galore.py`) for the backbone, and `optimizer.name` for the head."""

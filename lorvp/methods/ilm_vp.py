@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lorvp.config import PromptConfig
 from lorvp.errors import UserError
 from lorvp.methods.lorvp import LoRVP
-from lorvp.prompts import Prompt
+from lorvp.prompts.base import Prompt
 
 
 class _Frame(Prompt):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorvp.methods import Method
+from lorvp.methods.base import Method
 
 
 class LinearProbe(Method):

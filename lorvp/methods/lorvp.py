@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorvp import plugins
-from lorvp.backbone import Backbone
 from lorvp.config import TrialConfig
-from lorvp.methods import Method
-from lorvp.prompts import Prompt
+from lorvp.methods.base import Method
+from lorvp.models.backbone import Backbone
+from lorvp.prompts.base import Prompt
+from lorvp.utils import plugins
 
 
 class LoRVP(Method):

@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from lorvp.methods import Method
+from lorvp.methods.base import Method
+from lorvp.models.backbone import Backbone, Through
 
 
 class VPT(Method):

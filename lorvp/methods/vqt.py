@@ -8,12 +8,12 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from lorvp.backbone import Backbone, Through
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from lorvp.methods import Method
+from lorvp.methods.base import Method
 from lorvp.methods.vpt import drop, embedded, token_start
-from lorvp.speed import ClassTokenBlock
+from lorvp.models.backbone import Backbone, Through
+from lorvp.models.speed import ClassTokenBlock
 
 CHOOSING = 1
 """The stage whose head chooses the features."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from lorvp.config import PromptConfig
 from lorvp.errors import UserError
-from lorvp.prompts import Prompt, initialise
+from lorvp.prompts.base import Prompt, initialise
 
 
 class BorderPrompt(Prompt):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lorvp.config import PromptConfig
-from lorvp.prompts import Prompt, initialise
+from lorvp.prompts.base import Prompt, initialise
 
 
 class LowRankPrompt(Prompt):

@@ -14,25 +14,25 @@ from rich.console import Console
 
 from cluster.relay import Relay
 from cluster.slurm import requeue_this_job
-from lorvp.bundle_format import EXAMPLE
+from lorvp.bundle.format import EXAMPLE
 from lorvp.errors import UserError
-from sweeps import confirm
-from sweeps.comparison import Comparison
-from sweeps.confirm import Choice
-from sweeps.leaderboard import Leaderboard
-from sweeps.outcome import Outcome
-from sweeps.run.background import Sender
+from sweeps.results import confirm
+from sweeps.results.comparison import Comparison
+from sweeps.results.confirm import Choice
+from sweeps.results.leaderboard import Leaderboard
+from sweeps.results.outcome import Outcome
 from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.run.follow import Follower, GivenUp
 from sweeps.run.jobs import Jobs
-from sweeps.run.store import is_sure_to_open, tracking_uri, ui_command, without_passwords
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
-from sweeps.spec import Spec
+from sweeps.spec.model import Spec
+from sweeps.tracking.sender import Sender
+from sweeps.tracking.store import is_sure_to_open, tracking_uri, ui_command, without_passwords
 
 if TYPE_CHECKING:
-    from sweeps.tracking import Tracker
+    from sweeps.tracking.tracker import Tracker
 
 EXIT_NO_RESULT = 1
 TRACEBACK = "driver-error.txt"
@@ -50,7 +50,7 @@ def carry_out(
 
     def connect() -> Tracker:
         with left_out("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
-            from sweeps.tracking import Tracker  # MLflow, which takes seconds
+            from sweeps.tracking.tracker import Tracker  # MLflow, which takes seconds
 
         return Tracker(spec, sweep_id, spec_text)
 
@@ -183,7 +183,7 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
         send(lambda tracker: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
     try:
-        from sweeps import report  # matplotlib and scipy, which take a second
+        from sweeps.report import page as report  # matplotlib and scipy, which take a second
 
         page = report.write(outcome)
         files += [page, page.with_name(report.PICTURES)]

@@ -15,8 +15,8 @@ from rich.table import Table
 from cluster.folder import State
 from cluster.relay import Relay
 from cluster.scan import FollowedTrial
-from sweeps.leaderboard import number
-from sweeps.spec import Spec, Stage
+from sweeps.results.leaderboard import number
+from sweeps.spec.model import Spec, Stage
 
 
 class GivenUp(Exception):

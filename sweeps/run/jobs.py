@@ -9,8 +9,9 @@ from cluster.folder import StopReason
 from cluster.relay import Relay
 from cluster.scan import FollowedTrial
 from lorvp.config import TrialConfig
-from sweeps.run.background import Attempts, Repeated, Sender
 from sweeps.run.follow import Follower
+from sweeps.tracking.retry import Attempts, Repeated
+from sweeps.tracking.sender import Sender
 
 LONGEST_ROUND = 5.0
 """Seconds until the next round at the latest, for what jobs wait for."""

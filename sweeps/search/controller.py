@@ -8,8 +8,8 @@ memory monitor that ends processes when others have filled the machine. So `Acto
 keeps plain objects (`TuneTrial`), `SweepTrial` is a trial of Tune's that has no folder of Ray's and no process, and
 `SweepController` starts the one for the other. `ray.init` is never called.
 
-The names that these three replace or rely on are Tune's inner ones. `tests/test_controller.py` holds each of them, and
-pyproject.toml allows the versions of ray only that it has seen.
+The names that these three replace or rely on are Tune's inner ones. `tests/sweeps/test_controller.py` holds each of
+them, and pyproject.toml allows the versions of ray only that it has seen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ray.tune.search import SearchAlgorithm, Searcher
 
 from lorvp.errors import TrialFailed
 from sweeps.search.tune_trial import Trials, TuneTrial
-from sweeps.spec import Scalar, Spec
+from sweeps.spec.model import Scalar, Spec
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are told by who follows them
 

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from sweeps.search.tune_trial import SCORE
-from sweeps.spec import Scalar, Spec
+from sweeps.spec.model import Scalar, Spec
 
 
 class ShareScheduler(FIFOScheduler):

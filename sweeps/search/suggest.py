@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from sweeps.search.tune_trial import SCORE, Recorded
-from sweeps.spec import Scalar, Spec, Stage, active
+from sweeps.spec.model import Scalar, Spec, Stage, active
 
 
 class Suggestions:

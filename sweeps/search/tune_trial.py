@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from cluster.folder import End, State
 from lorvp.config import TrialConfig
 from lorvp.errors import TrialFailed
-from lorvp.explain import explain
-from sweeps.spec import Scalar, Spec
+from lorvp.utils.explain import explain
+from sweeps.spec.model import Scalar, Spec
 
 SCORE = "score"
 """What the search sees of a trial: the best value of the objective so far."""

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import debian
 import pytest
-from slurm_sim import PACKAGES, PROFILE, Simulation
 
 from cluster.folder import State, TrialFolder
+from support import debian
 from support.holds import Hold
+from support.slurm_sim import PACKAGES, PROFILE, Simulation
 from support.sweep import SPEC, Driver, Sweep
 from support.waiting import wait_for
 

@@ -81,16 +81,16 @@ class Point:
 
 POINTS = {
     "start": Point(JOB),  # before anything of the job is imported, its handlers of signals among it
-    "epoch": Point(JOB, "lorvp.trial", "Training.begin", BEFORE, of_training),
-    "step": Point(JOB, "lorvp.trial", "Training.step", BEFORE, of_training),
-    "validation": Point(JOB, "lorvp.trial", "Training.figures", BEFORE, of_training),
-    "checkpoint": Point(JOB, "lorvp.files", "replacing", WITHIN, of_checkpoint),  # it is written and not yet renamed
+    "epoch": Point(JOB, "lorvp.training.trainer", "Training.begin", BEFORE, of_training),
+    "step": Point(JOB, "lorvp.training.trainer", "Training.step", BEFORE, of_training),
+    "validation": Point(JOB, "lorvp.training.trainer", "Training.figures", BEFORE, of_training),
+    "checkpoint": Point(JOB, "lorvp.utils.files", "replacing", WITHIN, of_checkpoint),  # written, and not renamed yet
     "recorded": Point(JOB, "cluster.folder", "Attempt.append", AFTER, of_record),
     "handing over": Point(JOB, "cluster.folder", "TrialFolder.handed_over", BEFORE, of_folder),
     "signalled": Point(JOB, "cluster.job", "Requeue._note", AFTER),  # the limit's or a preemption's signal has come
     "suggested": Point(DRIVER, "sweeps.search.suggest", "Suggestions.append", AFTER, of_suggestions),
     "noting": Point(DRIVER, "cluster.folder", "TrialFolder.submitted", BEFORE, of_folder),  # sbatch has answered
-    "chosen": Point(DRIVER, "sweeps.confirm", "choose", AFTER),
+    "chosen": Point(DRIVER, "sweeps.results.confirm", "choose", AFTER),
 }
 """By the names that tests use."""
 

@@ -1,0 +1,97 @@
+"""The public code's trial, written anew from its description, for benchmarks to be compared with.
+
+PIL resizes each image, worker processes feed the loop, loss and accuracy are read in every step, one SGD has all
+parameters, the backbone is as timm makes it, ILM takes a pass of its own before every epoch. It shares the greedy
+matching with ours, which is faster than the published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from lorvp import mappings
+from lorvp.mappings.base import count, greedy_matching
+from lorvp.models.backbone import Backbone
+
+
+class Photos(Dataset):
+    """Images, each (H, W, 3) uint8 or a file, and labels (N,), resized by PIL to (size, size), one at a time."""
+
+    def __init__(self, images: Sequence[np.ndarray | Path] | np.ndarray, labels: np.ndarray, size: int) -> None:
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        given = self.images[i]
+        image = Image.open(given).convert("RGB") if isinstance(given, Path) else Image.fromarray(given)
+        return self.transform(image), int(self.labels[i])
+
+
+class Trial:
+    """A prompt and a label mapping on a backbone that has no way of `lorvp/models/speed.py` in it."""
+
+    def __init__(self, backbone: Backbone, classes: int, mapping: str, rank: int, prompt_lr: float, lr: float) -> None:
+        self.model, self.mean, self.std, self.dtype = backbone.model, backbone.mean, backbone.std, backbone.dtype
+        self.classes, self.source_classes = classes, backbone.source_classes
+        device, size = self.mean.device, backbone.image_size
+        self.b = torch.zeros(3, size, rank, device=device, requires_grad=True)
+        self.a = torch.randn(3, rank, size, device=device).mul_(0.01).requires_grad_()
+        self.mapping = mappings.load(mapping)(backbone.source_classes, backbone.features, classes).to(device)
+        prompt: dict[str, Any] = {"params": [self.b, self.a], "lr": prompt_lr}
+        groups = [prompt, {"params": list(self.mapping.parameters())}]
+        self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def says(self, images: torch.Tensor, prompted: bool = True) -> torch.Tensor:
+        """(N, source classes) logits or (N, features), by what the mapping reads."""
+        x = ((images + self.b @ self.a if prompted else images) - self.mean) / self.std
+        if self.mapping.reads == "logits":
+            return self.model(x)
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def epoch(self, loader: DataLoader, share: float = 1.0) -> None:
+        """One pass; `share` of the learning rates."""
+        device = self.mean.device
+        for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            group["lr"] = base * share
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                output = self.mapping(self.says(images))
+                loss = F.cross_entropy(output.log_softmax(1), labels)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            loss.item(), (output.argmax(1) == labels).float().mean().item()
+
+    @torch.no_grad()
+    def map_labels(self, loader: DataLoader, prompted: bool) -> None:
+        """FLM's mapping, or ILM's of this epoch."""
+        counts = torch.zeros(self.source_classes, self.classes, dtype=torch.int32, device=self.mean.device)
+        for images, labels in loader:
+            top = self.says(images.to(self.mean.device), prompted).argmax(1)
+            count(counts, top, labels.to(self.mean.device))
+        self.mapping.index.copy_(greedy_matching(counts))
+
+    @torch.no_grad()
+    def accuracy(self, loader: DataLoader) -> float:
+        """In percent."""
+        hits = total = 0
+        for images, labels in loader:
+            hits += (self.mapping(self.says(images.to(self.mean.device))).argmax(1).cpu() == labels).sum().item()
+            total += len(labels)
+        return 100 * hits / total

@@ -1,0 +1,428 @@
+"""Datasets as uint8 images: read, limited, and split into train, validation and test.
+
+The splits are lists of rows, stratified and seeded, the same on every machine. Small sets (CIFAR, digits) keep their
+native size and are resized in batch on the device; others are resized once, when they are read or stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lorvp.config import DatasetConfig
+from lorvp.data import shuffle, store
+from lorvp.data.decode import decode
+from lorvp.data.sources import folders
+from lorvp.data.sources.base import Rows
+from lorvp.errors import UserError
+
+SPLITS = ("train", "val", "test")
+TEST_FRACTION = 0.2
+"""Share held back for testing, stratified and always the same, where a dataset has no test split of its own."""
+IN_MEMORY_BYTES = 4 << 30
+"""Folders that decode to at most this much are decoded once and kept; larger ones are decoded batch by batch."""
+_JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
+
+_decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
+Indices = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images that lie in memory: pixels (N, 3, H, W) uint8, labels (N,) int64.
+
+    Or, in place of pixels, what a backbone says of images: (N, d) float32.
+    """
+
+    pixels: torch.Tensor
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    known_digest: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what `read` gives, without the labels: equal ones have equal images."""
+        return self.known_digest or _digest(self.pixels.shape, self.pixels.cpu().contiguous().numpy().data)
+
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
+        """The images at `indices` as (len(indices), 3, H, W) uint8, if `pin` in memory that a GPU can copy from."""
+        if self.pixels.is_cuda:
+            return self.pixels[torch.as_tensor(indices)]
+        # By numpy: torch would start threads for the one that reads ahead, and where there are more than cores OpenMP
+        # has those of the step sleep after each operation. docs/benchmarks.md says what it cost.
+        chosen = torch.from_numpy(self.pixels.numpy()[indices])
+        return chosen.pin_memory() if pin else chosen
+
+    def subset(self, indices: np.ndarray) -> ArrayImages:
+        return ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self.class_names)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, decoded and resized to (size, size) when they are read; labels (N,) int64."""
+
+    paths: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """As `ArrayImages.digest`, by the files' names, sizes and times."""
+        found = [path.stat() for path in self.paths]
+        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, found, strict=True)]
+        return _digest(self.size, repr(files).encode())
+
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
+        """As `ArrayImages.read`. Raises UserError for an unreadable file."""
+        return _decoded((self.paths[i] for i in indices), len(indices), self.size, pin)
+
+    def subset(self, indices: np.ndarray) -> FolderImages:
+        return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
+
+
+@dataclass(frozen=True)
+class StoreImages:
+    """Rows of a prepared store at (size, size), read from the disk's cache when needed; labels (N,) int64."""
+
+    split: store.Split
+    rows: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """As `ArrayImages.digest`, by the store's checksums."""
+        return _digest((self.size, [part.checksum for part in self.split.files.parts]), self.rows.data)
+
+    def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
+        """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
+        rows = self.rows[indices]
+        if self.split.image_size is None:
+            return _decoded(map(self.split.encoded, rows), len(rows), self.size, pin)
+        pixels, batch = _batch(len(rows), self.size, pin)
+        self.split.read(rows, out=pixels)
+        return batch
+
+    def subset(self, indices: np.ndarray) -> StoreImages:
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+
+
+Images = ArrayImages | FolderImages | StoreImages
+
+
+def _digest(about: object, content: bytes | memoryview) -> str:
+    seen = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    seen.update(content)
+    return seen.hexdigest()
+
+
+def _batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]:
+    """Room for a batch, to be filled as (length, size, size, 3), and the batch as (length, 3, size, size)."""
+    room = torch.empty((length, size, size, 3), dtype=torch.uint8, pin_memory=pin)
+    return room.numpy(), room.permute(0, 3, 1, 2)
+
+
+def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -> torch.Tensor:
+    """A batch of encoded images, decoded side by side."""
+    pixels, batch = _batch(length, size, pin)
+    for place, image in enumerate(_decoders.map(lambda file: decode(file, size), files)):
+        pixels[place] = image
+    return batch
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a dataset; `val` is its own, or else split off the training images, stratified and seeded.
+
+    With `val_fraction: 0` nothing is split off, and `val` is the test set.
+
+    Under `train_on_val` the images of `val` are the last of `train`, too.
+    Where random crops are asked for, `train` has images of the size that they are taken from.
+    """
+
+    train: Images
+    val: Images
+    test: Images
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A dataset as it comes: not every one has images of its own to choose and to test by."""
+
+    train: Images
+    val: Images | None = None
+    test: Images | None = None
+
+    def each(self, change: Callable[[Images], Images]) -> Parts:
+        """Those that there are, changed alike."""
+        return Parts(change(self.train), self.val and change(self.val), self.test and change(self.test))
+
+
+def image_folder(folder: Path, size: int) -> FolderImages:
+    """The images of `folder`/CLASS/*, classes in sorted order. Raises UserError for a missing or an empty folder."""
+    return _files(*folders.class_folders(folder), size)
+
+
+def _files(class_names: Sequence[str], rows: Rows, size: int) -> FolderImages:
+    paths = np.array([Path(rows.root or "", name) for name in rows.names], dtype=object)
+    return FolderImages(paths, rows.labels, tuple(class_names), size)
+
+
+def load(config: DatasetConfig, image_size: int) -> Splits:
+    """The dataset that `config` names, ready to train on; image folders at `image_size`, others at their own size.
+
+    Raises UserError when it isn't there, is too small, or holds images that can't be read and may not be skipped.
+    """
+    parts = _read(config, image_size)
+    train, test = parts.train, parts.test
+    assert test is not None  # by _read
+    if not config.holds_back:
+        kept = np.arange(len(train))
+        if config.train_images is not None:
+            kept = stratified_sample(train.labels, config.train_images, config.split_seed)[1]
+        trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
+        return Splits(trained_on.subset(kept), test, test)
+    source = train if parts.val is None else parts.val
+    kept, held_back = _chosen(config, train.labels, None if parts.val is None else parts.val.labels)
+    val = source.subset(held_back)
+    if not len(val):
+        raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
+    if config.train_on_val:
+        if parts.val is not None:
+            raise UserError(f"dataset.train_on_val: {config.root} has validation images apart; put them into train")
+        kept = np.concatenate([kept, held_back])
+    trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
+    return Splits(trained_on.subset(kept), val, test)
+
+
+def _chosen(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which images to train and to choose by: indices of those with `labels`, and of those or of the `own` ones of a
+    validation set.
+
+    Raises UserError when there are not so many.
+    """
+    every, seed = np.arange(len(labels)), config.split_seed
+    if config.val_from is not None:
+        assert config.train_images is not None  # by _has_root
+        assert config.val_images is not None
+        first, last = config.val_from, config.val_from + config.val_images
+        if last > len(labels if own is None else own) or config.train_images > (
+            len(labels) if own is not None else first
+        ):
+            raise UserError(
+                f"dataset.val_from: the first {config.train_images:,} images and those from {first:,} to {last - 1:,} "
+                f"must be there, and not the same: {config.title} has {len(labels):,} to train on"
+                + (f" and {len(own):,} to choose by" if own is not None else "")
+            )
+        return every[: config.train_images], np.arange(first, last)
+    if own is not None:
+        val = np.arange(len(own)) if config.val_images is None else stratified_sample(own, config.val_images, seed)[1]
+        kept = every
+    elif config.val_images is not None:
+        kept, val = stratified_sample(labels, config.val_images, seed)
+    else:
+        kept, val = stratified_split(labels, config.val_fraction, seed)
+    if config.train_images is not None:
+        kept = kept[stratified_sample(labels[kept], config.train_images, seed)[1]]
+    return kept, val
+
+
+def crop_size(image_size: int) -> int:
+    """Side of the image that random crops of `image_size` are taken from: 252 for 224, as published."""
+    return round(image_size * 252 / 224)
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `fraction` of each class, at least one where a class has two."""
+    counts = np.bincount(labels)
+    return _hold_back(labels, np.minimum(np.maximum(1, np.round(fraction * counts)), counts - 1), seed)
+
+
+def stratified_sample(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `count` images, in the classes' own proportions to the nearest image.
+
+    Raises UserError when there are not so many.
+    """
+    if count > len(labels):
+        raise UserError(f"dataset: {count} images are asked for, and there are {len(labels)}")
+    shares = np.bincount(labels) * count / len(labels)
+    take = np.floor(shares)
+    largest_remainders = np.argsort(take - shares, kind="stable")[: count - int(take.sum())]
+    take[largest_remainders] += 1
+    return _hold_back(labels, take, seed)
+
+
+def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (rest, held back), both sorted: `take[label]` of each class."""
+    mixed = shuffle.permutation(len(labels), seed)
+    by_class = mixed[np.argsort(labels[mixed], kind="stable")]
+    counts = np.bincount(labels)
+    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = place_in_class < np.repeat(take, counts)
+    return np.sort(by_class[~held]), np.sort(by_class[held])
+
+
+def _read(config: DatasetConfig, image_size: int) -> Parts:
+    """The images to train, to choose and to test on, without those that are not wanted or can't be read.
+
+    There is always a test set; `max_per_class` does not make it smaller.
+    """
+    parts = LOADERS[config.name](config, image_size)
+    if config.max_classes is not None:
+        parts = parts.each(partial(_of_classes, count=config.max_classes))
+    train, test = parts.train, parts.test
+    if test is None:
+        rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
+        train, test = train.subset(rest), train.subset(held_back)
+    if config.max_per_class is not None:
+        take = np.minimum(np.bincount(train.labels), config.max_per_class)
+        train = train.subset(_hold_back(train.labels, take, config.split_seed)[1])
+    return Parts(train, parts.val, test).each(partial(_readable, skip_unreadable=config.skip_unreadable))
+
+
+def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Images:
+    """The images of `train` at the size that crops are taken from; those of native size as they are."""
+    large = crop_size(image_size)
+    if config.name == "digits":
+        return train
+    if config.name == "store":
+        opened = store.Store.open(config.crop_root or config.folder)
+        if opened.description.native:
+            return train
+        check_size(opened, large, wanted="dataset.crop_root needs")
+        config = config.model_copy(update={"root": opened.folder})
+    crops = _read(config, large).train
+    if not np.array_equal(crops.labels, train.labels):
+        raise UserError(f"dataset.crop_root: {config.crop_root} has other images than {config.root}")
+    return crops
+
+
+def _of_classes(images: Images, count: int) -> Images:
+    """Those of the first `count` classes."""
+    chosen = images.subset(np.flatnonzero(images.labels < count))
+    return replace(chosen, class_names=images.class_names[:count])
+
+
+def _readable(folder: Images, skip_unreadable: bool) -> Images:
+    """Of files those that can be read, decoded into memory where they fit; other images as they are.
+
+    A folder too large to keep is checked by each file's header and end marker: that finds what is empty, truncated
+    or no image, without decoding it all before every trial.
+    """
+    if not isinstance(folder, FolderImages):
+        return folder
+    fits = len(folder) * 3 * folder.size**2 <= IN_MEMORY_BYTES
+    pixels = torch.empty(len(folder), 3, folder.size, folder.size, dtype=torch.uint8) if fits else None
+
+    def problem(i: int) -> str | None:
+        try:
+            if pixels is not None:
+                pixels[i] = torch.from_numpy(decode(folder.paths[i], folder.size).copy()).permute(2, 0, 1)
+            else:
+                _check_header(folder.paths[i])
+        except UserError as error:
+            return str(error)
+        return None
+
+    problems = list(_decoders.map(problem, range(len(folder))))
+    found = [p for p in problems if p]
+    good = np.array([i for i, p in enumerate(problems) if not p], dtype=np.int64)
+    if found:
+        listing = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        if not skip_unreadable:
+            raise UserError(f"{len(found)} unreadable images: {listing}. Set dataset.skip_unreadable: true to go on")
+        print(f"skipping {len(found)} unreadable images: {listing}", flush=True)
+        if len(np.unique(folder.labels[good])) < len(folder.class_names):
+            raise UserError(f"a class has no readable image left: {listing}")
+    images = folder if pixels is None else ArrayImages(pixels, folder.labels, folder.class_names)
+    return images.subset(good) if found else images
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+        with open(path, "rb") as file:
+            file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+            tail = file.read()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+    if (kind == "JPEG" and _JPEG_END not in tail) or (kind == "PNG" and _PNG_END not in tail):
+        raise UserError(f"{path}: not a readable image (truncated)")
+
+
+def _image_folder(config: DatasetConfig, image_size: int) -> Parts:
+    """As `folders.image_folder` finds it; says what it leaves out."""
+    source = folders.image_folder(config.folder)
+    for remark in source.remarks(config.folder):
+        print(remark, flush=True)
+    return Parts(**{split: _files(source.class_names, rows, image_size) for split, rows in source.splits.items()})
+
+
+def _digits(config: DatasetConfig, image_size: int) -> Parts:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
+    # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    grey = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
+    pixels = grey[:, None].repeat(1, 3, 1, 1)
+    return Parts(ArrayImages(pixels, table[:, -1].astype(np.int64), tuple(str(d) for d in range(10))))
+
+
+def _store(config: DatasetConfig, image_size: int) -> Parts:
+    """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
+    opened = store.Store.open(config.folder)
+    check_size(opened, image_size, config.exact)
+    if "train" not in opened.splits:
+        raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")
+    return Parts(**{split: stored(opened, split, image_size) for split in SPLITS if split in opened.splits})
+
+
+def check_size(opened: store.Store, image_size: int, exact: bool = False, wanted: str = "the backbone takes") -> None:
+    """Raises UserError for images that were resized to another size; with `exact`, also for others of another size."""
+    description = opened.description
+    if description.image_size in (None, image_size) or (description.native and not exact):
+        return
+    wanted = "dataset.exact needs" if description.native else wanted
+    folder = opened.folder.with_name(f"{description.dataset}-{image_size}")
+    found = f"stored at {description.image_size} px, and {wanted} {image_size}"
+    raise UserError(f"{opened.folder}: {found}: {store.how_to_make(folder)}")
+
+
+def stored(opened: store.Store, split: str, image_size: int) -> StoreImages:
+    """All images of one split of a store, encoded ones at `image_size`."""
+    rows, description = opened.splits[split], opened.description
+    size = description.image_size or image_size
+    return StoreImages(rows, np.arange(len(rows)), rows.labels, description.class_names, size)
+
+
+LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
+"""name -> (config, image size) -> its parts. A dataset is a function here and a name in DatasetConfig."""

@@ -1,0 +1,1 @@
+"""What a trial will take, told before it runs: memory and time."""

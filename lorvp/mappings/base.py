@@ -1,0 +1,88 @@
+"""What label mappings share: from what the frozen backbone says to the downstream classes.
+
+RLM, FLM and ILM pick one source class for each downstream class; FM and LP learn a linear layer, on the source logits
+and on the features. Each is a file in this folder, found by name (`label_mapping`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorvp.errors import UserError
+
+
+class LabelMapping(nn.Module):
+    """Downstream logits from the backbone's output. `reads` says which output, `recount` when the map is made anew."""
+
+    reads: Literal["logits", "features"] = "logits"
+    recount: Literal["never", "once", "epoch"] = "never"
+    """once: before the first epoch, without the prompt; epoch: before each, with the prompt."""
+    index: torch.Tensor
+    """Of one that picks, as all that recount do: the source class of each class, (classes,) int64."""
+    head: nn.Linear
+    """Of one that learns."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__()
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """(N, source classes) logits or (N, features), float32, to (N, classes)."""
+        raise NotImplementedError
+
+
+class IndexMapping(LabelMapping):
+    """Downstream class j reads source class `index[j]`; no source class is read twice."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        if source_classes < classes:
+            raise UserError(
+                f"a one-to-one label mapping needs a source class for each of the {classes} classes, and the backbone "
+                f"has {source_classes}: label_mapping must be lp or fm"
+            )
+        self.register_buffer("index", torch.randperm(source_classes)[:classes])
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return source[:, self.index]
+
+
+def count(counts: torch.Tensor, top: torch.Tensor, labels: torch.Tensor) -> None:
+    """Adds to a count matrix (source classes, classes) int32, in place, images of class `labels` (n,) that the backbone
+    takes for the source classes `top` (n,)."""
+    cells = top * counts.shape[1] + labels
+    counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
+
+
+def greedy_matching(counts: torch.Tensor) -> torch.Tensor:
+    """The source class of each class: (classes,) int64 on the CPU, from a count matrix (source classes, classes).
+
+    The published algorithm (OPTML-Group/ILM-VP): take the largest count, the first in row-major order on ties, bind
+    its row and column, strike both, repeat. Here the counts are sorted once; what has no count is filled in order.
+    """
+    source_classes, classes = counts.shape
+    if source_classes < classes:
+        raise ValueError(f"{source_classes} source classes can't be matched one to one with {classes} classes")
+    cells = counts.flatten().nonzero().flatten()
+    values = counts.flatten()[cells]
+    # stable: equal counts stay in row-major order
+    in_order = cells[torch.sort(values, descending=True, stable=True).indices].cpu().numpy()
+    rows, columns = np.divmod(in_order, classes)
+    index = np.full(classes, -1, dtype=np.int64)
+    row_free = np.ones(source_classes, dtype=bool)
+    step = 4096
+    for start in range(0, len(in_order), step):
+        r, c = rows[start : start + step], columns[start : start + step]
+        open_pairs = row_free[r] & (index[c] < 0)
+        for row, column in zip(r[open_pairs].tolist(), c[open_pairs].tolist(), strict=True):
+            if row_free[row] and index[column] < 0:
+                index[column] = row
+                row_free[row] = False
+        if (index >= 0).all():
+            break
+    unbound = np.flatnonzero(index < 0)
+    index[unbound] = np.flatnonzero(row_free)[: len(unbound)]
+    return torch.from_numpy(index)

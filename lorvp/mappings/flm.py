@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from lorvp.mappings.base import IndexMapping
+
+
+class FrequentMapping(IndexMapping):
+    """FLM: by how often the unprompted backbone takes images of a class for each source class."""
+
+    recount = "once"

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorvp.mappings.base import LabelMapping
+
+
+class FullMapping(LabelMapping):
+    """FM: a linear layer on the source logits."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        self.head = nn.Linear(source_classes, classes)
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        return self.head(source)

@@ -1,0 +1,1 @@
+"""Frozen backbones: architectures, weights, and what makes them faster."""

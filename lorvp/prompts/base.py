@@ -1,0 +1,54 @@
+"""What input prompts share: a pattern that is added to an image in [0, 1] space."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorvp.config import PromptConfig
+
+
+class Prompt(nn.Module):
+    """A trainable (3, L, L) pattern, added to every image before normalisation, without clamping.
+
+    A subclass takes `(config, image_size)`, draws its start from torch's global generator (seeded by the caller), and
+    defines `pattern`.
+    """
+
+    def __init__(self, config: PromptConfig, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.side = image_size
+        """Of the images that `place` takes; another one where an image is to be smaller than L."""
+
+    def pattern(self) -> torch.Tensor:
+        """What is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
+        raise NotImplementedError
+
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Where the pattern leaves the images (N, 3, side, side) in [0, 1], before it is added: here as they are.
+
+        Returns (N, 3, L, L).
+        """
+        return images
+
+
+def initialise(tensor: torch.Tensor, init: str, std: float) -> torch.Tensor:
+    """Fills `tensor` (channels, rows, columns) in place, each channel a matrix with fans of its own.
+
+    `init` is zero, normal (deviation `std`), uniform (in [-std, std]), xavier or kaiming (both uniform; fan_in is the
+    number of columns, fan_out of rows). torch's own fans of a 3-D tensor would take the channels for outputs and the
+    columns for a receptive field. Raises ValueError for another name.
+    """
+    fill = {
+        "zero": nn.init.zeros_,
+        "normal": lambda matrix: nn.init.normal_(matrix, std=std),
+        "uniform": lambda matrix: nn.init.uniform_(matrix, -std, std),
+        "xavier": nn.init.xavier_uniform_,
+        "kaiming": nn.init.kaiming_uniform_,
+    }
+    if init not in fill:
+        raise ValueError(f"unknown init {init!r}; one of {', '.join(fill)}")
+    for matrix in tensor:
+        fill[init](matrix)
+    return tensor

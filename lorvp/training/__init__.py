@@ -1,0 +1,1 @@
+"""How a trial is trained: one trial, the loop, checkpoints, several processes."""

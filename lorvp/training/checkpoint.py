@@ -1,0 +1,38 @@
+"""Where a trial is, for whoever goes on with it: one file in its folder, replaced in one step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.utils.files import replacing
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def write(folder: Path, state: dict[str, Any]) -> None:
+    """Raises OSError where the disk is full."""
+    with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # given a path, torch would not say that the disk is full
+
+
+def read(path: Path, config: TrialConfig) -> dict[str, Any]:
+    """The state that `write` wrote. Raises UserError when it is another config's."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["config_hash"] != config.content_hash():
+        raise UserError(f"{path}: the checkpoint of trial {state['config_hash']}, not of {config.content_hash()}")
+    return state
+
+
+def random_states() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

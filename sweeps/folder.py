@@ -1,0 +1,41 @@
+"""A sweep's own folder: the record of what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorvp.errors import UserError
+from lorvp.utils.explain import explain
+from sweeps.spec.model import Spec
+
+RECORD = "sweep.json"
+"""What a sweep is, in its folder: its id and its spec."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What was recorded of the sweep when it was started: its `id` and its `spec`. Raises UserError."""
+    path = folder / RECORD
+    try:
+        recorded = json.loads(path.read_text())
+        return {"id": recorded["id"], "spec": recorded["spec"]}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no such sweep; python sweeps/launch.py SPEC starts one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a sweep's record ({type(error).__name__})") from None
+
+
+def read_spec(folder: Path) -> tuple[str, Spec]:
+    """A sweep's id and spec, from its folder, wherever that lies by now. Raises UserError for another version's."""
+    values = read_record(folder)
+    try:
+        spec = Spec.model_validate(values["spec"])
+    except ValidationError as error:
+        location, message = explain(error, Spec)
+        key = ".".join(map(str, location))
+        raise UserError(f"{folder / RECORD}: {key}: {message}; another version of this project wrote it") from None
+    place = folder.absolute()
+    return values["id"], spec.model_copy(update={"output": place.parent, "name": place.name})

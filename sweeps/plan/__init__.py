@@ -1,0 +1,1 @@
+"""What is said of a sweep before it runs."""

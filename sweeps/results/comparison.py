@@ -1,0 +1,321 @@
+"""What the confirmation of a search found: each config's figures over its seeds, beside the control's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from lorvp.utils.files import replacing
+from sweeps.results.confirm import Choice
+from sweeps.results.leaderboard import Bias, Entry, Leaderboard, number
+from sweeps.spec.model import Scalar, Spec
+
+CONFIDENCE = 0.95
+PUBLISHED = (
+    "the test figures are optimistic: each is that of the best epoch on the test set itself "
+    "(select: test_best_epoch, the published protocol)"
+)
+LEARNED = "the val figures are of images that were trained on (confirm.all_images): they measure nothing"
+MAY_BE_NONE = "the difference may be none: its 95 % interval includes zero"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a figure over seeds."""
+
+    mean: float
+    sd: float | None
+    """With n - 1 below; None where it can't be told."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {'-' if self.sd is None else f'{self.sd:.2f}'}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a config to the control, seed by seed: the mean, and its t interval at 95 %."""
+
+    mean: float
+    pairs: int
+    low: float | None
+    """None for a single pair."""
+    high: float | None
+
+    @property
+    def may_be_none(self) -> bool:
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low is not None else "")
+
+
+def val_top1(entry: Entry) -> float:
+    return entry.best()["val_top1"]
+
+
+Figure = Callable[[Entry], float | None]
+FIGURES: dict[str, Figure] = {"val": val_top1, "test": Entry.test_top1}
+"""In percent."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A config that was confirmed, with those of its trials that finished."""
+
+    choice: Choice
+    value: Scalar
+    """On the axis of `search.equal`; None for a control that it has no effect on."""
+    by_seed: dict[int, Entry]
+    search_seconds: float
+    """What the search took for this value of that axis, or for the control."""
+    search_score: float = 0.0
+    """The objective's value that the search found, larger is better."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Each trial once: a config without a use for seeds has one for all of them."""
+        return list({entry.trial.name: entry for entry in self.by_seed.values()}.values())
+
+    @property
+    def complete(self) -> bool:
+        return len(self.by_seed) == len(self.choice.seeds)
+
+    def spread(self, figure: Figure) -> Spread | None:
+        """None where no trial finished."""
+        values = [value for entry in self.entries if (value := figure(entry)) is not None]
+        if not values:
+            return None
+        seedless = len(set(self.choice.seeds.values())) == 1
+        return Spread(fmean(values), stdev(values) if len(values) > 1 else 0.0 if seedless else None)
+
+    def difference(self, control: Row, figure: Figure) -> Difference | None:
+        """None without a seed that both have finished under."""
+        seeds = self.by_seed.keys() & control.by_seed.keys()
+        pairs = {(self.by_seed[seed].trial.name, control.by_seed[seed].trial.name): seed for seed in seeds}
+        values = [(figure(self.by_seed[seed]), figure(control.by_seed[seed])) for seed in pairs.values()]
+        apart = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
+        return paired(apart) if apart else None
+
+    def last(self, key: str) -> list[Any]:
+        """What the trials' last epochs have under `key`."""
+        return [entry.results[-1][key] for entry in self.entries]
+
+    def parameters(self, *groups: str) -> int | None:
+        """How many numbers of these groups were trained; None where there are none."""
+        trained = self.last("parameters")[0] if self.entries else {}
+        return sum(trained.get(group, 0) for group in groups) or None
+
+    def peak_memory_mib(self) -> float | None:
+        return max((result["peak_memory_mib"] for entry in self.entries for result in entry.results), default=None)
+
+    def seconds(self) -> float | None:
+        """Of a trial's epochs together, on average."""
+        return fmean(map(seconds, self.entries)) if self.entries else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a confirmation: the configs of each share of the search, best first, and the control last."""
+
+    spec: Spec
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, board: Leaderboard, choices: Sequence[Choice]) -> Comparison:
+        spec, entries = board.spec, {entry.trial.name: entry for entry in board.entries}
+        rows = []
+        for choice in choices:
+            found = entries[choice.trial]
+            value = found.params.get(spec.search.equal or "") if choice.control else spec.share(found.trial.config)
+            by_seed = {seed: entries[name] for seed, name in choice.seeds.items() if entries[name].finished}
+            searched = board.searched(choice.control)
+            if not choice.control:
+                searched = [entry for entry in searched if spec.share(entry.trial.config) == value]
+            rows.append(Row(choice, value, by_seed, sum(map(seconds, searched)), found.score(spec)))
+        return cls(spec, rows)
+
+    @property
+    def control(self) -> Row | None:
+        return next((row for row in self.rows if row.choice.control and row.entries), None)
+
+    def best_row(self) -> Row | None:
+        """By the objective's mean over seeds, or as the search found it where val was trained on since; a config that
+        failed under one of them comes after all others.
+        """
+
+        def order(row: Row) -> tuple[bool, float]:
+            if self.spec.all_images:
+                return row.complete, row.search_score
+            return row.complete, fmean(entry.score(self.spec) for entry in row.entries)
+
+        return max((row for row in self.rows if row.entries and not row.choice.control), key=order, default=None)
+
+    def best(self) -> Entry | None:
+        """The best config's trial under the seed that was best on val."""
+        row = self.best_row()
+        return max(row.entries, key=lambda entry: entry.score(self.spec)) if row else None
+
+    def verdict(self) -> list[str]:
+        """The best config, the control, and how far each config is from it, in words."""
+        best, control = self.best_row(), self.control
+        if best is None:
+            return ["no trial was confirmed: there is no best prompt"]
+        lines = [LEARNED] * self.spec.all_images + [f"best config {self._figures(best)}"]
+        if control is None:
+            lines += ["the control was not confirmed"] if self.spec.control is not None else []
+            return lines + self._bias(best)
+        lines.append(f"control {self._figures(control)}")
+        for row in self.rows:
+            if not row.choice.control:
+                lines += self._differences(row, control)
+        return lines + self._bias(best)
+
+    def _bias(self, best: Row) -> list[str]:
+        """What the published protocol did to the figures, where it was followed."""
+        entries = [entry for row in self.rows for entry in row.entries]
+        if all(entry.trial.config.select == "val" for entry in entries):
+            return []
+        bias, honest = Bias.of(entries), best.spread(Entry.test_at_best_val)
+        lines = [PUBLISHED] + [str(bias)] * (bias is not None)
+        lines.append(f"{self._called(best)} at the epochs that are best on val: test top-1 {honest} %")
+        if found := self.control and best.difference(self.control, Entry.test_at_best_val):
+            lines[-1] += f", less the control {found} points"
+        return lines
+
+    def _figures(self, row: Row) -> str:
+        val, test = (row.spread(figure) for figure in FIGURES.values())
+        n = len(row.entries)
+        many = f"mean ± sd of {n} seeds" if n > 1 else "one trial: no seed is used" if row.complete else "one trial"
+        return f"{self._called(row)}: val top-1 {val} %, test top-1 {test} % ({many})"
+
+    def _differences(self, row: Row, control: Row) -> list[str]:
+        differences = {name: row.difference(control, figure) for name, figure in FIGURES.items()}
+        found = {name: each for name, each in differences.items() if each is not None}
+        if len(found) < len(differences):
+            return [f"{self._called(row)} and the control: no seed under which both finished"]
+        pairs = found["val"].pairs
+        how = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
+        line = f"{self._called(row)} less the control: val {found['val']}, test {found['test']} points ({how})"
+        return [
+            line,
+            *(f"{row.choice.trial}, {name}: {MAY_BE_NONE}" for name, each in found.items() if each.may_be_none),
+        ]
+
+    def _called(self, row: Row) -> str:
+        equal = self.spec.search.equal
+        return f"{row.choice.trial} ({equal} {row.value})" if row.value is not None else row.choice.trial
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each config that was confirmed: figures in percent, differences in points."""
+        records = []
+        for row in self.rows:
+            record: dict[str, Any] = {"trial": row.choice.trial, "control": row.choice.control, "n": len(row.entries)}
+            for name, figure in FIGURES.items():
+                spread = row.spread(figure)
+                record[f"{name}_top1"], record[f"{name}_top1_sd"] = (spread.mean, spread.sd) if spread else (None, None)
+                control = None if row.choice.control else self.control
+                found = row.difference(control, figure) if control else None
+                for key in ("mean", "low", "high"):
+                    record[f"{name}_difference_{key}"] = getattr(found, key) if found else None
+            honest = row.spread(Entry.test_at_best_val)
+            record |= {
+                "test_at_best_val": honest.mean if honest else None,
+                "parameters_prompt": row.parameters("prompt", "tokens"),
+                "parameters_head": row.parameters("head"),
+                "parameters_backbone": row.parameters("backbone"),
+                "peak_memory_mib": row.peak_memory_mib(),
+                "seconds": row.seconds(),
+                "optimizer_state_mib": max(row.last("optimizer_state_mib"), default=None),
+                "search_seconds": row.search_seconds,
+            }
+            records.append(record)
+        return records
+
+    def cells(self) -> list[dict[str, str]]:
+        """The rows as they are shown, by column."""
+        shown = []
+        for row, record in zip(self.rows, self.records(), strict=True):
+            equal = (
+                {self.spec.short_names()[self.spec.search.equal]: number(row.value)} if self.spec.search.equal else {}
+            )
+            figures = {f"{name} top-1": str(row.spread(figure) or "-") for name, figure in FIGURES.items()}
+            shown.append(
+                equal
+                | {"trial": row.choice.trial + (" (control)" if row.choice.control else "")}
+                | figures
+                | {"n": str(record["n"])}
+                | {f"{group} params": number(record[f"parameters_{group}"]) for group in ("prompt", "head", "backbone")}
+                | {"peak MiB": number(record["peak_memory_mib"]), "seconds": number(record["seconds"])}
+                | {
+                    "optimizer MiB": number(record["optimizer_state_mib"]),
+                    "search seconds": number(record["search_seconds"]),
+                }
+            )
+        return shown
+
+    def table(self) -> Table:
+        seeds = ", ".join(map(str, self.spec.seeds))
+        table = Table(title=f"confirmed under seeds {seeds}", title_justify="left", box=None)
+        cells = self.cells()
+        for column in cells[0] if cells else ():
+            table.add_column(column, justify="right" if column != "trial" else "left", no_wrap=column == "trial")
+        for row in cells:
+            table.add_row(*row.values())
+        return table
+
+    def write(self) -> list[Path]:
+        """comparison.parquet and comparison.md in the sweep's folder; where they are."""
+        parquet, markdown = self.spec.folder / "comparison.parquet", self.spec.folder / "comparison.md"
+        table = pa.Table.from_pylist(self.records(), schema=SCHEMA)
+        if equal := self.spec.search.equal:
+            values = [row.value for row in self.rows]
+            if len({type(value) for value in values} - {type(None)}) > 1:  # a column has one type
+                values = [None if value is None else str(value) for value in values]
+            table = table.add_column(0, equal, [values])
+        with replacing(parquet) as temporary:
+            pq.write_table(table, temporary)
+        cells = self.cells()
+        lines = [f"# {self.spec.name}", ""]
+        if cells:
+            rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
+            lines += [f"| {' | '.join(row)} |" for row in rows]
+        with replacing(markdown) as temporary:
+            temporary.write_text("\n".join([*lines, "", *(f"- {line}" for line in self.verdict())]) + "\n")
+        return [parquet, markdown]
+
+
+SCHEMA = pa.schema(
+    [("trial", pa.string()), ("control", pa.bool_()), ("n", pa.int64())]
+    + [
+        (f"{name}_{figure}", pa.float64())
+        for name in FIGURES
+        for figure in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
+    ]
+    + [("test_at_best_val", pa.float64())]
+    + [(f"parameters_{group}", pa.int64()) for group in ("prompt", "head", "backbone")]
+    + [(key, pa.float64()) for key in ("peak_memory_mib", "seconds", "optimizer_state_mib", "search_seconds")]
+)
+
+
+def seconds(entry: Entry) -> float:
+    """Of its epochs together."""
+    return sum(result["seconds"] for result in entry.results)
+
+
+def paired(values: Sequence[float]) -> Difference:
+    """The mean of differences between pairs, with its t interval where there are two of them or more."""
+    from scipy.stats import t  # which takes a second to import
+
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return Difference(mean, n, None, None)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return Difference(mean, n, mean - half, mean + half)

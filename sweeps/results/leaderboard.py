@@ -1,0 +1,280 @@
+"""What a sweep found, read from its trials' folders: the order of the trials, the gain over the control, a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from cluster.folder import End, State, TrialFolder
+from lorvp.utils.files import replacing
+from sweeps.spec.model import Spec, Stage
+
+MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trial, with the epochs that it recorded."""
+
+    trial: TrialFolder
+    params: dict[str, Any]
+    """Its values on the axes of the space, those that it has."""
+    control: bool
+    stage: Stage
+    results: list[dict[str, Any]]
+    end: End | None
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None and self.end.state == State.FINISHED
+
+    @property
+    def whole(self) -> list[dict[str, Any]]:
+        """The epochs at full size on all images; of a trial that never got there, those of its rungs."""
+        return [result for result in self.results if result["whole"]] or self.results
+
+    def best(self) -> dict[str, Any]:
+        """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set.
+
+        Where the validation set was trained on it is the last.
+        """
+        protocol = self.trial.config.select
+        if protocol == "val" and self.trial.config.dataset.train_on_val:
+            return self.whole[-1]
+        return max(self.whole, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
+
+    def score(self, spec: Spec, epoch: int | None = None) -> float:
+        """The objective's best value, larger is better; with `epoch`, as the search saw it then."""
+        seen = self.results[:epoch]
+        values = [result[spec.objective] for result in seen if result["whole"] == seen[-1]["whole"]]
+        return max(values) if spec.mode == "max" else -min(values)
+
+    @property
+    def bundle(self) -> Path:
+        """Of a trial that has ended."""
+        attempt = self.trial.newest()
+        assert attempt is not None  # only an attempt ends
+        return attempt.bundle
+
+    def test_at_best_val(self) -> float | None:
+        """With the prompt of the epoch that is best on the validation set, whatever the trial's protocol.
+
+        None where there is no such set.
+        """
+        if not self.trial.config.dataset.holds_back:
+            return None
+        if self.trial.config.select == "val":
+            return self.test_top1()
+        return max(self.whole, key=lambda result: result["val_top1"])["test_top1"]
+
+    def test_top1(self) -> float | None:
+        """With the best epoch's prompt; None for a trial that never read the test set."""
+        return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+
+
+NO_VAL = "the val figures are the test set's (dataset.val_fraction 0): epochs and trials were chosen on it"
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What the published protocol (`select: test_best_epoch`) adds to trials' test figures, in points: each one's test
+    figure less that of its epoch that is best on val.
+    """
+
+    mean: float
+    low: float
+    """The smallest among the trials."""
+    high: float
+    trials: int
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Bias | None:
+        """Of those that finished under that protocol and had several epochs to choose from; None if there are none."""
+        figures = [
+            (entry.test_top1(), entry.test_at_best_val())
+            for entry in entries
+            if entry.finished and entry.trial.config.select == "test_best_epoch" and len(entry.whole) > 1
+        ]
+        found = [best - honest for best, honest in figures if best is not None and honest is not None]
+        return cls(fmean(found), min(found), max(found), len(found)) if found else None
+
+    def __str__(self) -> str:
+        return (
+            f"bias of the published protocol, against the epoch that is best on val: {self.mean:+.2f} points "
+            f"(mean of {self.trials} trials, {self.low:+.2f} to {self.high:+.2f})"
+        )
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """A sweep's trials, best first: finished ones, then those stopped early, then those without a result.
+
+    A trial that was stopped early never wins: it was given up, and has not read the test set.
+    """
+
+    spec: Spec
+    entries: list[Entry]
+
+    @classmethod
+    def read(cls, spec: Spec) -> Leaderboard:
+        controls = spec.control_names()
+        entries = []
+        for trial in TrialFolder.requested(spec.trials):
+            params = spec.params(trial.config)
+            end = trial.ended()
+            stage = spec.stage(trial.config)
+            entries.append(Entry(trial, params, trial.name in controls, stage, trial.results(), end))
+
+        def order(entry: Entry) -> tuple[int, float]:
+            return (0 if entry.finished else 1, -entry.score(spec)) if entry.results else (2, 0.0)
+
+        return cls(spec, sorted(entries, key=order))
+
+    def searched(self, control: bool = False) -> list[Entry]:
+        """The trials of the search itself, or of its control; not those that confirm them."""
+        return [entry for entry in self.entries if entry.stage == Stage.SEARCH and entry.control == control]
+
+    def best(self, control: bool = False) -> Entry | None:
+        """The best finished trial of the search, or of the control."""
+        return next((entry for entry in self.searched(control) if entry.finished), None)
+
+    def table(self, rows: int = 10) -> Table:
+        """The first `rows` trials, and the control."""
+        search = self.searched()
+        shown = [*search, *self.searched(control=True)]
+        published = any(entry.trial.config.select != "val" for entry in shown)
+        test = "test top-1 (best test epoch)" if published else "test top-1"
+        table = Table(title=f"{self.spec.name}: {len(shown)} trials", title_justify="left", box=None)
+        for column in ("", "trial", "val top-1", test, "epochs", *self.spec.short_names().values(), ""):
+            text = column in ("trial", "")
+            table.add_column(column, justify="left" if text else "right", no_wrap=text)
+        for place, entry in enumerate(search[:rows], start=1):
+            table.add_row(str(place), *self._cells(entry))
+        control = self.best(control=True)
+        if control:
+            table.add_section()
+            table.add_row("", *self._cells(control), style="bold")
+        return table
+
+    def _cells(self, entry: Entry) -> list[str]:
+        params = [number(entry.params.get(axis)) for axis in self.spec.space]
+        mark = "control" if entry.control else MARKS[entry.end.state] if entry.end else "unfinished"
+        if not entry.results:
+            return [entry.trial.name, "-", "-", "0", *params, mark]
+        val, test = entry.best()["val_top1"], entry.test_top1()
+        return [entry.trial.name, number(val), number(test), str(len(entry.results)), *params, mark]
+
+    def verdict(self) -> list[str]:
+        """The best trial, the control and the difference, in words."""
+        best, control = self.best(), self.best(control=True)
+        if best is None:
+            return ["no trial finished: there is no best prompt"]
+        lines = [f"best trial {best.trial.name}: {self._figures(best)}"]
+        if control is None:
+            return lines + self._missing_control()
+        lines.append(f"control {control.trial.name}: {self._figures(control)}")
+        val = best.best()["val_top1"] - control.best()["val_top1"]
+        ours, theirs = best.test_top1(), control.test_top1()
+        test = "" if ours is None or theirs is None else f", test {ours - theirs:+.2f}"
+        lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
+        if not best.trial.config.dataset.holds_back:
+            lines.append(NO_VAL)
+        bias = Bias.of(self.searched())
+        return lines + [str(bias)] * (bias is not None)
+
+    def _missing_control(self) -> list[str]:
+        """Say that there is nothing to hold the best trial against, and why; nothing where the spec wants none."""
+        if self.spec.control is None:
+            return []
+        ends = [entry.end for entry in self.searched(control=True) if entry.end is not None]
+        why = next((f"{end.cause or end.state}: {end.reason}".rstrip(": ") for end in ends), "none has run to its end")
+        return [f"the control is missing ({why}): how much the prompt gains is not known"]
+
+    def trust(self) -> list[str]:
+        """How far the trials' order at each milestone was that at their end, in words."""
+        finished = [entry for entry in self.searched() if entry.finished]
+        last = [entry.score(self.spec) for entry in finished]
+        found = []
+        for epoch in self.spec.milestones():
+            then = [entry.score(self.spec, epoch) for entry in finished]
+            if len(set(then)) > 2 and len(set(last)) > 2:
+                found.append(f"epoch {epoch} {rank_correlation(then, last):.2f}")
+        if not found:
+            return []
+        return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(found)}"]
+
+    def failures(self) -> list[str]:
+        """What failed and why: each cause with its trials."""
+        ends = [(entry.trial.name, entry.end) for entry in self.entries if entry.end is not None]
+        failed = [(name, end) for name, end in ends if end.state == State.FAILED]
+        counts = Counter(end.cause for _, end in failed)
+        summary = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+        lines = [f"{name}: {end.cause}: {end.reason}" for name, end in failed]
+        return [f"failed: {summary}", *lines] if failed else []
+
+    def _figures(self, entry: Entry) -> str:
+        label = "test top-1" if entry.trial.config.select == "val" else "test top-1 at the best test epoch (published)"
+        val, test = entry.best()["val_top1"], entry.test_top1()
+        return f"val top-1 {val:.2f} %, {label} {test:.2f} %" if test is not None else f"val top-1 {val:.2f} %"
+
+    def write_parquet(self, path: Path) -> None:
+        """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures; in all of
+        a trial's rows the test figure of the epoch that is best on val.
+        """
+        rows = [
+            {
+                "trial": entry.trial.name,
+                "control": entry.control,
+                "stage": entry.stage,
+                "state": entry.end.state if entry.end else "unfinished",
+            }
+            | {f"param.{axis}": entry.params.get(axis) for axis in self.spec.space}
+            | epoch_metrics(result)
+            | {"lr_prompt": result["lr"].get("prompt"), "lr_head": result["lr"].get("head"), "time": result["time"]}
+            | {key: result[key] for key in ("test_loss", "test_top1", "test_top5")}
+            | {key: result.get(key, "") for key in ("device", "driver", "precision")}
+            | {"test_at_best_val": entry.test_at_best_val()}
+            for entry in self.entries
+            for result in entry.results
+        ]
+        for axis in self.spec.space:  # a column has one type: an axis of mixed ones is written as text
+            kinds = {type(row[f"param.{axis}"]) for row in rows} - {type(None)}
+            if len(kinds) > 1 and kinds != {int, float}:
+                for row in rows:
+                    value = row[f"param.{axis}"]
+                    row[f"param.{axis}"] = None if value is None else str(value)
+        with replacing(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """An EpochResult's figures by their names in MLflow; not the test set's, which are a trial's and no epoch's."""
+    values = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, int | float) and key != "time" and not key.startswith("test_")
+    }
+    values |= {f"parameters_{group}": count for group, count in result["parameters"].items()}
+    return values | {f"lr_{group}": lr for group, lr in result["lr"].items()}
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's."""
+    from scipy.stats import spearmanr  # which takes a second to import
+
+    return float(spearmanr(first, second).statistic)
+
+
+def number(value: Any) -> str:
+    """A value as it is shown in a table."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

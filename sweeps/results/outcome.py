@@ -1,0 +1,64 @@
+"""A sweep that has ended, read from its folder: for the report, the tables, and whatever else comes after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.utils.explain import explain
+from sweeps import lock
+from sweeps.folder import read_spec
+from sweeps.results import confirm
+from sweeps.results.comparison import Comparison
+from sweeps.results.leaderboard import Entry, Leaderboard
+from sweeps.spec.model import Spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The trials of a sweep, and what their confirmation found, if the spec asks for one."""
+
+    sweep_id: str
+    spec: Spec
+    board: Leaderboard
+    comparison: Comparison | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome:
+        """Of the sweep in `folder`, wherever that lies by now. Raises UserError for a folder without a sweep, one of
+        another version, one that still runs, and one without a trial that finished.
+        """
+        sweep_id, spec = read_spec(folder)
+        driver = lock.holder(spec.folder)
+        if driver:
+            raise UserError(f"{folder}: still running, by {driver}; wait for its end")
+        try:
+            board = Leaderboard.read(spec)
+        except ValidationError as error:
+            key = ".".join(map(str, explain(error, TrialConfig)[0]))
+            raise UserError(f"{folder}: a trial's {key} is not this version's; read it with the one it is of") from None
+        choices = confirm.chosen(spec) if spec.confirm else None
+        found = cls(sweep_id, spec, board, Comparison.of(board, choices) if choices is not None else None)
+        if found.best() is None:
+            failed = "; ".join(board.failures()[:2]) or "python sweeps/launch.py SPEC --resume goes on with it"
+            raise UserError(f"{folder}: no trial finished ({failed})")
+        return found
+
+    def best(self) -> Entry | None:
+        """The trial whose prompt is the best: of those that confirm, where there are any."""
+        return self.comparison.best() if self.comparison else self.board.best()
+
+    def control(self) -> Entry | None:
+        """The trial that the best one is held against."""
+        if self.comparison is None:
+            return self.board.best(control=True)
+        row = self.comparison.control
+        return row.entries[0] if row else None
+
+    def verdict(self) -> list[str]:
+        """What was found, in words."""
+        return self.comparison.verdict() if self.comparison else self.board.verdict()

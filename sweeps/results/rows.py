@@ -1,0 +1,249 @@
+"""The results of sweeps as a paper's rows: what was trained on what, how well it did, what others have published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt, model_validator
+
+from lorvp.config import BackboneConfig, DatasetConfig, Part, TrialConfig
+from lorvp.errors import UserError
+from lorvp.utils.yaml_file import YamlFile
+from sweeps.results.comparison import Comparison, Difference, Row, Spread
+from sweeps.results.confirm import Choice
+from sweeps.results.leaderboard import Entry
+from sweeps.results.outcome import Outcome
+
+FIGURES = Path(__file__).parent / "published.yaml"
+OOD = "ood.parquet"
+CORRUPTED = "corrupted"
+"""What the mean over all corruptions is called among the OOD sets."""
+GROUPS = ("prompt", "tokens", "head", "backbone")
+
+
+Key = tuple[str, str, str, str, str | None, str | None]
+"""Network, pre-training, dataset, method, kind of prompt and label mapping."""
+
+
+class Published(Part):
+    """An accuracy that others have published."""
+
+    network: str = Field(description="clip: a CLIP image tower that the source does not name")
+    pretraining: str
+    dataset: str
+    method: str
+    prompt: str | None = Field(None, description="prompt.kind, of methods that have one")
+    label_mapping: str | None = Field(None, description="null: the source does not name it, and any is compared")
+    top1: float = Field(ge=0, le=100)
+    epochs: PositiveInt | None = Field(None, description="where the source names them")
+    note: str | None = Field(None, description="what else is known to be otherwise than in a trial here")
+    source: str = Field(min_length=1, description="where it was read: page or table and address")
+
+    @property
+    def key(self) -> Key:
+        return self.network, self.pretraining, self.dataset, self.method, self.prompt, self.label_mapping
+
+    def unlike(self, config: TrialConfig) -> str:
+        """How it was obtained otherwise than by a trial of `config`, in words; empty where nothing is known of it."""
+        epochs = f"{self.epochs} epochs" if self.epochs not in (None, config.epochs) else None
+        return "; ".join(word for word in (epochs, self.note) if word)
+
+
+class PublishedFigures(Part):
+    figures: list[Published]
+
+    @model_validator(mode="after")
+    def _has_each_once(self) -> PublishedFigures:
+        keys = [figure.key for figure in self.figures]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise ValueError(f"figures names {', '.join(part for part in twice if part)} twice")
+        return self
+
+
+def published(path: Path = FIGURES) -> dict[Key, Published]:
+    """The published figures by what they are of. Raises UserError for a key that is wrong."""
+    return {figure.key: figure for figure in YamlFile(path).validate(PublishedFigures).figures}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A config of a sweep, over its seeds, beside the sweep's control."""
+
+    sweep: str
+    row: Row
+    control: Row | None
+    confirmed: bool
+    """Or one trial of the search itself, under one seed."""
+    ood: dict[str, dict[str, float]]
+    """Top-1 in percent on each OOD set, of `best` and `control`; empty where it was not evaluated there."""
+
+    @property
+    def entry(self) -> Entry:
+        return self.row.entries[0]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        config = self.entry.trial.config
+        return *network(config.backbone), dataset(config.dataset), config.method
+
+    def published(self, figures: dict[Key, Published]) -> Published | None:
+        """The figure for the same method, prompt, label mapping, network, pre-training and dataset, if there is one."""
+        config = self.entry.trial.config
+        name, *rest = self.key
+        kind = config.prompt.kind if config.methods[0] == "lorvp" else None
+        networks = [name] + ["clip"] * ("_clip_" in name)
+        keys = [(each, *rest, kind, mapping) for each in networks for mapping in (config.label_mapping, None)]
+        return next((figures[key] for key in keys if key in figures), None)
+
+    @property
+    def select(self) -> str:
+        return self.entry.trial.config.select
+
+    @property
+    def top1(self) -> Spread:
+        return self._spread(self.row)
+
+    @property
+    def control_top1(self) -> Spread | None:
+        return self._spread(self.control) if self.control else None
+
+    @property
+    def difference(self) -> Difference | None:
+        return self.row.difference(self.control, Entry.test_top1) if self.control else None
+
+    def _spread(self, row: Row) -> Spread:
+        spread = row.spread(Entry.test_top1)
+        assert spread is not None  # only rows with a finished trial are taken
+        return spread if self.confirmed else replace(spread, sd=None)
+
+    def lrs(self) -> dict[str, float]:
+        """The learning rate of each group that was trained by steps."""
+        optimizer = self.entry.trial.config.optimizer
+        return {group: getattr(optimizer, f"{group}_lr") for group in GROUPS if group in self.entry.results[0]["lr"]}
+
+    def record(self, known: Published | None) -> dict[str, Any]:
+        """Its row of tables.parquet, without the OOD sets: accuracies in percent, differences in points."""
+        config, lrs, control, difference = self.entry.trial.config, self.lrs(), self.control_top1, self.difference
+        return (
+            dict(zip(("network", "pretraining", "dataset", "method"), self.key, strict=True))
+            | {f"lr_{group}": lrs.get(group) for group in GROUPS}
+            | {"label_mapping": config.label_mapping, "rank": config.rank}
+            | {"epochs": config.epochs, "batch_size": config.batch_size}
+            | {"select": self.select, "confirmed": self.confirmed, "n": len(self.row.entries)}
+            | {"top1": self.top1.mean, "top1_sd": self.top1.sd}
+            | {"control_top1": control.mean if control else None, "control_top1_sd": control.sd if control else None}
+            | {f"difference_{end}": getattr(difference, end) if difference else None for end in ("mean", "low", "high")}
+            | {"published_top1": known.top1 if known else None, "published_source": known.source if known else None}
+            | {"published_differs": known.unlike(config) if known else None}
+            | {"sweep": self.sweep, "trial": self.row.choice.trial}
+        )
+
+
+SCHEMA = pa.schema(
+    [(key, pa.string()) for key in ("network", "pretraining", "dataset", "method")]
+    + [(f"lr_{group}", pa.float64()) for group in GROUPS]
+    + [("label_mapping", pa.string()), ("rank", pa.int64()), ("epochs", pa.int64()), ("batch_size", pa.int64())]
+    + [("select", pa.string()), ("confirmed", pa.bool_()), ("n", pa.int64())]
+    + [(key, pa.float64()) for key in ("top1", "top1_sd", "control_top1", "control_top1_sd")]
+    + [(f"difference_{end}", pa.float64()) for end in ("mean", "low", "high")]
+    + [("published_top1", pa.float64()), ("published_source", pa.string()), ("published_differs", pa.string())]
+    + [("sweep", pa.string()), ("trial", pa.string())]
+)
+"""Of tables.parquet; the OOD sets come after it."""
+
+
+def results(folder: Path) -> Iterator[Result]:
+    """The best config of a sweep, of each of its equal shares; as it was confirmed, or else as the search saw it.
+
+    Raises UserError for a folder that Outcome can't read, and for trials that never read the test set.
+    """
+    outcome = Outcome.read(folder)
+    comparison = outcome.comparison or searched(outcome)
+    ood = read_ood(folder)
+    for value in outcome.spec.shares():
+        share = replace(comparison, rows=[row for row in comparison.rows if row.value == value])
+        row = share.best_row()
+        if row is None:
+            continue
+        if None in (entry.test_top1() for entry in row.entries):
+            raise UserError(
+                f"{folder}: its trials never read the test set (trial.read_test): nothing to put in a table"
+            )
+        seen = {entry.trial.name for entry in row.entries}
+        sets = ood if any(each["trial"] in seen for each in ood) else []
+        yield Result(str(folder), row, comparison.control, outcome.comparison is not None, by_set(sets, row))
+
+
+def searched(outcome: Outcome) -> Comparison:
+    """The best trial of each share of a search that nothing confirms, and of its control, as rows of one seed."""
+    spec, board = outcome.spec, outcome.board
+    finished = [entry for entry in board.searched() if entry.finished]
+    bests = [
+        (value, next((e for e in finished if spec.share(e.trial.config) == value), None)) for value in spec.shares()
+    ]
+    rows = [one(entry, value, False) for value, entry in bests if entry is not None]
+    control = board.best(control=True)
+    return Comparison(spec, rows + ([one(control, None, True)] if control else []))
+
+
+def one(entry: Entry, value: Any, control: bool) -> Row:
+    return Row(Choice(entry.trial.name, control, {0: entry.trial.name}), value, {0: entry}, 0.0)
+
+
+def read_ood(folder: Path) -> list[dict[str, Any]]:
+    """The rows that sweeps.ood has left in a sweep's folder; none where it was not run."""
+    path = folder / OOD
+    try:
+        return pq.read_table(path).to_pylist()
+    except FileNotFoundError:
+        return []
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path}: damaged ({str(error).splitlines()[0]}); python -m sweeps.ood writes it anew"
+        ) from None
+
+
+def by_set(rows: Sequence[dict[str, Any]], row: Row) -> dict[str, dict[str, float]]:
+    """Top-1 of each model on each OOD set, and its mean over all corruptions; not on the plain test images."""
+    own = row.entries[0].trial.config.dataset.title
+    found: dict[str, dict[str, list[float]]] = {}
+    for each in rows:
+        if each["corruption"] or each["data"] != own:
+            name = CORRUPTED if each["corruption"] else without_size(each["data"])
+            found.setdefault(name, {}).setdefault(each["model"], []).append(each["top1"])
+    return {name: {model: fmean(values) for model, values in models.items()} for name, models in found.items()}
+
+
+def network(config: BackboneConfig) -> tuple[str, str]:
+    """The network and its pre-training by a timm name: resnet18.tv_in1k is resnet18 on in1k.
+
+    Of the tag it keeps the datasets, in21k_ft_in1k for one after the other, and all of it where it names none that is
+    known; MIIL's in21k is in21k_p, their ImageNet-21K-P. Without a tag it is the name of the checkpoint, or unknown.
+    """
+    name, _, tag = config.name.rpartition("/")[2].partition(".")  # of hf-hub:OWNER/NAME and local-dir:FOLDER the last
+    if not config.pretrained and config.checkpoint is None:
+        return name, "none"
+    sets = re.search(r"in(1|12|21|22)k(_ft_in\d+k)*", tag)
+    trained = sets[0] if sets else tag or (config.checkpoint.stem if config.checkpoint else "unknown")
+    if "miil" in config.name:
+        trained = trained.replace("in21k", "in21k_p")
+    return name.removesuffix("_miil"), trained
+
+
+def dataset(config: DatasetConfig) -> str:
+    """What a dataset is called, whatever size its store has; and whether it is only a part of that."""
+    name = without_size(config.title) if config.name == "store" else config.title
+    limits = config.max_classes, config.max_per_class, config.train_images
+    return name if limits == (None, None, None) else f"{name} (part)"
+
+
+def without_size(store: str) -> str:
+    return re.sub(r"-(\d+|encoded)$", "", store)

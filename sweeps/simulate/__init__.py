@@ -1,0 +1,1 @@
+"""A sweep in virtual time: what it would take and find."""

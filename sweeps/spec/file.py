@@ -1,0 +1,300 @@
+"""A sweep's YAML file, read into a `Spec`, and what its folder keeps of it; errors name file, line and key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from cluster import profile as profiles
+from lorvp.config import Part, TrialConfig, absolute, backbone_name
+from lorvp.errors import UserError
+from lorvp.models import architectures
+from lorvp.utils.explain import Location, closest, explain
+from lorvp.utils.yaml_file import YamlFile, parse_value
+from sweeps.spec.model import MOST_CELLS, Scalar, Spec, flatten
+from sweeps.tracking.store import without_passwords
+
+Fail = Callable[[Location, str], NoReturn]
+PATHS = (
+    ("dataset", "root", absolute),
+    *(("backbone", key, absolute) for key in ("checkpoint", "module", "zero_shot")),
+    ("backbone", "name", backbone_name),
+)
+"""A trial's keys that hold a path, and what makes it absolute."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """The spec in `path`, with each override `KEY=VALUE` put in. Raises UserError: one line, with file, line, key."""
+    file = YamlFile(path)
+    for override in overrides:
+        _override(file.values, override)
+    spec = file.validate(Spec)
+    try:
+        spec.ordered_axes()
+    except ValueError as error:
+        for name, axis in spec.space.items():
+            for other in axis.when:
+                if other not in spec.space:
+                    file.fail(
+                        ("space", name, "when", other), f"no such axis in space{closest(other, list(spec.space))}"
+                    )
+        file.fail(("space",), str(error))
+    known = dotted_keys(TrialConfig)
+    for kind in ("space", "control"):
+        for key in getattr(spec, kind) or {}:
+            if key not in known:
+                file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
+    try:
+        profile = profiles.load(spec.cluster)
+    except UserError as error:
+        file.fail(("cluster",), str(error))
+    if spec.pack != 1 and profile.gpus > 1:
+        file.fail(("pack",), f"must be 1 where a job has {profile.gpus} GPUs, as profile {spec.cluster} gives it")
+    _check_search(spec, file.fail)
+    _check_confirm(spec, file.fail)
+    _check_configs(spec, file.fail)
+    if spec.tracking.uri and without_passwords(spec.tracking.uri) != spec.tracking.uri:
+        file.fail(
+            ("tracking", "uri"),
+            "leave the password out: the spec is copied to the sweep's folder and to MLflow; give the URI in "
+            "MLFLOW_TRACKING_URI, or a server's password in MLFLOW_TRACKING_PASSWORD",
+        )
+    _make_absolute(spec, file.fail)
+    return spec
+
+
+def _make_absolute(spec: Spec, fail: Fail) -> None:
+    """Have the trial's paths start from where the user is, not from where a process may run.
+
+    Among them may be values that no trial has had a look at, since an axis stands in their place.
+    """
+    for part, key, made in PATHS:
+        values = spec.trial.get(part, {})
+        if not isinstance(values, dict):
+            fail(("trial", part), "must be a mapping of its keys")
+        if values.get(key) is None:
+            continue
+        if not isinstance(values[key], str):
+            fail(("trial", part, key), f"must be a text, not {values[key]!r}")
+        try:
+            values[key] = str(made(values[key]))
+        except ValueError as error:
+            fail(("trial", part, key), str(error))
+
+
+def check_hub(spec: Spec) -> None:
+    """Raises UserError for a backbone that the hub does not have, or that can't be had as the trials want it.
+
+    It asks the hub, and takes what it says where it can't be reached for right: a job may reach it.
+    """
+    axis = spec.space.get("backbone.name")
+    points = [spec.example({"backbone.name": name}) for name in (axis and axis.choice) or []] or [spec.example()]
+    configs = spec.control_configs()
+    for point in points:
+        with suppress(ValidationError):  # values that don't go together
+            configs.append(spec.trial_config(point))
+    for config in configs:
+        if not config.backbone.name.startswith(architectures.HUB):
+            continue
+        found = architectures.description(config.backbone.name, ask_the_hub=True)
+        problem = (("backbone", "name"), found) if isinstance(found, str) else _problem(config, architectures.known)
+        if problem is not None:
+            raise UserError(f"{'.'.join(map(str, ('trial', *problem[0])))}: {problem[1]}")
+
+
+def _check_search(spec: Spec, fail: Fail) -> None:
+    """What pydantic can't see: whether the algorithm can take these axes, and the conditions be met."""
+    search = spec.search
+    if not spec.space:
+        fail(("space",), "needs at least one axis, as in `optimizer.prompt_lr: {log_uniform: [0.01, 1]}`")
+    for name, axis in spec.space.items():
+        for other, allowed in axis.when.items():
+            for value in allowed:
+                possible = spec.space[other].values()
+                if possible is not None and value not in possible:
+                    fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
+        if search.algorithm == "grid" and axis.values() is None:
+            many = f"an axis of a grid may have {MOST_CELLS} values, and this one has more"
+            few = "a grid takes choice and int axes only; list the values in choice"
+            fail(("space", name), few if axis.integers is None else many)
+        if search.algorithm == "cmaes" and axis.choice is not None:
+            fail(("space", name), "cmaes can't take categories; use uniform, log_uniform or int, or tpe for the search")
+        if search.algorithm == "cmaes" and axis.when:
+            fail(("space", name, "when"), "cmaes can't take conditions; use tpe for the search")
+    if search.algorithm == "grid":
+        try:
+            cells = len(spec.cells())
+        except ValueError as error:
+            fail(("space",), str(error))
+        if search.trials not in (None, cells):
+            fail(("search", "trials"), f"this grid has {cells} cells; leave trials out")
+    if search.algorithm != "grid" and search.trials is None:
+        fail(("search",), f"{search.algorithm} needs trials: how many")
+    if search.equal is not None:
+        _check_equal(spec, search.equal, fail)
+    elif search.seconds is not None:
+        fail(("search", "seconds"), "a limit for each value of an axis: needs search.equal to name it")
+
+
+def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
+    """That each value of the axis `name` can have an equal share of the trials."""
+    location, axis = ("search", "equal"), spec.space.get(name)
+    if axis is None:
+        fail(location, f"no such axis in space: {name}{closest(name, list(spec.space))}")
+    if axis.choice is None:
+        fail(location, f"{name} must be a choice axis: only listed values can have equal shares")
+    if axis.when:
+        fail(location, f"{name} exists under a condition only; every trial must have it")
+    if spec.search.algorithm == "grid":
+        fail(location, "a grid has every cell anyway; leave equal out")
+    if spec.number_of_trials() < len(axis.choice):
+        fail(("search", "trials"), f"must be at least {len(axis.choice)}, one for each value of {name}")
+
+
+def _check_confirm(spec: Spec, fail: Fail) -> None:
+    """That what the confirmation decides is decided by nothing else."""
+    for kind in ("trial", "space", "control"):
+        if "dataset.train_on_val" in flatten(getattr(spec, kind) or {}):
+            location = ("trial", "dataset", "train_on_val") if kind == "trial" else (kind, "dataset.train_on_val")
+            fail(location, "the search chooses by the validation images: confirm.all_images trains on them at its end")
+    if spec.confirm is None:
+        return
+    used = [seed for seed in spec.seeds if spec.trains_under(seed)]
+    if used:
+        fail(
+            ("confirm", "seeds"),
+            f"the search trains under seed {used[0]} (init_seed, order_seed) and has chosen by it; others confirm, as "
+            f"{spec.unused_seeds(len(spec.seeds))}",
+        )
+    if spec.all_images and spec.trial.get("rungs") and any("train_share" in rung for rung in spec.trial["rungs"]):
+        fail(("confirm", "all_images"), "a rung trains on a part of the images: leave its train_share out")
+    for kind in ("trial", "space", "control"):
+        if "read_test" in (getattr(spec, kind) or {}):
+            fail((kind, "read_test"), "leave it out beside confirm: only the confirmation reads the test set")
+    for kind in ("space", "control"):
+        if "select" in (getattr(spec, kind) or {}):
+            fail((kind, "select"), "leave it out beside confirm: the search selects by val; trial.select may be given")
+
+
+def _check_configs(spec: Spec, fail: Fail) -> None:
+    """That `trial`, each axis and the control give valid configs."""
+
+    known = functools.cache(architectures.known)  # of thousands of models, and the same for every config
+
+    def check(params: dict[str, Scalar], location: Location) -> None:
+        try:
+            problem = _problem(spec.trial_config(params), known)
+        except ValidationError as error:
+            problem = explain(error, TrialConfig)
+        if problem is None:
+            return
+        inner, message = problem
+        if not inner and "choice" in location and spec.search.algorithm != "grid":
+            return  # two values that don't go together; with others this one may
+        dotted = ".".join(str(part) for part in inner)
+        # an error about a searched key belongs to its axis, any other to the fixed values
+        owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
+        if owner is None and inner:
+            fail(("trial", *inner), message)
+        fail(location if owner is None else ("space", owner, *location[2:]), message)
+
+    check(spec.example(), ("trial",))
+    for name, axis in spec.space.items():
+        for i, value in enumerate(axis.examples()):
+            check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+            if name == spec.search.equal:
+                _check_spelling(spec, name, i, fail)
+    if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
+        fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
+    if spec.search.algorithm == "grid":
+        for cell in spec.cells():
+            check(cell, ("space",))
+    for key, value in (spec.control or {}).items():
+        if value == []:
+            fail(("control", key), "an empty list; give at least one value")
+    if spec.control:
+        try:
+            problem = next(filter(None, (_problem(config, known) for config in spec.control_configs())), None)
+        except ValidationError as error:
+            problem = explain(error, TrialConfig)
+        if problem is not None:
+            inner, message = problem
+            dotted = ".".join(str(part) for part in inner)
+            if dotted in spec.control:
+                fail(("control", dotted), message)
+            fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def _problem(
+    config: TrialConfig, known: Callable[[Path | None], architectures.Known | None]
+) -> tuple[Location, str] | None:
+    """What of a valid config's backbone can't be, as far as it is told without torch, and where."""
+    module = config.backbone.module
+    if module is not None and not module.is_file():
+        return None  # said where files are looked for; a sweep that has its copy may still be shown
+    try:
+        registered = known(module)
+    except UserError as error:
+        return ("backbone", "module"), str(error).removeprefix("backbone.module: ")
+    found = architectures.problem(config, registered) if registered else None
+    return (tuple(filter(None, found[0].split("."))), found[1]) if found else None
+
+
+def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
+    """That a trial has the value as it is spelt: it tells by it which share the trial belongs to."""
+    value = spec.space[name].examples()[place]
+    try:
+        taken = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
+    except ValidationError:  # with others it may be valid
+        return
+    if taken != value:
+        fail(("space", name, "choice", place), f"search.equal needs it as a trial has it: {taken!r}, not {value!r}")
+
+
+def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
+    """Every key of a config that holds a value, by dotted path."""
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def settable_keys(begun: str) -> list[str]:
+    """What `--set` takes, as far as it begins so: for a shell to complete."""
+    trial = dotted_keys(TrialConfig)
+    own = [key for key in dotted_keys(Spec) if key not in ("trial", "space", "control")]
+    keys = own + [f"{part}.{key}" for part in ("trial", "space", "control") for key in trial]
+    return [f"{key}=" for key in keys if key.startswith(begun)]
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Puts one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip("."):
+        raise UserError(f"--set {override}: must be KEY=VALUE, as in search.trials=8")
+    try:
+        value = parse_value(text)
+    except UserError as error:
+        raise UserError(f"--set {override}: {error}") from None
+    parts = key.strip().split(".")
+    node = values
+    while True:
+        # the longest key that is there already; else one part, or all of an axis's name
+        there = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), None)
+        whole = node is values.get("space") or node is values.get("control")
+        taken = there or (len(parts) if whole else 1)
+        name, parts = ".".join(parts[:taken]), parts[taken:]
+        if not parts:
+            node[name] = value
+            return
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]

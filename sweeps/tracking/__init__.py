@@ -1,0 +1,1 @@
+"""MLflow: where a sweep, its trials and its best prompt are recorded."""

@@ -1,0 +1,194 @@
+"""docs/adding.md does what it says: each part of it, copied into a copy of the project, is found and works."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import digits_values
+from ruamel.yaml import YAML
+from support import warm
+from support.waiting import wait_for
+
+from cluster.folder import State, TrialFolder
+from cluster.snapshot import CHECKOUT, PACKAGES
+
+pytestmark = pytest.mark.slow
+PAGE = CHECKOUT / "docs" / "adding.md"
+PARTS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+
+TRAIN = """
+import json
+from pathlib import Path
+from lorvp import bundle_format
+from lorvp.training import train
+from sweeps import spec_file
+
+spec = spec_file.load(Path("sweep.yaml"))
+Path("out").mkdir()
+points = [spec.example({"optimizer.prompt_lr": value}) for value in (0.01, 0.1)]
+(result,) = train(spec.trial_config(points[0]), Path("out"))
+names = bundle_format.describe(Path("out/bundle"))["class_names"]
+hashes = {spec.trial_config(point).content_hash() for point in points}
+print(json.dumps({"parameters": result.parameters, "class_names": names, "configs": len(hashes)}))
+"""
+RELAY = """
+from pathlib import Path
+from cluster import profile
+from cluster.relay import Relay, make_cluster
+from sweeps import spec_file
+
+spec = spec_file.load(Path("sweep.yaml"))
+relay = Relay(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
+trial = relay.scan.request(spec.trial_config(spec.example()))
+relay.poll()
+print(trial.path.absolute())
+"""
+SUBMIT = """
+from pathlib import Path
+from sweeps import launch, spec_file
+
+spec = spec_file.load(Path("sweep.yaml"))
+relay = launch.make_relay(spec, "")
+Path("mine.py").write_text("raise RuntimeError")
+trial = relay.scan.request(spec.trial_config(spec.example()))
+relay.poll()
+print(trial.path.absolute())
+"""
+HOW_NICE = """
+import os
+with open({!r}, "a") as said:
+    print(os.nice(0), file=said)
+"""
+
+
+class Copy:
+    """The project in another folder, with parts of the page put in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for package in PACKAGES:
+            shutil.copytree(CHECKOUT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "docs").mkdir()
+        self.spec: dict[str, Any] = {
+            "name": "added",
+            "trial": digits_values(epochs=1),
+            "space": {"optimizer.prompt_lr": {"choice": [0.01, 0.1]}},
+            "search": {"trials": 2},
+        }
+
+    def put_in(self, part: str) -> None:
+        """The files, the changes and what asks for them in a spec."""
+        for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL):
+            named = re.match(r"# (\S+\.\w+)\n", block)
+            if kind == "diff":
+                for path, lines in re.findall(r"^--- (\S+)\n((?:[ +-](?!-- ).*\n)+)", block, re.MULTILINE):
+                    self.change(self.folder / path, lines.splitlines(keepends=True))
+            elif named:
+                (self.folder / named[1]).write_text(block)
+            else:
+                for key, value in YAML(typ="safe").load(block).items():
+                    self.spec[key] = self.spec[key] | value if key == "trial" else value
+        YAML().dump(json.loads(json.dumps(self.spec)), self.folder / "sweep.yaml")
+
+    def change(self, path: Path, lines: list[str]) -> None:
+        before = "".join(line[1:] for line in lines if line[0] != "+")
+        after = "".join(line[1:] for line in lines if line[0] != "-")
+        assert path.read_text().count(before) == 1, f"{path} has not this once:\n{before}"
+        path.write_text(path.read_text().replace(before, after))
+
+    def python(self, *arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(self.folder), "COLUMNS": "160"}
+        done = warm.run(arguments, self.folder, environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def trained(self) -> dict[str, Any]:
+        return json.loads(self.python("-c", TRAIN).splitlines()[-1])
+
+
+def commands(part: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in re.findall(r"^    (python .+)$", part, re.MULTILINE)]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("part", "parameters"),
+    [("A prompt", {"prompt": 3 * 32}), ("A label mapping", {"prompt": 6 * 32 * 2}), ("A method", {"prompt": 3})],
+)
+def test_what_a_trial_can_be(copy, part, parameters):
+    copy.put_in(PARTS[part])
+    said = copy.trained()
+    assert said["parameters"] | parameters == said["parameters"]
+    assert ("head" in said["parameters"]) == (part != "A label mapping")
+    assert said["configs"] == 2  # the prompt's learning rate tells two trials apart
+
+
+def test_a_dataset(copy, image_root):
+    copy.spec["trial"]["backbone"]["image_size"] = 224  # what stores have by default
+    copy.put_in(PARTS["A dataset"])
+    shutil.copytree(image_root, copy.folder / "BIRDS")
+    shutil.copytree(image_root, copy.folder / "LISTED")
+    with open(copy.folder / "LISTED" / "labels.csv", "w", newline="") as file:
+        write = csv.writer(file)
+        write.writerow(["split", "file", "class"])
+        for path in sorted(image_root.glob("*/*/*.JPEG")):
+            split = "train" if path.parts[-3] == "train" else "test"
+            write.writerow([split, path.relative_to(image_root), f"bird {path.parts[-2]}"])
+    said = [copy.python(*command) for command in commands(PARTS["A dataset"])]
+    assert [text.count("24 train, 12 test, 3 classes") for text in said] == [1, 1]
+    assert copy.trained()["class_names"] == ["bird n01", "bird n02", "bird n03"]
+
+
+def test_a_backbone(copy):
+    copy.put_in(PARTS["A backbone"])
+    said = copy.trained()
+    assert said["parameters"] == {"prompt": 6 * 32 * 2, "head": 48 * 10 + 10}
+    # a job runs it as it was when the sweep was started
+    trial = TrialFolder(Path(copy.python("-c", SUBMIT).splitlines()[-1]))
+    assert wait_for("the trial's end", trial.ended).state == State.FINISHED
+    assert (copy.folder / "mine.py").read_text() == "raise RuntimeError"
+
+
+def test_a_profile(copy):
+    copy.put_in(PARTS["A profile"])
+    (command,) = commands(PARTS["A profile"])
+    said = copy.python(*command)
+    assert "fits the 48 GB of profile mine.yaml" in said
+    assert "#SBATCH --gres=gpu:rtx8000:1" in said
+    assert "module load cuda" in said
+
+
+def test_a_place_to_run(copy):
+    copy.put_in(PARTS["A place to run"])
+    said = copy.folder / "said"
+    with open(copy.folder / "cluster" / "__init__.py", "a") as code:  # which a job imports, too
+        code.write(HOW_NICE.format(str(said)))
+    trial = TrialFolder(Path(copy.python("-c", RELAY).strip()))
+    assert wait_for("the trial's end", trial.ended).state == State.FINISHED
+    assert said.read_text().split() == [str(os.nice(0)), "19"]
+
+
+def test_editors_learn_the_new_names(copy):
+    for part in PARTS.values():
+        copy.put_in(part)
+    copy.python("-m", "sweeps.schema")
+    page = (copy.folder / "docs" / "spec.md").read_text()
+    for row in (
+        "`prompt.kind` | .*`stripes`",
+        "`label_mapping` .*`identity`",
+        "`method` .*`colours`",
+        "`kind` .*`polite`",
+    ):
+        assert re.search(row, page)

@@ -1,0 +1,171 @@
+"""Trials that are trained in one process on the same batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+from conftest import digits_values
+from test_training import MEASURED
+
+from lorvp.data.loader import epoch_order
+from lorvp.errors import TrialFailed
+from lorvp.result import EpochResult
+from lorvp.training import loop
+from lorvp.training.checkpoint import CHECKPOINT
+from lorvp.training.loop import train, train_together
+from lorvp.training.trainer import Training
+
+DIVERGES = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
+
+
+def figures(results: list[EpochResult]) -> list[dict]:
+    return [{key: value for key, value in asdict(r).items() if key not in MEASURED | {"packed"}} for r in results]
+
+
+def together(members: list[Training], join=lambda count: []) -> dict[Training, list]:
+    """All that was said of each trial, those that joined too."""
+    waiting, said = list(members), {}
+    for member, word in train_together(lambda count: [waiting.pop(0) for _ in list(waiting)] or join(count)):
+        said.setdefault(member, []).append(word)
+    return said
+
+
+@pytest.mark.slow
+def test_packed_is_what_each_is_by_itself(digits):
+    """To the bit: one after another on the same batch; ranks, mappings and optimizers as they come."""
+    configs = [
+        digits(label_mapping="lp", prompt={"rank": 1}),
+        digits(label_mapping="fm", prompt={"rank": 8}),
+        digits(label_mapping="ilm", optimizer={"prompt_name": "sgd", "prompt_lr": 0.3}),
+        digits(label_mapping="ilm", ilm="streamed", init_seed=3),
+        digits(label_mapping="lp", prompt={"kind": "border"}, head_init="linear_probe"),
+        digits(method="linear_probe"),
+    ]
+    loaded = loop.load(configs[0])
+    said = together([Training(config, loaded) for config in configs])
+    for member, words in said.items():
+        *results, last = words
+        assert last is None
+        assert figures(results) == figures(list(train(member.config)))
+    assert [r.packed for r in next(iter(said.values()))[:-1]] == [5] * 3
+
+
+def test_one_that_diverges_leaves_the_others_bits_alone(digits):
+    good, bad = digits(), digits(optimizer=DIVERGES)
+    loaded = loop.load(good)
+    first, second = Training(good, loaded), Training(bad, loaded)
+    said = together([first, second])
+    assert isinstance(said[second][-1], TrialFailed)
+    assert figures(said[first][:-1]) == figures(list(train(good)))
+
+
+@pytest.mark.parametrize(
+    "where", ["step", *(pytest.param(each, marks=pytest.mark.slow) for each in ("begin", "finish", "close"))]
+)
+def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    loaded = loop.load(digits())
+    stays, breaks = Training(digits(), loaded), Training(digits(label_mapping="fm"), loaded)
+    monkeypatch.setattr(breaks, where, full)
+    said = together([breaks, stays])
+    assert isinstance(said[breaks][-1], OSError)
+    assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
+
+
+@pytest.mark.slow
+def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
+    loaded = loop.load(digits())
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 8
+
+    stays = Training(digits(epochs=4), loaded)
+    leaves = Training(digits(label_mapping="fm"), loaded, tmp_path, should_stop=stop)
+    joins = Training(digits(label_mapping="ilm", epochs=2), loaded)
+    waiting = [joins]
+    said = together([stays, leaves], lambda count: [waiting.pop()] if count == 1 and waiting else [])
+    assert [r.order for r in said[stays][:-1]] == [1, 2, 3, 4]
+    assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
+    assert [r.packed for r in said[stays][:-1]] == [2, 2, 2, 2]  # at the epoch's beginning
+    assert len(said[leaves]) == 2  # an epoch, and that it left within the second
+    assert [r.order for r in said[joins][:-1]] == [3, 4]
+    continued = list(train(leaves.config, resume_from=tmp_path / CHECKPOINT))
+    assert figures(continued) == figures(list(train(leaves.config)))
+
+
+def test_a_joiner_is_what_it_is_by_itself_on_the_same_orders(digits, monkeypatch):
+    config = digits(epochs=2)
+    loaded = loop.load(config)
+    joins = Training(config, loaded)
+    waiting = [joins]
+    said = together([Training(digits(epochs=3), loaded)], lambda count: [waiting.pop()] if waiting and count else [])
+    orders = [r.order for r in said[joins][:-1]]
+    monkeypatch.setattr("lorvp.data.loader.epoch_order", lambda n, seed, epoch: epoch_order(n, seed, orders[epoch - 1]))
+    by_itself = list(train(config))
+    assert [r.train_loss for r in said[joins][:-1]] == [r.train_loss for r in by_itself]
+    assert [r.val_loss for r in said[joins][:-1]] == [r.val_loss for r in by_itself]
+
+
+@pytest.mark.slow
+def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_path):
+    config = digits(label_mapping="ilm")
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 3
+
+    assert not list(train(config, folder=tmp_path, should_stop=stop))
+    loaded = loop.load(config)
+    other = Training(digits(), loaded)
+    back = Training(config, loaded, resume_from=tmp_path / CHECKPOINT)
+    said = together([other, back])
+    assert figures(said[back][:-1]) == figures(list(train(config)))
+    assert [r.packed for r in said[back][:-1]] == [1, 2, 2]
+    assert [r.order for r in said[other][:-1]] == [2, 3, 4]
+
+
+PEAK = f"""
+import re, sys
+import torch
+from lorvp.training import loop
+from lorvp.config import TrialConfig
+
+def resident(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+torch.set_num_threads(1)  # several would wait for each other where they have to share a core
+backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
+dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
+values = {digits_values(epochs=1, batch_size=32, speed={"keep_memory": False}, read_test=False)!r}
+values |= {{"backbone": backbone, "dataset": dataset}}
+configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]
+loaded = loop.load(configs[0])
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = resident("VmRSS")
+waiting = [loop.Training(config, loaded) for config in configs]
+for _ in loop.train_together(lambda count: [waiting.pop() for _ in list(waiting)]):
+    pass
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_32_trials_take_less_than_twice_the_memory_of_one():
+    def peak(trials: int) -> float:
+        # what is freed goes back at once: else the holes that glibc leaves are measured
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-c", PEAK, str(trials)]
+        return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+    assert peak(32) < 2 * peak(1)

@@ -1,0 +1,476 @@
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from support.specs import GOOD
+from typer.testing import CliRunner
+
+from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from sweeps import launch
+from sweeps.results import rows
+from sweeps.search.suggest import CellSampler, make_sampler, suggest
+from sweeps.spec import file as spec_file
+
+SWEEPS = Path(launch.__file__).parent
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a spec, `GOOD` with one piece replaced, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(old: str = "", new: str = "") -> Path:
+        assert old in GOOD
+        path = tmp_path / "sweep.yaml"
+        path.write_text(GOOD.replace(old, new, 1) if old else GOOD)
+        return path
+
+    return make
+
+
+BROKEN = {
+    "unknown key": ("early_stopping", "early_stoping", ":12: early_stoping: no such key; did you mean early_stopping?"),
+    "no name": ("name: good\n", "", ": name: this key is missing"),
+    "name with a slash": ("name: good", "name: a/b", ":1: name: 'a/b' names the sweep's folder"),
+    "wrong type": ("epochs: 4", "epochs: four", ":5: trial.epochs: Input should be a valid integer"),
+    "unknown key in trial": ("epochs: 4", "epoch: 4", ":5: trial.epoch: no such key; did you mean epochs?"),
+    "unknown key deep in trial": ("{name: digits}", "{nam: digits}", "trial.dataset.nam: no such key; did you mean name?"),
+    "missing part of trial": ("  dataset: {name: digits}\n", "", ":2: trial.dataset: this key is missing"),
+    "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.optimizer.prompt_lr.choice: List should have at least 1"),
+    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.label_mapping.choice[3]: Input should be 'rlm', "),
+    "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
+    "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
+    "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
+    "axis with two kinds": ("{int: [1, 3]}", "{int: [1, 3], choice: [1]}", "it has choice and int"),
+    "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
+    "axis that is a number": ("{int: [1, 3]}", "3", ":8: space.prompt.rank: Input should be a valid dictionary"),
+    "bounds the wrong way round": ("int: [1, 3]", "int: [3, 1]", "the low end 3 must be below the high end 1"),
+    "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.optimizer.prompt_lr: log_uniform needs a low end above 0"),
+    "value twice": ("[flm, fm, lp]", "[flm, fm, flm]", "choice names a value twice"),
+    "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.label_mapping.choice[1]: must be a single"),
+    "condition on a missing axis": ("when: {label_mapping:", "when: {label_maping:", ":10: space.optimizer.head_lr.when.label_maping: no such axis in space; did you mean label_mapping?"),
+    "condition that can't be met": ("when: {label_mapping: [fm, lp]}", "when: {label_mapping: [ilm]}", ":10: space.optimizer.head_lr.when.label_mapping: 'ilm' is not a value"),
+    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {optimizer.head_lr: 0.1}}", ":6: space: conditions in a circle: label_mapping, optimizer.head_lr"),
+    "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.optimizer.prompt_lr: a grid takes choice and int axes only"),
+    "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.label_mapping: cmaes can't take categories"),
+    "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
+    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: Input should be 'grid', 'random'"),
+    "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
+    "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
+    "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
+    "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
+    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head_fit: far", ":6: trial.head_fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
+    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head_fit: 0", ":6: trial.head_fit: must be C above 0"),
+    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head_fit: 120%", ":6: trial.head_fit: must be C above 0"),
+    "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
+    "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
+    "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
+    "confirmed with one seed": ("name: good", "name: good\nconfirm: {seeds: [3]}", ":2: confirm.seeds: List should have at least 2 items"),
+    "confirmed with a seed twice": ("name: good", "name: good\nconfirm: {seeds: [3, 4, 3]}", ":2: confirm: seeds names a seed twice"),
+    "confirmed with the search's seed": ("name: good", "name: good\nconfirm: {seeds: [3, 0]}", ":2: confirm.seeds: the search trains under seed 0 (init_seed, order_seed) and has chosen by it; others confirm, as [1, 2]"),
+    "confirmed with a seed of the trial": ("  epochs: 4\n", "  epochs: 4\n  order_seed: 5\nconfirm: {seeds: [4, 5, 6]}\n", ":7: confirm.seeds: the search trains under seed 5 (init_seed, order_seed) and has chosen by it; others confirm, as [6, 7, 8]"),
+    "confirmed with a seed of the space": ("space:\n", "confirm: {seeds: [1, 3]}\nspace:\n  init_seed: {int: [1, 5, 2]}\n", ":6: confirm.seeds: the search trains under seed 1 (init_seed, order_seed)"),
+    "confirmed with a seed of the control": ("name: good", "name: good\ncontrol: {init_seed: [7, 8]}\nconfirm: {seeds: [8, 9]}", ":3: confirm.seeds: the search trains under seed 8 (init_seed, order_seed)"),
+    "confirmed none": ("name: good", "name: good\nconfirm: {top: 0}", ":2: confirm.top: Input should be greater than 0, not 0"),
+    "confirm without a mapping": ("name: good", "name: good\nconfirm: true", ":2: confirm: Input should be a valid dictionary"),
+    "test set and confirm": ("  epochs: 4\n", "  epochs: 4\n  read_test: true\nconfirm: {}\n", ":6: trial.read_test: leave it out beside confirm"),
+    "test set of the control and confirm": ("name: good", "name: good\ncontrol: {read_test: true}\nconfirm: {}", ":2: control.read_test: leave it out beside confirm"),
+    "selection searched and confirm": ("space:\n", "confirm: {}\nspace:\n  select: {choice: [val, test_best_epoch]}\n", ":8: space.select: leave it out beside confirm"),
+    "equal shares of a grid": ("algorithm: grid", "algorithm: grid, equal: label_mapping", ":11: search.equal: a grid has every cell anyway"),
+    "equal shares of no axis": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_maping", ":11: search.equal: no such axis in space: label_maping; did you mean label_mapping?"),
+    "equal shares of a range": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: prompt.rank", ":11: search.equal: prompt.rank must be a choice axis"),
+    "equal shares under a condition": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: optimizer.head_lr", ":11: search.equal: optimizer.head_lr exists under a condition only"),
+    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: label_mapping", ":11: search.trials: must be at least 3, one for each value of label_mapping"),
+    "seconds without equal shares": ("algorithm: grid", "algorithm: tpe, trials: 6, seconds: 60", ":11: search.seconds: a limit for each value of an axis: needs search.equal"),
+    "no seconds": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_mapping, seconds: 0", ":11: search.seconds: Input should be greater than 0"),
+    "equal shares spelt otherwise": (GOOD[GOOD.index("  label_mapping") : GOOD.index("early")], "  backbone.checkpoint: {choice: [a.safetensors, b.safetensors]}\nsearch: {algorithm: tpe, trials: 6, equal: backbone.checkpoint}\n", ":7: space.backbone.checkpoint.choice[0]: search.equal needs it as a trial has it: '/"),
+    "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
+    "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
+    "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
+    "a key twice": ("  epochs: 4", "  epochs: 4\n  epochs: 5", ":6: not valid YAML"),
+    "a tag on a list": ("[flm, fm, lp]", "!!python/object/apply:os.system [ls]", ":7: not valid YAML: no value here has the tag !!python/object/apply:os.system; leave it out"),
+    "a tag on a mapping": ("{name: digits}", "!foo {name: digits}", ":4: not valid YAML: no value here has the tag !foo; leave it out"),
+    "a tag on a word": ("name: good", "name: !!binary Z29vZA==", ":1: not valid YAML: no value here has the tag !!binary; leave it out"),
+    "a tag that does not fit": ("epochs: 4", "epochs: !!int four", ":5: not valid YAML: 'four' can't be read as int"),
+    "a number of thousands of digits": ("epochs: 4", f"epochs: {'9' * 5000}", ":5: not valid YAML: '99999999999999999999' can't be read as int"),
+    "an anchor that holds itself": ("{name: digits}", "&data {name: digits, root: *data}", ":4: not valid YAML: an anchor that holds itself"),
+    "anchors that stand for billions": ("name: good", "a: &a [" + "1, " * 99 + "]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "not valid YAML: more than 100000 values"),
+    "a merge of no mapping": ("epochs: 4", "<<: [1, 2]", ":5: not valid YAML: a merge key takes a mapping"),
+    "a list as a key": ("  epochs: 4", "  ? [epochs]\n  : 4", ":5: not valid YAML: a key must be a word"),
+    "too deep": ("epochs: 4", "epochs: " + "[" * 2000, ": not valid YAML: lists or mappings in one another, too many deep"),
+    "a grid of billions": ("int: [1, 3]", "int: [1, 3_000_000_000]", ":8: space.prompt.rank: an axis of a grid may have 100000 values"),
+    "a grid of too many": ("[1e-3, 0.1]}", "[1e-3, 0.1]}\n  epochs: {int: [2, 9000]}\n  order_seed: {int: [1, 20]}", ":6: space: a grid may have 100000 cells"),
+    "nobody's home": ("{name: digits}", "{name: image_folder, root: ~nobody-here/images}", ":4: trial.dataset.root: '~nobody-here/images': there is no such home folder"),
+    "a word in place of a part": ("  backbone: {name: lorvp_tiny_32.cifar10}", "  backbone: tiny", ":3: trial.backbone: "),
+    "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
+    "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys, and is empty"),
+}  # fmt: skip
+
+
+def refused(arguments: list[str], folder: Path) -> str:
+    """The one line that launching says, with exit code 2 and nothing written."""
+    before = sorted(folder.rglob("*"))
+    result = CliRunner().invoke(launch.app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.count("\n") == 1, result.output
+    assert sorted(folder.rglob("*")) == before
+    return result.output
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_spec(kind, write, tmp_path):
+    old, new, message = BROKEN[kind]
+    path = write(old, new)
+    said = refused([str(path)], tmp_path)
+    assert message in said
+    assert str(path) in said
+
+
+def test_files_that_are_no_specs(tmp_path):
+    assert "no such file" in refused([str(tmp_path / "none.yaml")], tmp_path)
+    assert "a folder" in refused([str(tmp_path)], tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "can't be read" in refused([str(tmp_path / "binary.yaml")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.trials", "must be KEY=VALUE"),
+        ("search.trails=3", "search.trails: no such key; did you mean trials?"),
+        ("trial.epochs=[", "not a YAML value"),
+        ("trial.dataset={name: store}", "dataset store needs root"),
+        ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
+        ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
+        ("output=/proc/nothing", "can't be written"),
+        ("tracking.uri=nowhere://x", "MLflow at nowhere://x can't be used"),
+        ("tracking.uri=http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 can't be used"),
+    ],
+)
+def test_broken_overrides(override, message, write, tmp_path):
+    assert message in refused([str(write()), "--set", override], tmp_path)
+
+
+def test_resuming_what_is_not_there(write, tmp_path):
+    assert "no such sweep" in refused([str(write()), "--resume"], tmp_path)
+
+
+def test_overrides_reach_every_kind_of_key(write):
+    overrides = [
+        "search.algorithm=random",
+        "search.trials=3",
+        "trial.prompt.init_std=1e-3",
+        "space.prompt.rank.int=[2, 6]",
+        "space.optimizer.prompt_lr={log_uniform: [1e-3, 1e-1]}",
+        "space.prompt.init_a={choice: [normal, uniform]}",
+        "control.method=linear_probe",
+        "control.optimizer.lr=[0.1, 1]",
+    ]
+    changed = spec_file.load(write(), [*overrides, "trial.label_mapping=lp", "control.label_mapping=lp"])
+    assert changed.search.trials == 3
+    assert changed.space["prompt.rank"].integers == [2, 6]
+    assert changed.space["optimizer.prompt_lr"].log_uniform == (1e-3, 1e-1)
+    assert changed.space["optimizer.prompt_lr"].choice is None
+    assert list(changed.space)[-1] == "prompt.init_a"
+    assert changed.trial["prompt"] == {"init_std": 1e-3}
+    fitted, *_ = changed.control_configs()
+    assert (fitted.method, fitted.head_init, fitted.head_fit, fitted.epochs) == (
+        "linear_probe",
+        "linear_probe",
+        "best",
+        1,
+    )
+    assert [config.optimizer.head_lr for config in changed.control_configs()[-2:]] == [0.1, 1.0]
+
+
+def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
+    def controls(*overrides: str, old: str = "", new: str = "") -> list[str]:
+        return [config.label_mapping for config in spec_file.load(write(old, new), overrides).control_configs()]
+
+    assert controls() == ["fm", "lp"]
+    assert controls("trial.schedule={warmup_epochs: 1}", "space.optimizer.head_lr.when={label_mapping: fm}") == [
+        "fm",
+        "lp",
+    ]
+    assert controls("control=null") == []
+    without_heads = "[flm, ilm]}", "when: {label_mapping: [flm]"
+    text = GOOD.replace("[flm, fm, lp]}", without_heads[0]).replace("when: {label_mapping: [fm, lp]", without_heads[1])
+    assert controls(old=GOOD, new=text) == ["lp"]
+
+
+def test_only_the_confirmation_reads_the_test_set(write):
+    overrides = ["confirm={seeds: [5, 6]}", "control.optimizer.lr=0.1", "trial.select=test_best_epoch"]
+    spec = spec_file.load(write(), [*overrides, "trial.dataset.split_seed=3"])
+    searched = [spec.trial_config(cell) for cell in spec.cells()] + spec.control_configs()
+    assert {(config.read_test, config.select, spec.stage(config)) for config in searched} == {(False, "val", "search")}
+    again = spec.confirmed(searched[0], 6)
+    assert (again.read_test, again.select, again.init_seed, again.order_seed) == (True, "test_best_epoch", 6, 6)
+    assert spec.stage(again) == "confirm"
+    assert again.dataset.split_seed == 3
+    assert again.content_hash() not in {config.content_hash() for config in searched}
+    fitted = spec.control_configs()[0]
+    assert spec.confirmed(fitted, 5).content_hash() == spec.confirmed(fitted, 6).content_hash()
+    without = spec_file.load(write())
+    assert {without.stage(config) for config in [without.trial_config(without.example()), again]} == {"search"}
+
+
+def test_only_the_confirmation_trains_on_the_validation_images(write):
+    spec = spec_file.load(write(), ["confirm.all_images=true"])
+    found = spec.trial_config(spec.cells()[0])
+    again = spec.confirmed(found, 1)
+    assert (found.dataset.train_on_val, again.dataset.train_on_val) == (False, True)
+    assert found.canonical()["dataset"].keys() == again.canonical()["dataset"].keys() - {"train_on_val"}
+    for key in (
+        "trial.dataset.train_on_val=true",
+        "space.dataset.train_on_val={choice: [true, false]}",
+        "control.dataset.train_on_val=true",
+    ):
+        with pytest.raises(
+            UserError, match=r"dataset.train_on_val: the search chooses by the validation images: confirm.all_images"
+        ):
+            spec_file.load(write(), ["confirm={}", key])
+    rungs = "trial.rungs=[{epochs: 1, train_share: 0.5}]"
+    with pytest.raises(
+        UserError, match=r"confirm.all_images: a rung trains on a part of the images: leave its train_share out"
+    ):
+        spec_file.load(write(), ["confirm.all_images=true", rungs])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds"),
+    [
+        ([], []),
+        (["confirm={}"], [1, 2, 3]),
+        (["confirm={seeds: [4, 9]}"], [4, 9]),
+        (["confirm={}", "trial.init_seed=5"], [6, 7, 8]),
+        (["confirm={}", "trial.init_seed=3", "trial.order_seed=3"], [4, 5, 6]),
+        (["confirm={seeds: [0, 1]}", "trial.init_seed=3", "trial.order_seed=3"], [0, 1]),
+        (["confirm={}", "space.init_seed={choice: [2, 11]}"], [12, 13, 14]),
+        (["confirm={seeds: [3, 4]}", "space.init_seed={choice: [2, 11]}"], [3, 4]),
+        (
+            ["confirm={}", "space.order_seed={int: [0, 1000000000]}", "search={algorithm: tpe, trials: 5}"],
+            [10**9 + i for i in (1, 2, 3)],
+        ),
+        (["confirm={seeds: [2, 4]}", "space.init_seed={int: [1, 5, 2]}"], [2, 4]),
+        (["confirm={}", "control.init_seed=[0, 4]", "control.method=linear_probe"], [5, 6, 7]),
+    ],
+)
+def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
+    spec = spec_file.load(write(), overrides)
+    assert spec.seeds == seeds
+    for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
+        assert not {config.init_seed, config.order_seed} & set(spec.seeds)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["confirm={}"], 3 + 1),  # the control is fitted
+        (["confirm={top: 2}", "control.head_init=random", "control.method=linear_probe"], 2 * 3 + 3),
+        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: label_mapping}"], 5 * 3),
+        (["confirm={top: 99, seeds: [1, 2]}", "control=null"], 30 * 2),
+        ([], 0),
+    ],
+)
+def test_how_many_trials_confirm(write, overrides, count):
+    path = write()
+    arguments = [argument for override in overrides for argument in ("--set", override)]
+    spec = spec_file.load(path, overrides)
+    assert spec.number_of_confirmations() == count
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--no-estimate", *arguments])
+    assert (f"confirmation: up to {count} trials more" in result.output) == (count > 0)
+
+
+def test_milestones_are_where_decisions_fall(write):
+    overrides = ["trial.epochs=20", "early_stopping.grace_epochs=2", "trial.rungs=[{epochs: 3, image_size: 16}]"]
+    assert spec_file.load(write(), overrides).milestones() == [2, 3, 6, 18]
+    assert spec_file.load(write(), ["early_stopping.rule=none"]).milestones() == []
+
+
+def test_where_a_trial_lies_in_the_space(write):
+    """With an axis that is the default of other keys, without one that has no effect on the trial."""
+    spec = spec_file.load(write("optimizer.prompt_lr", "optimizer.lr"))
+    point = {"label_mapping": "fm", "prompt.rank": 2, "optimizer.lr": 0.1, "optimizer.head_lr": 1}
+    assert spec.params(spec.trial_config(point)) == point
+    del point["optimizer.head_lr"]
+    assert spec.params(spec.trial_config(point | {"label_mapping": "flm"})) == point | {"label_mapping": "flm"}
+    (control, _) = spec.control_configs()
+    assert "prompt.rank" not in spec.params(control)
+
+
+def test_grid_has_every_valid_cell_once(write):
+    good = spec_file.load(write())
+    cells = good.cells()
+    expected = [
+        {"label_mapping": m, "prompt.rank": r, "optimizer.prompt_lr": p} | ({"optimizer.head_lr": h} if h else {})
+        for m, r, p in itertools.product(["flm", "fm", "lp"], [1, 2, 3], [0.001, 0.1])
+        for h in ([None] if m == "flm" else [0.1, 1])
+    ]
+    assert len(cells) == good.number_of_trials() == 30
+    assert sorted(map(str, cells)) == sorted(
+        map(str, ({k: e[k] for k in good.ordered_axes() if k in e} for e in expected))
+    )
+    assert len({good.trial_config(cell).content_hash() for cell in cells}) == 30
+
+
+def test_grid_sampler_follows_the_conditions(write):
+    good = spec_file.load(write())
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=CellSampler(good.cells()))
+    suggested = [suggest(good, study.ask()) for _ in good.cells()]
+    assert suggested == good.cells()
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
+def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    overrides = [f"search.algorithm={algorithm}", "search.trials=12", "search.seed=4"]
+    sweep = spec_file.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
+
+    def run(seed: int) -> list[dict]:
+        study = optuna.create_study(sampler=make_sampler(sweep, seed), direction="maximize")
+        points = []
+        for _ in range(12):
+            trial = study.ask()
+            points.append(suggest(sweep, trial))
+            study.tell(trial, points[-1]["optimizer.prompt_lr"])
+        return points
+
+    points = run(4)
+    assert points == run(4) != run(5)
+    for point in points:
+        assert ("optimizer.head_lr" in point) == (point["label_mapping"] != "flm")
+        assert isinstance(sweep.trial_config(point), TrialConfig)
+
+
+def test_cmaes_takes_numbers(write):
+    overrides = ["search={algorithm: cmaes, trials: 8}", "trial.label_mapping=lp"]
+    path = write(
+        GOOD[GOOD.index("  label_mapping") : GOOD.index("search:")],
+        "  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
+    )
+    sweep = spec_file.load(path, overrides)
+    study = optuna.create_study(sampler=make_sampler(sweep, 0))
+    for _ in range(8):
+        trial = study.ask()
+        study.tell(trial, suggest(sweep, trial)["prompt.rank"])
+
+
+FAST = ("quickstart", "lorvp_cifar10")
+SHIPPED = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in FAST else pytest.mark.slow)
+    for path in sorted({*SWEEPS.glob("*.yaml")} - {rows.FIGURES})
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_sweeps_that_come_with_the_project(path, monkeypatch):
+    monkeypatch.setattr(launch, "memory_line", lambda *_: "")  # which builds the models; test_memory.py is about it
+    loaded = spec_file.load(path)
+    assert loaded.name == path.stem
+    assert path.read_text().startswith("#")
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--no-estimate"])
+    assert result.exit_code == 0
+    assert "estimate" not in result.output
+    assert f"trials: {loaded.number_of_trials()}" in result.output
+
+
+def test_published_settings():
+    imagenet = spec_file.load(SWEEPS / "lorvp_imagenet.yaml")
+    config = imagenet.trial_config({})
+    assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
+    assert {"optimizer.lr", "optimizer.prompt_lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
+    cifar = spec_file.load(SWEEPS / "lorvp_cifar100.yaml")
+    row = cifar.trial_config({})
+    assert (row.optimizer.lr, row.prompt.rank, row.label_mapping, row.epochs, row.batch_size) == (
+        0.02,
+        4,
+        "lp",
+        20,
+        256,
+    )
+    published = {"label_mapping": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "optimizer.prompt_lr": 0.02}
+    assert published in cifar.cells()
+
+
+def test_the_peers_published_grids():
+    """As their public code has them; what differs is in each spec's header."""
+    vpt, vqt, autovp, ilm_vp = (
+        spec_file.load(SWEEPS / f"{name}.yaml")
+        for name in ("vpt_cifar100", "vqt_cifar100", "autovp_cifar10", "ilmvp_cifar10")
+    )
+    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 54)
+    for spec in (vpt, vqt):
+        config = spec.trial_config(spec.cells()[0])
+        assert (config.optimizer.scale_lr, config.batch_size, config.tokens.dropout) == (True, 128, 0.1)
+        assert (config.epochs, config.schedule.warmup_epochs, spec.early_stopping.rule) == (100, 10, "none")
+        assert (config.dataset.train_images, config.dataset.val_images, config.dataset.val_from) == (800, 200, 45_000)
+        assert (config.backbone.name, config.backbone.mean) == (
+            "vit_base_patch16_224.orig_in21k",
+            (0.485, 0.456, 0.406),
+        )
+        assert spec.confirm is not None
+        assert (spec.confirm.seeds, spec.confirm.all_images) == ([42, 44, 82, 100, 800], True)
+    dropouts = {(c.tokens.deep, c.tokens.dropout) for c in map(vpt.trial_config, vpt.cells())}
+    assert dropouts == {(True, 0.1), (False, 0.0)}
+    for spec, schedule, grace in ((autovp, "constant", 3), (ilm_vp, "steps", 1)):
+        config = spec.trial_config(spec.cells()[0])
+        assert (config.batch_size, config.schedule.name) == (128, schedule)
+        assert spec.early_stopping.grace_epochs == grace
+
+
+def test_values_that_go_with_some_others_only(write):
+    """A grid over them is refused (above); a search is not, and such a point is a failed trial."""
+    path = write("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}")
+    assert spec_file.load(path, ["search={algorithm: random, trials: 3}"]).number_of_trials() == 3
+
+
+def test_dry_run_writes_nothing(write, tmp_path):
+    path = write()
+    few = ["--set", "trial.dataset.max_per_class=40", "--set", "trial.batch_size=8"]
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", *few])
+    assert result.exit_code == 0
+    assert "trials: 30" in result.output
+    assert '"prompt_lr": 0.001' in result.output
+    assert re.search(r"estimate: \S+ GPU-hours; .* by 20 steps on this machine's [CG]PU", result.output)
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trial.dataset={name: image_folder, root: nowhere}", "trial.dataset.root: no such folder"),
+        ("trial.backbone.checkpoint=gone.safetensors", "trial.backbone.checkpoint: no such file"),
+    ],
+)
+def test_dry_run_without_an_estimate(override, reason, write, tmp_path):
+    path = write()
+    result = CliRunner().invoke(launch.app, [str(path), "--dry-run", "--set", override])
+    assert result.exit_code == 0
+    assert f"no estimate: {reason}" in result.output
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+def test_errors_are_user_errors(write):
+    with pytest.raises(UserError):
+        spec_file.load(write("epochs: 4", "epochs: 0"))
+
+
+def test_a_shell_completes_what_can_be_set():
+    script = Path(sys.executable).parent / "lorvp-sweep"
+    asked = {"_LORVP_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "lorvp-sweep --set search.s", "COMP_CWORD": "2"}
+    found = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True)
+    assert found.stdout.split() == ["search.seed=", "search.seconds="]
+
+
+def test_anchors_and_merge_keys_are_read(write):
+    spec = spec_file.load(write("  epochs: 4", "  <<: [&long {epochs: 9}, {batch_size: 8}]\n  <<: *long"))
+    assert (spec.trial["epochs"], spec.trial["batch_size"]) == (9, 8)
