@@ -299,7 +299,7 @@ class TrialConfig(Part):
     dataset: DatasetConfig
     prompt: PromptConfig = PromptConfig()
     tokens: TokensConfig = TokensConfig()
-    label_mapping: Literal["rlm", "flm", "ilm", "fm", "lp"] = Field(
+    label_mapping: Annotated[str, _one_of("mappings")] = Field(
         "lp",
         description="a source class for each class: rlm at random, flm by frequency, ilm that again before each epoch; "
         "or a layer that learns: fm on the source logits, lp on the features",

@@ -44,9 +44,10 @@ def spec_schema() -> dict[str, Any]:
 
 
 def trial_schema() -> dict[str, Any]:
-    """Of a TrialConfig, with the names of methods and prompts that there are."""
+    """Of a TrialConfig, with the names of methods, label mappings and prompts that there are."""
     trial = TrialConfig.model_json_schema()
     trial["properties"]["method"]["examples"] = plugins.names("methods")
+    trial["properties"]["label_mapping"]["enum"] = plugins.names("mappings")
     trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
     return trial
 

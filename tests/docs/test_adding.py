@@ -27,15 +27,15 @@ PARTS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MUL
 TRAIN = """
 import json
 from pathlib import Path
-from lorvp import bundle_format
-from lorvp.training import train
-from sweeps import spec_file
+from lorvp.bundle.format import describe
+from lorvp.training.loop import train
+from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
 Path("out").mkdir()
 points = [spec.example({"optimizer.prompt_lr": value}) for value in (0.01, 0.1)]
 (result,) = train(spec.trial_config(points[0]), Path("out"))
-names = bundle_format.describe(Path("out/bundle"))["class_names"]
+names = describe(Path("out/bundle"))["class_names"]
 hashes = {spec.trial_config(point).content_hash() for point in points}
 print(json.dumps({"parameters": result.parameters, "class_names": names, "configs": len(hashes)}))
 """
@@ -43,7 +43,7 @@ RELAY = """
 from pathlib import Path
 from cluster import profile
 from cluster.relay import Relay, make_cluster
-from sweeps import spec_file
+from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
 relay = Relay(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
@@ -53,7 +53,8 @@ print(trial.path.absolute())
 """
 SUBMIT = """
 from pathlib import Path
-from sweeps import launch, spec_file
+from sweeps import launch
+from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
 relay = launch.make_relay(spec, "")

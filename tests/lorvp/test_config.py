@@ -76,7 +76,7 @@ def test_what_has_no_effect_does_not_make_another_trial(digits):
         ({"epoch": 3}, "epoch"),
         ({"prompt": {"kind": "fourier"}}, "low_rank"),
         ({"prompt": {"rank": 0}}, "greater"),
-        ({"label_mapping": "lpp"}, "'lp'"),
+        ({"label_mapping": "lpp"}, "one of flm, fm, ilm, lp"),
         ({"optimizer": {"lr": float("nan")}}, "finite"),
         ({"dataset": {"name": "store"}}, "root"),
         ({"schedule": {"warmup_epochs": 3}}, "below epochs"),
@@ -95,7 +95,6 @@ def test_config_is_frozen(digits):
 
 def test_names_in_the_config_are_those_that_exist():
     names = plugins.names("mappings")
-    assert set(TrialConfig.model_fields["label_mapping"].annotation.__args__) == set(names)
     assert {name for name in names if list(mappings.load(name)(20, 8, 5).parameters())} == set(HEAD_MAPPINGS)
     assert set(DatasetConfig.model_fields["name"].annotation.__args__) == set(LOADERS)
     for folder in ("prompts", "methods"):

@@ -45,7 +45,7 @@ BROKEN = {
     "unknown key deep in trial": ("{name: digits}", "{nam: digits}", "trial.dataset.nam: no such key; did you mean name?"),
     "missing part of trial": ("  dataset: {name: digits}\n", "", ":2: trial.dataset: this key is missing"),
     "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.optimizer.prompt_lr.choice: List should have at least 1"),
-    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.label_mapping.choice[3]: Input should be 'rlm', "),
+    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.label_mapping.choice[3]: unknown name 'lpp'; one of flm, fm, ilm, "),
     "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
     "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
     "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
