@@ -248,6 +248,40 @@ def test_a_job_is_sent_home_when_its_last_trial_has_ended(digits, tmp_path):
     assert trial.handed_over() == ""
 
 
+def test_a_folder_that_can_not_be_read_costs_the_others_no_job(digits, tmp_path, monkeypatch):
+    """Of two jobs that are free at once the one is handed a trial, the other one later; nor is there a third job."""
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack, cluster.trials_per_job, cluster.jobs_in_flight = 1, 8, 2
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(2)]
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    for trial in trials:
+        trial.claim().end(State.FINISHED)
+    relay.scan.look_at_all()
+    read, gave = TrialFolder.handed_over, TrialFolder.hand_over
+
+    def stale(self, *following):
+        if self.name == trials[0].name:
+            raise OSError(116, "Stale file handle")
+        return gave(self, *following) if following else read(self)
+
+    later = [relay.scan.request(digits(init_seed=seed)) for seed in (7, 8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "handed_over", stale)
+        relay.poll()
+        assert [trial.job_id for trial in later] == [trials[1].job_id, None]
+    relay.poll()
+    assert later[1].job_id == trials[0].job_id
+    for trial in later:
+        trial.claim().end(State.FINISHED)
+    relay.scan.look_at_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "hand_over", stale)
+        trials[0] = later[0]
+        relay.dismiss()
+    assert later[1].handed_over() == ""
+
+
 def test_one_job_measures_before_others_start(digits, tmp_path):
     cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
     cluster.pack = "auto"
