@@ -116,7 +116,7 @@ class Relay:
                 if by_job[jobs[trial.name]].reason.startswith(HELD_BY_A_NODE):
                     self._free_of_its_node(trial, jobs[trial.name])
                 continue
-            if trial.name in jobs and TrialFolder(trial.path).ended():  # since the last look at its folder
+            if trial.name in jobs and trial.may_have_ended():  # since the last look at its folder
                 trial.wake()
                 continue
             died = self._submissions[trial.name] and trial.name not in self._not_before

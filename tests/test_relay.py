@@ -10,12 +10,14 @@ import psutil
 import pytest
 import torch
 from support.holds import Holds
+from support.stale import Stale
 from support.waiting import wait_for
 
 from cluster import job
 from cluster.folder import Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.profile import Profile
 from cluster.relay import UNEXPLAINED, Relay, make_cluster
+from cluster.scan import STALE_SECONDS
 
 
 @pytest.fixture
@@ -296,6 +298,51 @@ def test_one_job_measures_before_others_start(digits, tmp_path):
     jobs = [trial.job()["id"] for trial in trials]
     assert jobs[0] == jobs[1]
     assert jobs[2] == jobs[3] != jobs[0]
+
+
+@pytest.mark.parametrize("late", ["attempts/0001", "attempts/0001/end.json"])
+@pytest.mark.parametrize("until_listed", [True, False])
+def test_an_end_that_a_network_disk_does_not_show_yet_starts_no_second_job(
+    trial, tmp_path, monkeypatch, late, until_listed
+):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = 1
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    trial.claim().append({"epoch": 1, "seconds": 1.0})
+    relay.scan.look_at_all()
+    trial.newest().end(State.FINISHED)
+    cluster.state = JobState("COMPLETED")
+    stale = Stale(monkeypatch, until_listed)
+    stale.hide(trial.path / late)
+    for _ in range(4):
+        relay.poll()
+        clock[0] += STALE_SECONDS / 5
+        assert trial.job()["submissions"] == 1
+    stale.show()
+    relay.scan.look()
+    relay.poll()
+    assert trial.job()["submissions"] == 1
+    assert relay.scan.open() == []
+
+
+def test_an_end_that_never_shows_is_not_waited_for(trial, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = 1
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    trial.claim().end(State.FINISHED)
+    (trial.newest().path / "end.json").unlink()
+    cluster.state = JobState("NODE_FAIL")
+    relay.poll()
+    assert trial.job()["submissions"] == 1
+    clock[0] += STALE_SECONDS
+    relay.poll()
+    assert trial.job()["submissions"] == 2
 
 
 def test_a_full_disk_is_waited_for(trial, tmp_path, monkeypatch):
