@@ -367,6 +367,15 @@ def ring(trial: Path) -> None:
             os.utime(news)
 
 
+def look_afresh(folder: Path) -> None:
+    """Have a network disk ask again what is in a folder, of which it may remember for a minute what was there before.
+
+    NFS does so when a folder is opened to be listed, and then forgets that it has not found a name in it.
+    """
+    with suppress(FileNotFoundError):
+        os.listdir(folder)
+
+
 def pack_file(trials: Path) -> Path:
     return trials.parent / "pack.json"
 

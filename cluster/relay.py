@@ -70,6 +70,7 @@ class Relay:
         """Why a trial can't have another job now, by its name."""
         self._free: dict[str, list[FollowedTrial]] = {}
         """Jobs that may be handed a trial: those of their trials that have ended and that none follows."""
+        self._ended: list[FollowedTrial] = []  # whose job's place is still to be found free
         self._ending = False
         # What this relay has seen of a trial; an earlier driver's is another story.
         self._submissions: Counter[str] = Counter()
@@ -103,17 +104,19 @@ class Relay:
         if not self._adopted or (self._wait and now >= self._refused_until):
             self.adopt()  # an earlier driver's; and a refusal may have been an answer that got lost
         jobs = {trial.name: job["id"] for trial in open_trials if (job := trial.job())}
-        by_job = self.cluster.states([*jobs.values(), *self._free])
+        unread = [job_id for trial in self._ended if (job_id := trial.job_id)]
+        by_job = self.cluster.states([*jobs.values(), *self._free, *unread])
         self.states = {name: by_job[job_id] for name, job_id in jobs.items() if job_id in by_job}
         alive = {job_id for job_id, state in by_job.items() if state.alive}
         self._free = {job_id: ended for job_id, ended in self._free.items() if job_id in alive}
+        self._ended = [trial for trial in self._ended if trial.job_id in alive]
         due = []
         for trial in open_trials:
             if jobs.get(trial.name) in alive:
                 if by_job[jobs[trial.name]].reason.startswith(HELD_BY_A_NODE):
                     self._free_of_its_node(trial, jobs[trial.name])
                 continue
-            if trial.name in jobs and TrialFolder(trial.path).ended():  # since the last look at its folder
+            if trial.name in jobs and trial.may_have_ended():  # since the last look at its folder
                 trial.wake()
                 continue
             died = self._submissions[trial.name] and trial.name not in self._not_before
@@ -271,22 +274,35 @@ class Relay:
         return True
 
     def _free_jobs(self, ended: list[FollowedTrial]) -> None:
-        """Find the jobs whose trial has ended and that may take another."""
+        """Find the jobs whose trial has ended and that may take another.
+
+        A trial whose folder can't be read is left to the next time.
+        """
+        self._ended += ended
+        ended, self._ended = self._ended, []
         for trial in ended:
             for kept in (self._submissions, self._starts, self._exclude, self._not_before, self.troubles):
                 kept.pop(trial.name, None)
-            job = trial.job()
-            if job is None or (self._pack == 1 and job["place"] >= self.cluster.trials_per_job):
-                continue
-            if trial.handed_over() is None:
-                self._free.setdefault(job["id"], []).append(trial)
+            try:
+                if (job := self._job_with_room(trial)) is not None:
+                    self._free.setdefault(job, []).append(trial)
+            except OSError:
+                self._ended.append(trial)
+
+    def _job_with_room(self, ended: FollowedTrial) -> str | None:
+        """The job of a trial that has ended, if it may take another and none was given to it. Raises OSError."""
+        job = ended.job()
+        if job is None or (self._pack == 1 and job["place"] >= self.cluster.trials_per_job):
+            return None
+        return job["id"] if ended.handed_over() is None else None
 
     def dismiss(self) -> None:
         """Sends jobs home that wait for a trial."""
         self._free_jobs(self.scan.survey()[1])
         for ended in self._free.values():
             for trial in ended:
-                trial.hand_over(None)
+                with suppress(OSError):  # a job that hears nothing leaves by itself, after a while
+                    trial.hand_over(None)
 
     def interrupt(self, patience: float = 20.0) -> None:
         """Ends all jobs so that their trials can be continued.

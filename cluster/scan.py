@@ -2,6 +2,9 @@
 
 A look at a trial that has nothing new costs one `stat`, of the file that its job makes grow (`folder.NEWS`). A trial is
 looked at again after a tenth of its last epoch's time, and sooner when an epoch or its end is due.
+
+A network disk may show that file as it is and others as they were, for a while. It has a byte for each attempt, epoch
+and end: where some of these are missing, the folder is read at every look until they are there.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder
+from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder, look_afresh
 from lorvp.config import TrialConfig
 
 SHORTEST, LONGEST = 0.5, 30.0
 """Seconds between two looks at a trial."""
 NEVER = math.inf
+STALE_SECONDS = 60.0
+"""For how long a network disk may show what was there before: NFS's longest, unless it is mounted otherwise."""
 PART = 0.1
 """Of the last epoch's time, the part after which a trial is looked at again."""
 
@@ -38,6 +43,7 @@ class FollowedTrial(TrialFolder):
         self.due = NEVER
         """When to look next, by time.monotonic; what was planned before is void."""
         self._woken = woken
+        look_afresh(path)
         self._job = super().job()
         self._results: list[dict[str, Any]] = []
         self._end: End | None = None
@@ -47,6 +53,10 @@ class FollowedTrial(TrialFolder):
         self._signature: tuple[int, int] | None = None
         self._since = time.monotonic()  # of the last news
         self._unread = True
+        self._rang = self._since  # when the file of news was last seen to grow
+        self._of_nothing = 0  # its bytes that nothing came of: an attempt's that a newer one had replaced
+        self._missing = False
+        self._in_doubt_since: float | None = None
 
     def job(self) -> dict[str, Any] | None:
         return self._job
@@ -54,6 +64,7 @@ class FollowedTrial(TrialFolder):
     def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
         super().submitted(job_id, log, place)
         self._job = super().job()
+        self._in_doubt_since = None
         self.wake()
 
     def results(self) -> list[dict[str, Any]]:
@@ -83,13 +94,22 @@ class FollowedTrial(TrialFolder):
         unread, self._unread = self._unread, False
         try:
             signature = _signature(self.path / NEWS)
-            if signature == self._signature and signature is not None and not unread:
+            if signature == self._signature and signature is not None and not unread and not self._missing:
                 return False
             found = self._read()
+            if signature and self._lacks(signature[0]) > 0:
+                self._look_afresh()
+                found |= self._read()
         except BaseException:
             self._unread = True
             raise
+        if signature != self._signature:
+            self._rang = time.monotonic()
         self._signature = signature
+        if signature:
+            self._count(signature[0])
+        if self._missing:
+            self._end = None  # which counts once all is there that was written before it
         if found:
             self._since = time.monotonic()
         return found or unread
@@ -117,6 +137,37 @@ class FollowedTrial(TrialFolder):
         self._offset += len(whole)
         self._end = end
         return found or bool(whole)
+
+    def _lacks(self, rings: int) -> int:
+        """How much has been rung for and not been found, apart from what nothing came of."""
+        return rings - self._attempt - len(self._results) - (self._end is not None) - self._of_nothing
+
+    def _count(self, rings: int) -> None:
+        lacks = self._lacks(rings)
+        if lacks < 0 or time.monotonic() > self._rang + STALE_SECONDS:
+            self._of_nothing = max(0, self._of_nothing + lacks)  # a job writes first, then it rings
+        self._missing = self._lacks(rings) > 0
+
+    def _look_afresh(self) -> None:
+        look_afresh(self.path)
+        if newest := self.newest():
+            look_afresh(newest.path)
+
+    def may_have_ended(self) -> bool:
+        """Say whether there is an end in its folder, or may be one that this machine does not see yet.
+
+        For who finds its job gone, in any thread: what that has done is not to be done again.
+        """
+        self._look_afresh()
+        folder, newest = TrialFolder(self.path), self.newest()
+        if folder.ended():
+            return True
+        found = int(newest.path.name) + len(newest.results()) if newest else 0
+        if _size(self.path / NEWS) - found <= self._of_nothing:
+            return False
+        if self._in_doubt_since is None:
+            self._in_doubt_since = time.monotonic()
+        return time.monotonic() < self._in_doubt_since + STALE_SECONDS
 
     def wait(self) -> float:
         """Seconds until the next look."""
@@ -247,6 +298,15 @@ class Scan:
 
 def _within(seconds: float) -> float:
     return min(LONGEST, max(SHORTEST, seconds))
+
+
+def _size(path: Path) -> int:
+    """A file's size, of which a network disk asks again when it is opened; 0 where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _signature(path: Path) -> tuple[int, int] | None:

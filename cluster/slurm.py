@@ -19,7 +19,7 @@ from submitit.slurm import slurm
 from cluster import slurm_commands, snapshot
 from cluster.folder import JobState, TrialFolder
 from cluster.job import ANY_GPU, TrialJob
-from cluster.profile import Profile
+from cluster.profile import Profile, SbatchOptions
 from lorvp.utils.files import replacing, write_json
 
 FIRST_POLL, LAST_POLL = 2.0, 30.0
@@ -230,9 +230,14 @@ def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "comment": name, **profile.sbatch},
     }
-    if MEMORY_OPTIONS & profile.sbatch.keys():
-        del parameters["mem"]
+    _leave_memory_to(profile.sbatch, parameters)
     return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _leave_memory_to(theirs: SbatchOptions, ours: dict[str, Any]) -> None:
+    """Take out how much memory we would ask for where the user does so, in whichever way."""
+    if MEMORY_OPTIONS & theirs.keys():
+        del ours["mem"]
 
 
 def sbatch_file(profile: Profile, sweep: Path) -> str:
@@ -262,7 +267,9 @@ def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Seque
         "output": log,
         "open-mode": "append",
         "requeue": True,
-    } | driver.sbatch
+    }
+    _leave_memory_to(driver.sbatch, options)
+    options |= driver.sbatch
     command = ["sbatch", "--parsable"]
     command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
     lines = [*profile.setup, f"exec {snapshot.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]

@@ -20,6 +20,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -144,6 +145,53 @@ class GuardedScheduler(FIFOScheduler):
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         self._failure.guard(lambda: self._scheduler.on_trial_remove(tune_controller, trial), None)
+
+
+@dataclass
+class Asked:
+    """What a scheduler was asked of one config."""
+
+    trial: Trial | None
+    """The first of Tune's trials of it; None once that is through."""
+    answers: dict[int, str] = field(default_factory=dict)
+    """By epochs."""
+
+
+class OncePerConfig(FIFOScheduler):
+    """Asks a scheduler once about each epoch of a config, however often that was suggested.
+
+    All of Tune's trials of a config follow one trial: they get one answer, and count as one where trials are compared.
+    """
+
+    def __init__(self, scheduler: TrialScheduler) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+        self._asked: dict[str, Asked] = {}
+
+    def _of(self, trial: Trial) -> Asked:
+        actor: Any = trial.temporary_state.ray_actor
+        return self._asked.setdefault(actor.recorded.name, Asked(trial))
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._scheduler.on_trial_add(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._scheduler.on_trial_error(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+        asked, epoch = self._of(trial), result["epoch"]
+        if epoch not in asked.answers:
+            asked.answers[epoch] = self._scheduler.on_trial_result(tune_controller, asked.trial or trial, result)
+        return asked.answers[epoch]
+
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
+        asked = self._of(trial)
+        if asked.trial:
+            first, asked.trial = asked.trial, None
+            self._scheduler.on_trial_complete(tune_controller, first, result)
+
+    def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
+        self._scheduler.on_trial_remove(tune_controller, trial)
 
 
 class Actors:
@@ -288,7 +336,7 @@ class SweepController(TuneController):
         actors = Actors(trials)
         super().__init__(
             search_alg=SweepSearch(searcher, spec.number_of_trials(), spec.search.concurrent, failure),
-            scheduler=GuardedScheduler(scheduler, failure),
+            scheduler=GuardedScheduler(OncePerConfig(scheduler), failure),
             checkpoint_period=10**9,
             callbacks=[GiveUp(trials, actors)],
         )

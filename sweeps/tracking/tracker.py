@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from cluster.folder import End, State, TrialFolder
 from lorvp.bundle.format import describe
 from lorvp.errors import UserError
 from lorvp.utils.files import publish
+from sweeps.lock import Holder
 from sweeps.results.leaderboard import epoch_metrics
 from sweeps.spec.model import Spec, flatten, shortened
 from sweeps.tracking import registry
@@ -49,6 +51,8 @@ SUMMARY = {"val_top1": "best_val_top1", "epoch": "best_epoch"}
 """What a bundle's figures are called where they stand for a trial: beside those of each epoch."""
 NO_METRICS = ("order", "packed", "whole")
 """Of an epoch, what is no measure of it: results.parquet has these."""
+DRAFT_SECONDS = 3600.0
+"""After which a driver of another machine is no longer making tables, whatever the clocks say: it takes seconds."""
 
 
 class Tracker:
@@ -260,16 +264,44 @@ def _short(value: Any) -> str:
 def make_tables(uri: str) -> None:
     """Has MLflow make the tables of a SQLite file that is not there yet, under another name until they are whole.
 
-    It takes seconds, within which a driver may be killed; MLflow goes on with no file that has a part of them.
+    It takes seconds, within which a driver may be killed; MLflow goes on with no file that has a part of them. What
+    killed drivers have left is removed.
     """
     path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or "?" in uri or path.exists():
+    if not uri.startswith(SQLITE) or "?" in uri:
+        return
+    remove_drafts(path)
+    if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=draft_prefix(path, Holder.this_process()), dir=path.parent) as folder:
         draft = Path(folder) / path.name
         mlflow.MlflowClient(f"{SQLITE}{draft}").search_experiments()
         publish(draft, path)  # unless another sweep has been faster
+
+
+def draft_prefix(path: Path, maker: Holder) -> str:
+    """How the name of a folder begins in which a driver makes the tables of this file: it says which driver."""
+    return f".{path.name}.{maker.host}.{maker.process}.{maker.started:.0f}."
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove the folders of drivers that were killed as they made the tables of this file."""
+    for draft in path.parent.glob(f".{path.name}.*/"):
+        with suppress(OSError):  # another driver may do the same
+            if not _being_made(draft, path):
+                shutil.rmtree(draft)
+
+
+def _being_made(draft: Path, path: Path) -> bool:
+    try:
+        host, process, started, name = draft.name.removeprefix(f".{path.name}.").rsplit(".", 3)
+        maker = Holder(host, int(process), float(started), name)
+    except ValueError:  # of an earlier version of this project
+        maker = None
+    if maker and maker.here():
+        return maker.lives_here()
+    return time.time() - draft.stat().st_mtime < DRAFT_SECONDS
 
 
 def installed_packages() -> list[str]:

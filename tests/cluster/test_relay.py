@@ -10,12 +10,14 @@ import psutil
 import pytest
 import torch
 from support.holds import Holds
+from support.stale import Stale
 from support.waiting import wait_for
 
 from cluster import job
 from cluster.folder import Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.profile import Profile
 from cluster.relay import UNEXPLAINED, Relay, make_cluster
+from cluster.scan import STALE_SECONDS
 
 
 @pytest.fixture
@@ -248,6 +250,40 @@ def test_a_job_is_sent_home_when_its_last_trial_has_ended(digits, tmp_path):
     assert trial.handed_over() == ""
 
 
+def test_a_folder_that_can_not_be_read_costs_the_others_no_job(digits, tmp_path, monkeypatch):
+    """Of two jobs that are free at once the one is handed a trial, the other one later; nor is there a third job."""
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack, cluster.trials_per_job, cluster.jobs_in_flight = 1, 8, 2
+    trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(2)]
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    for trial in trials:
+        trial.claim().end(State.FINISHED)
+    relay.scan.look_at_all()
+    read, gave = TrialFolder.handed_over, TrialFolder.hand_over
+
+    def stale(self, *following):
+        if self.name == trials[0].name:
+            raise OSError(116, "Stale file handle")
+        return gave(self, *following) if following else read(self)
+
+    later = [relay.scan.request(digits(init_seed=seed)) for seed in (7, 8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "handed_over", stale)
+        relay.poll()
+        assert [trial.job_id for trial in later] == [trials[1].job_id, None]
+    relay.poll()
+    assert later[1].job_id == trials[0].job_id
+    for trial in later:
+        trial.claim().end(State.FINISHED)
+    relay.scan.look_at_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFolder, "hand_over", stale)
+        trials[0] = later[0]
+        relay.dismiss()
+    assert later[1].handed_over() == ""
+
+
 def test_one_job_measures_before_others_start(digits, tmp_path):
     cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
     cluster.pack = "auto"
@@ -262,6 +298,51 @@ def test_one_job_measures_before_others_start(digits, tmp_path):
     jobs = [trial.job()["id"] for trial in trials]
     assert jobs[0] == jobs[1]
     assert jobs[2] == jobs[3] != jobs[0]
+
+
+@pytest.mark.parametrize("late", ["attempts/0001", "attempts/0001/end.json"])
+@pytest.mark.parametrize("until_listed", [True, False])
+def test_an_end_that_a_network_disk_does_not_show_yet_starts_no_second_job(
+    trial, tmp_path, monkeypatch, late, until_listed
+):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = 1
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    trial.claim().append({"epoch": 1, "seconds": 1.0})
+    relay.scan.look_at_all()
+    trial.newest().end(State.FINISHED)
+    cluster.state = JobState("COMPLETED")
+    stale = Stale(monkeypatch, until_listed)
+    stale.hide(trial.path / late)
+    for _ in range(4):
+        relay.poll()
+        clock[0] += STALE_SECONDS / 5
+        assert trial.job()["submissions"] == 1
+    stale.show()
+    relay.scan.look()
+    relay.poll()
+    assert trial.job()["submissions"] == 1
+    assert relay.scan.open() == []
+
+
+def test_an_end_that_never_shows_is_not_waited_for(trial, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
+    cluster.pack = 1
+    relay = Relay(tmp_path / "trials", cluster)
+    relay.poll()
+    trial.claim().end(State.FINISHED)
+    (trial.newest().path / "end.json").unlink()
+    cluster.state = JobState("NODE_FAIL")
+    relay.poll()
+    assert trial.job()["submissions"] == 1
+    clock[0] += STALE_SECONDS
+    relay.poll()
+    assert trial.job()["submissions"] == 2
 
 
 def test_a_full_disk_is_waited_for(trial, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ import os
 from collections import Counter
 
 import pytest
+from support.stale import Stale
 
 from cluster import scan as scanning
 from cluster.folder import NEWS, State, StopReason, TrialFolder
-from cluster.scan import LONGEST, SHORTEST, FollowedTrial, Scan
+from cluster.scan import LONGEST, SHORTEST, STALE_SECONDS, FollowedTrial, Scan
 
 
 class Clock:
@@ -318,3 +319,71 @@ def test_what_was_there_before_is_news_at_the_first_look(tmp_path, digits, clock
     again = scan.request(digits(init_seed=0))  # a search asks for it once more
     assert (again.results(), again.ended().state) == ([result(1)], State.STOPPED)
     assert len(scan.open()) == 2
+
+
+SECOND = "attempts/0002"
+
+
+@pytest.mark.parametrize("late", [NEWS, SECOND, f"{SECOND}/results.jsonl", f"{SECOND}/end.json"])
+def test_what_a_network_disk_shows_late_is_seen_once(scan, trial, clock, told, monkeypatch, late):
+    """The rest of it may be seen before; a trial is not through before all of its epochs are there."""
+    trial.claim().append(result(1))
+    clock.now += 1
+    scan.look()
+    told.clear()
+    stale = Stale(monkeypatch)
+    if late == NEWS:
+        stale.keep(trial.path / NEWS)
+    attempt = trial.claim()
+    for epoch in (2, 3):
+        attempt.append(result(epoch))
+    attempt.end(State.FINISHED)
+    if late != NEWS:
+        stale.hide(trial.path / late)
+    for _ in range(4):
+        clock.now += STALE_SECONDS / 5
+        scan.look()
+        assert scan.open() == [trial]
+    assert trial.ended() is None
+    if late in (NEWS, SECOND):
+        assert (told, trial.results()) == ([], [result(1)])
+    stale.show()
+    clock.now += LONGEST
+    scan.look()
+    assert trial.results() == [result(1), result(2), result(3)]
+    assert trial.ended().state == State.FINISHED
+    assert scan.open() == []
+
+
+def test_a_network_disk_is_asked_again_where_something_is_missing(scan, trial, clock, told, monkeypatch):
+    """As NFS shows a name that it has not found before once its folder is listed."""
+    attempt = trial.claim()
+    for epoch in (1, 2, 3):
+        attempt.append(result(epoch))
+    attempt.end(State.FINISHED)
+    stale = Stale(monkeypatch, until_listed=True)
+    stale.hide(attempt.path / "end.json")
+    clock.now += 1
+    scan.look()
+    assert trial.ended().state == State.FINISHED
+
+
+def test_a_driver_elsewhere_finds_the_job_that_was_noted(trial, tmp_path, monkeypatch):
+    stale = Stale(monkeypatch, until_listed=True)
+    stale.hide(trial.path / "job.json")
+    assert [each.job_id for each in Scan(tmp_path).open()] == ["1"]
+
+
+def test_what_a_stale_job_says_delays_the_end_by_so_long(scan, trial, clock):
+    """It rings for an epoch that no longer counts, which looks like one that is not seen yet."""
+    first = trial.claim()
+    second = trial.claim()
+    first.append(result(99))
+    second.append(result(1))
+    second.end(State.STOPPED)
+    clock.now += 1
+    scan.look()
+    assert (trial.results(), trial.ended()) == ([result(1)], None)
+    clock.now += STALE_SECONDS + LONGEST
+    scan.look()
+    assert trial.ended().state == State.STOPPED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cluster import slurm_commands
 from cluster.folder import JobState, TrialFolder
 from cluster.profile import Profile
 from cluster.relay import Relay
-from cluster.slurm import UNLISTED, SlurmCluster
+from cluster.slurm import UNLISTED, SlurmCluster, sbatch_file, submit_driver
 
 ANSWERS = {"scontrol": "echo MaxArraySize = 1001", "srun": "exit 0", "squeue": "exit 0", "scancel": "exit 0"}
 
@@ -193,6 +194,16 @@ echo "Submitted batch job 1$have"
     relay.poll()
     assert trials[3].job_id == "12"
     assert [trial.job()["submissions"] for trial in trials] == [1] * 4
+
+
+@pytest.mark.parametrize("option", ["mem", "mem-per-cpu", "mem-per-gpu"])
+def test_memory_that_the_user_asks_for_takes_the_place_of_ours(answering, tmp_path, option):
+    """In a trial's job and in the driver's: SLURM takes one of these options only."""
+    profile = Profile(kind="slurm", sbatch={option: "7G"}, driver={"sbatch": {option: "3G"}})
+    assert re.findall(r"--(mem.*)=(\w+)", sbatch_file(profile, tmp_path)) == [(option, "7G")]
+    answering(sbatch=f'echo "$*" > {tmp_path}/asked; echo 7')
+    submit_driver(profile, tmp_path, "0123456789", [])
+    assert re.findall(r"--(mem\S*)=(\w+)", (tmp_path / "asked").read_text()) == [(option, "3G")]
 
 
 def lost(cluster: SlurmCluster, trial: TrialFolder, tmp_path: Path, name: str = "", comment: str = "") -> None:

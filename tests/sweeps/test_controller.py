@@ -26,7 +26,16 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from cluster.folder import End, State
 from lorvp.config import TrialConfig
 from sweeps.search import controller
-from sweeps.search.controller import Actors, Failure, GiveUp, GuardedScheduler, SweepController, SweepSearch, SweepTrial
+from sweeps.search.controller import (
+    Actors,
+    Failure,
+    GiveUp,
+    GuardedScheduler,
+    OncePerConfig,
+    SweepController,
+    SweepSearch,
+    SweepTrial,
+)
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import SpecSearch
 from sweeps.search.tune_trial import SCORE
@@ -180,14 +189,26 @@ def test_the_same_config_again_is_the_same_trial(tmp_path):
     assert all(len(trial.recorded) == 3 for trial in script.trials.values())
 
 
-def test_a_repeated_suggestion_that_is_stopped_does_not_end_the_trial_that_it_repeats(tmp_path):
-    """Rank 1 is suggested again when rank 2 has passed it at the rung, so that the repetition is stopped there."""
+def test_a_repeated_suggestion_does_not_end_the_trial_that_it_repeats(tmp_path):
+    """Rank 1 is suggested again when rank 2 has passed it at the rung: what was decided of it then holds."""
     asha = spec(tmp_path, search={"algorithm": "random", "trials": 4, "concurrent": 3}, early_stopping=ASHA)
     script = Script([[(1, 50.0, 1.0)], [(2, 90.0, 2.0)], [(3, -1.0, 3.0)], [(1, 95.0, 4.0)], [(1, 96.0, 5.0)]])
     search = Says(asha, [1, 2, 3, 1])
     with pytest.raises(StopIteration):  # rank 2 would go on
         SweepController(asha, search, make_scheduler(asha), script, Failure()).run()
-    assert search.ended == [("2", "failed"), ("3", 1), ("0", 3)]
+    assert search.ended == [("2", "failed"), ("0", 3), ("3", 3)]
+    assert script.given_up == []
+
+
+@pytest.mark.parametrize("ranks", [[1, 2, 3], [1, 2, 2, 2, 3]])
+def test_a_config_counts_once_at_a_rung_however_often_it_is_suggested(tmp_path, ranks):
+    """Rank 3 is better than the mean of the two others, and worse than the best of them, which is not three."""
+    trials = {"algorithm": "random", "trials": len(ranks), "concurrent": len(ranks)}
+    asha = spec(tmp_path, search=trials, early_stopping=ASHA)
+    script = Script([[(1, 10.0, 1.0)], [(2, 80.0, 2.0)], [(3, 50.0, 3.0)]])
+    made = SweepController(asha, Says(asha, ranks), make_scheduler(asha), script, Failure())
+    with pytest.raises(StopIteration):  # all would go on
+        made.run()
     assert script.given_up == []
 
 
@@ -371,6 +392,8 @@ OVERRIDDEN = [
     (SweepSearch, SearchAlgorithm, ["next_trial", "is_finished", "on_trial_result", "on_trial_complete"]),
     (GuardedScheduler, FIFOScheduler, ["choose_trial_to_run", "on_trial_add", "on_trial_error", "on_trial_remove"]),
     (GuardedScheduler, FIFOScheduler, ["on_trial_result", "on_trial_complete"]),
+    (OncePerConfig, FIFOScheduler, ["on_trial_add", "on_trial_error", "on_trial_remove"]),
+    (OncePerConfig, FIFOScheduler, ["on_trial_result", "on_trial_complete"]),
     (GiveUp, Callback, ["on_trial_complete"]),
     (SpecSearch, Searcher, ["suggest", "on_trial_result", "on_trial_complete", "save"]),
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 from ray.tune.experiment import Trial
 from typer.testing import CliRunner, Result
@@ -15,6 +19,7 @@ from typer.testing import CliRunner, Result
 from cluster import profile as profiles
 from cluster.folder import State, TrialFolder
 from sweeps import launch
+from sweeps.lock import Holder
 from sweeps.run.ending import Ending
 from sweeps.run.follow import Follower
 from sweeps.search.controller import GuardedScheduler
@@ -25,7 +30,7 @@ from sweeps.simulate.curves import Recorded
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 from sweeps.tracking import store
-from sweeps.tracking.tracker import Tracker, make_tables
+from sweeps.tracking.tracker import Tracker, draft_prefix, make_tables
 
 pytestmark = pytest.mark.slow
 
@@ -231,6 +236,27 @@ def test_a_driver_killed_while_tables_are_made_leaves_no_part_of_them(tmp_path, 
     make_tables(uri)
     assert (tmp_path / "mlflow.db").stat().st_ino == made
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_drafts_of_tables_that_dead_drivers_have_left_are_removed(tmp_path):
+    path = tmp_path / "mlflow.db"
+    dead = subprocess.Popen(["true"])
+    began = psutil.Process(dead.pid).create_time()
+    dead.wait()
+    here = Holder.this_process()
+    reused = replace(here, started=here.started - 1000)  # another has its number by now
+    elsewhere = replace(here, host="node7.site.org")
+    makers = {"killed": replace(here, process=dead.pid, started=began), "reused": reused, "mine": here}
+    makers |= {"long ago": elsewhere, "elsewhere": elsewhere}
+    for name, maker in makers.items():
+        (tmp_path / f"{draft_prefix(path, maker)}{name}" / "part").mkdir(parents=True)
+    (tmp_path / ".mlflow.db.of_an_earlier_version").mkdir()
+    for name in (".mlflow.db.of_an_earlier_version", f"{draft_prefix(path, elsewhere)}long ago"):
+        os.utime(tmp_path / name, (1, 1))
+    path.touch()
+    make_tables(f"sqlite:///{path}")
+    left = sorted(each.name.rpartition(".")[2] for each in tmp_path.iterdir())
+    assert left == ["db", "elsewhere", "mine"]
 
 
 def test_what_a_sqlite_file_shows(tmp_path):

@@ -216,8 +216,12 @@ def test_nodes_whose_gpus_torch_can_not_use(slurm, tmp_path):
 
 @pytest.mark.usefixtures("installed")
 def test_time_limit_shorter_than_a_trial(tmp_path):
-    """It nears while the trial is in a step, since it is lowered then: the checkpoint loses no step."""
-    with started(OverTimeLimit="10") as slurm:  # a slow machine may take longer than until the limit itself
+    """It nears while the trial is in a step, since it is lowered then: the checkpoint loses no step.
+
+    Nor where the site lets no job be requeued any more: then a new job goes on there.
+    """
+    # a slow machine may take longer than until the limit itself
+    with started(OverTimeLimit="10", JobRequeue="0") as slurm:
         sweep = make_sweep(slurm, tmp_path, one=("trials: 4", "trials: 1"), alone=(CONTROL, "control: null\n"))
         step = sweep.holds.hold("step", epoch=2, step=3, attempt="0001")
         signalled = sweep.holds.hold("signalled")
@@ -233,10 +237,22 @@ def test_time_limit_shorter_than_a_trial(tmp_path):
         signalled.release()
         (goes_on,) = again.reached(driver)
         assert (goes_on.epoch, goes_on.step, goes_on.restarts) == (2, 3, 1)
+        assert trial.job()["submissions"] == 1
+        first = trial.job_id
+        slurm.say("scontrol", "update", f"jobid={first}", "requeue=0")
+        signalled = sweep.holds.hold("signalled")
+        anew = sweep.holds.hold("step", attempt="0003")
+        slurm.say("scancel", "--signal=USR2", first)
+        signalled.reached(driver)
         again.release()
+        signalled.release()
+        (goes_on,) = anew.reached(driver)
+        assert (goes_on.epoch, goes_on.step, goes_on.restarts) == (2, 3, 0)
+        wait_for("note of the new job", lambda: trial.job_id != first, driver)
+        anew.release()
         finish(sweep, slurm, driver, trials=1)
         sweep.check_kept(before)
-        assert trial.job()["submissions"] == 1
+        assert trial.job()["submissions"] == 2
 
 
 def test_tracking_server_away_for_a_while(slurm, tmp_path, server):

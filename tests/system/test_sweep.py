@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 
@@ -20,10 +21,21 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_sweep_from_yaml_to_mlflow(tmp_path):
+    """Of a user whose files nobody else may read, in a temporary folder with a path longer than a socket's may be."""
     sweep = Sweep(tmp_path, cold=True)
     shutil.rmtree(tmp_path / "runs")  # this one makes its own
-    output = sweep.run()
+    long = tmp_path / ("t" * 100) / ("u" * 100)
+    long.mkdir(parents=True)
+    sweep.environment["TMPDIR"] = str(long)
+    before = os.umask(0o077)
+    try:
+        output = sweep.run()
+    finally:
+        os.umask(before)
     sweep.cold = False
+    written = [path for path in (sweep.path / "trials").rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if path.stat().st_mode & 0o077]
     sweep.check_complete(trials=5)
     sweep.check_model(output)
     for phrase in (
@@ -51,6 +63,7 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
     assert "--resume goes on" in sweep.run(code=2)
     assert "trial.epochs is not what" in sweep.run("--resume", "--set", "trial.epochs=4", code=2)
     before = sweep.results()
+    sweep.environment["TMPDIR"] = str(tmp_path / "none")  # there is no such folder
     sweep.run("--resume", "--set", "search.trials=5")
     sweep.check_complete(trials=6)
     for name, results in before.items():
