@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from ray.tune.experiment import Trial
+from support import warm
 from typer.testing import CliRunner, Result
 
 from cluster import profile as profiles
@@ -51,6 +53,8 @@ def sweep(tmp_path, monkeypatch) -> Iterator[Spec]:
     """A sweep whose trials are trained by one job after the other, so that epochs come in one order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, value in warm.for_jobs(dict(os.environ)).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "profile.yaml").write_text("kind: local\njobs_in_flight: 1\ntrials_per_job: 9\n")
     (tmp_path / "sweep.yaml").write_text(SPEC)
     before = {signum: signal.getsignal(signum) for signum in Ending.SIGNALS}
