@@ -6,6 +6,7 @@ Names are listed without importing anything, so that a spec is checked where the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -19,9 +20,11 @@ COPIES = Path(__file__).parent.parent / "own"
 """Where a copy of this code that was made for jobs has the files that they are to run."""
 
 
-def names(folder: str) -> list[str]:
-    """The choices in `lorvp/FOLDER`, a module each."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / folder)]))
+@functools.cache
+def names(folder: str) -> tuple[str, ...]:
+    """The choices in `lorvp/FOLDER`, a module each; asked for with every config."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent / folder)])
+    return tuple(sorted(module.name for module in found))
 
 
 def load(folder: str, name: str) -> type:

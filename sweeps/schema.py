@@ -46,8 +46,8 @@ def spec_schema() -> dict[str, Any]:
 def trial_schema() -> dict[str, Any]:
     """Of a TrialConfig, with the names of methods and prompts that there are."""
     trial = TrialConfig.model_json_schema()
-    trial["properties"]["method"]["examples"] = plugins.names("methods")
-    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
+    trial["properties"]["method"]["examples"] = list(plugins.names("methods"))
+    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = list(plugins.names("prompts"))
     return trial
 
 
