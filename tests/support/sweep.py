@@ -72,13 +72,13 @@ class Driver:
         self.process: subprocess.Popen | warm.Process
         command = [str(LAUNCH), "sweep.yaml", *arguments]
         with open(self.log, "w") as log:
+            environment = environment | ({} if cold_jobs else warm.for_jobs(environment))
             if cold:
                 self.process = subprocess.Popen(
                     [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
                 )
             else:
-                jobs = {} if cold_jobs else warm.for_jobs(environment)
-                self.process = warm.start(command, folder, environment | jobs, log, log)
+                self.process = warm.start(command, folder, environment, log, log)
 
     @property
     def pid(self) -> int:
