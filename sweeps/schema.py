@@ -46,9 +46,9 @@ def spec_schema() -> dict[str, Any]:
 def trial_schema() -> dict[str, Any]:
     """Of a TrialConfig, with the names of methods, label mappings and prompts that there are."""
     trial = TrialConfig.model_json_schema()
-    trial["properties"]["method"]["examples"] = plugins.names("methods")
-    trial["properties"]["label_mapping"]["enum"] = plugins.names("mappings")
-    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = plugins.names("prompts")
+    trial["properties"]["method"]["examples"] = list(plugins.names("methods"))
+    trial["properties"]["label_mapping"]["enum"] = list(plugins.names("mappings"))
+    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = list(plugins.names("prompts"))
     return trial
 
 

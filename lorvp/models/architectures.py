@@ -10,6 +10,7 @@ is kept in the cache's folder, and a driver reads it there without either.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -127,6 +128,7 @@ def _ask(module: Path | None) -> Known | None:
     return _read(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
+@functools.lru_cache(maxsize=1)
 def _read(text: str) -> Known:
     values = json.loads(text)
     found = {

@@ -6,6 +6,7 @@ Names are listed without importing anything, so that a spec is checked where the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -24,10 +25,11 @@ SHARED = "base"
 """The module of such a folder that is no choice, and holds what the others share."""
 
 
-def names(folder: str) -> list[str]:
-    """The choices in `lorvp/FOLDER`, a module each."""
+@functools.cache
+def names(folder: str) -> tuple[str, ...]:
+    """The choices in `lorvp/FOLDER`, a module each; asked for with every config."""
     modules = pkgutil.iter_modules([str(ROOT / "lorvp" / folder)])
-    return sorted(module.name for module in modules if module.name != SHARED)
+    return tuple(sorted(module.name for module in modules if module.name != SHARED))
 
 
 def load(folder: str, name: str) -> type:

@@ -77,7 +77,7 @@ def seconds(work: Callable[[], object]) -> float:
 READ_IT = f"""
 import sys
 from pathlib import Path
-from lorvp import pipeline
+from lorvp.data import loader
 from lorvp.config import DatasetConfig
 from lorvp.data.datasets import load
 
@@ -87,7 +87,7 @@ def anonymous():
 
 before = anonymous()
 images = load(DatasetConfig(name="store", root=Path(sys.argv[1])), {SIZE}).train
-for pixels, labels in pipeline.batches(images, {BATCH}, pipeline.epoch_order(len(images), 0, 1)):
+for pixels, labels in loader.batches(images, {BATCH}, loader.epoch_order(len(images), 0, 1)):
     pass
 print(anonymous() - before)
 """

@@ -210,6 +210,7 @@ class Place:
             shutil.copytree(CHECKOUT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
         self.environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "160"}
+        self.environment |= warm.for_jobs(self.environment)
         self.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # ten processes, as in conftest's Server
         for name in ("IMAGENET", "IMAGENETTE", "CIFAR10"):
             shutil.copytree(images, folder / name)

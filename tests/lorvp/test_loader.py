@@ -185,6 +185,10 @@ def test_a_trial_on_800_and_200(digits):
     assert (len(splits.train), len(splits.val), len(splits.test)) == (80, 20, 359)
 
 
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["lorvp.training", "sklearn.datasets"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -196,6 +200,8 @@ def test_a_trial_on_800_and_200(digits):
 )
 def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, changes):
     """With an odd last batch of one image, so that one process has none of it; stopped and continued, too."""
+    if "ilm" in changes.values():  # once, the other process has to import its libraries, as it does in a job
+        monkeypatch.setattr(launch.multiprocessing, "get_context", lambda _: WARM)
     dataset = {"name": "digits", "train_images": 161, "val_images": 41, "crop_flip": True}
     # SGD: Adam's first steps have the size of the learning rate also where a gradient is rounding alone
     given = {"dataset": dataset, "optimizer": {"lr": 0.1, "prompt_lr": 2.0}} | changes

@@ -146,7 +146,7 @@ def resident(what):
 
 torch.set_num_threads(1)  # several would wait for each other where they have to share a core
 backbone = {{"name": "resnet18", "pretrained": False, "image_size": 64}}
-dataset = {{"name": "digits", "max_per_class": 4, "val_fraction": 0.2}}
+dataset = {{"name": "digits", "max_per_class": 2, "val_fraction": 0.2}}
 values = {digits_values(epochs=1, batch_size=32, speed={"keep_memory": False}, read_test=False)!r}
 values |= {{"backbone": backbone, "dataset": dataset}}
 configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed in range(int(sys.argv[1]))]

@@ -65,11 +65,14 @@ def empty_store() -> Path:
 class Driver:
     """One call of `sweeps/launch.py`. Its output goes to a file, so that it can be read at any time."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *arguments: str, cold: bool = False) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str], *arguments: str, cold: bool = False, cold_jobs: bool = False
+    ) -> None:
         self.log = Path(tempfile.mkstemp(prefix="driver-", suffix=".log", dir=folder)[1])
         self.process: subprocess.Popen | warm.Process
         command = [str(LAUNCH), "sweep.yaml", *arguments]
         with open(self.log, "w") as log:
+            environment = environment | ({} if cold_jobs else warm.for_jobs(environment))
             if cold:
                 self.process = subprocess.Popen(
                     [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
@@ -124,7 +127,9 @@ class Sweep:
     ) -> None:
         self.folder = folder
         self.cold = cold
-        """Whether its drivers have to import their libraries, as a user's have to."""
+        """Whether its drivers and jobs have to import their libraries, as a user's have to."""
+        self.cold_jobs = cold
+        """Whether jobs have to; they alone can be stopped by SIGSTOP, too."""
         self._drivers: list[Driver] = []
         if profile:
             (folder / "profile.yaml").write_text(profile)
@@ -137,7 +142,8 @@ class Sweep:
         self.environment = usual | self.holds.environment() | (environment or {})
 
     def start(self, *arguments: str) -> Driver:
-        self._drivers.append(Driver(self.folder, self.environment, *arguments, cold=self.cold))
+        how = {"cold": self.cold, "cold_jobs": self.cold_jobs}
+        self._drivers.append(Driver(self.folder, self.environment, *arguments, **how))
         return self._drivers[-1]
 
     def run(self, *arguments: str, code: int = 0) -> str:

@@ -78,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes += [] if PICTURES else ["search.trials=5", "trial.dataset.max_per_class=20", "trial.epochs=3"]
     command = [launch.__file__, str(QUICKSTART), *(f"--set={change}" for change in changes)]
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    done = warm.run(command, output, environment)
+    done = warm.run(command, output, environment | warm.for_jobs(environment))
     assert done.returncode == 0, done.stdout + done.stderr
     return output / "quickstart"
 

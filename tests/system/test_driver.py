@@ -14,6 +14,7 @@ import mlflow
 import psutil
 import pytest
 from ray.tune.experiment import Trial
+from support import warm
 from typer.testing import CliRunner, Result
 
 from cluster import profile as profiles
@@ -58,6 +59,8 @@ def sweep(tmp_path, monkeypatch) -> Iterator[Spec]:
     """A sweep whose trials are trained by one job after the other, so that epochs come in one order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, value in warm.for_jobs(dict(os.environ)).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "profile.yaml").write_text("kind: local\njobs_in_flight: 1\ntrials_per_job: 9\n")
     (tmp_path / "sweep.yaml").write_text(SPEC)
     before = {signum: signal.getsignal(signum) for signum in Ending.SIGNALS}

@@ -40,6 +40,7 @@ SCAVENGE = PROFILE.replace("partition: gpu", "partition: scavenge")
 def test_what_happens_to_two_jobs(slurm, tmp_path):
     """A signal before python has its handlers, stops, a requeue, a scancel by someone else, and a preemption."""
     sweep = make_sweep(slurm, tmp_path, SCAVENGE, **TWO)
+    sweep.cold_jobs = True
     begin = sweep.holds.hold("start")
     driver = sweep.start()
     held = begin.reached(driver, count=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -93,10 +94,11 @@ def test_failing_trials_do_not_end_the_sweep(tmp_path):
 
 
 def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
-    """The paper's spec, pointed at a small folder of ImageNet's layout and a local checkpoint of two blocks."""
+    """The paper's spec, pointed at a small folder of ImageNet's layout and a local checkpoint of two narrow blocks."""
     import timm
 
-    model = timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False, depth=2)
+    kwargs = {"depth": 2, "embed_dim": 192, "num_heads": 3}
+    model = timm.create_model("vit_base_patch16_224_miil.in21k", pretrained=False, **kwargs)
     checkpoint = tmp_path / "vit.safetensors"
     save_file(model.state_dict(), checkpoint)
     sweep = Sweep(tmp_path, (LAUNCH.parent / "lorvp_imagenet.yaml").read_text())
@@ -105,7 +107,7 @@ def test_imagenet_sweep_on_a_small_folder(tmp_path, image_root):
         "name": "small",
         "trial.dataset.root": prepare("imagenet", image_root, tmp_path / "data", partial=True),
         "trial.backbone.checkpoint": checkpoint,
-        "trial.backbone.kwargs": "{depth: 2}",
+        "trial.backbone.kwargs": json.dumps(kwargs),
         "trial.epochs": 1,
         "trial.batch_size": 9,
         "search.trials": 1,

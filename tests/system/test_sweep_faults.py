@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 def test_driver_killed_and_resumed(tmp_path):
     """While it asks for its third trial, which is written down and not yet requested."""
     sweep = Sweep(tmp_path, cold=True)
+    sweep.cold_jobs = False
     third = sweep.holds.hold("suggested", number=3)
     driver = sweep.start()
     third.reached(driver)

@@ -95,8 +95,8 @@ POINTS = {
 """By the names that tests use."""
 
 
-def install() -> None:
-    """Makes this process stop where it is asked to, if it is a sweep's driver or job."""
+def install(begins: bool = True) -> None:
+    """Makes this process stop where it is asked to, if it is a sweep's driver or job; at "start" if it `begins`."""
     words = " ".join(sys.orig_argv)
     if "submitit.core._submit" in words:
         role = JOB
@@ -108,7 +108,7 @@ def install() -> None:
     settings = _read(folder / "settings.json") or {}
     here = {name: point for name, point in POINTS.items() if point.where == role}
     sys.meta_path.insert(0, _Finder(folder, here, settings))
-    if "start" in here:
+    if "start" in here and begins:
         stop_at(folder, "start", lambda: {})
 
 
