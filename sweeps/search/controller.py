@@ -8,8 +8,8 @@ memory monitor that ends processes when others have filled the machine. So `Acto
 keeps plain objects (`TuneTrial`), `SweepTrial` is a trial of Tune's that has no folder of Ray's and no process, and
 `SweepController` starts the one for the other. `ray.init` is never called.
 
-The names that these three replace or rely on are Tune's inner ones. `tests/sweeps/test_controller.py` holds each of
-them, and pyproject.toml allows the versions of ray only that it has seen.
+The names that these three replace or rely on are Tune's inner ones. Each is held by a test in
+`tests/sweeps/search/test_controller.py`, and pyproject.toml allows the versions of ray only that it has seen.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ WAYS = {
     r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*": Options(),
     r"python -m lorvp\.data prepare|python -m lorvp\.evaluate|python -m sweeps\.ood": Options(),
     r".*pytest .*-m alone": By("test_browser.py::test_500_trials_are_there_in_five_seconds"),
-    r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/lorvp/test_mappings.py -k order -n 0"),
+    r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/lorvp/mappings/test_mappings.py -k order -n 0"),
     # data; a few images stand in for the datasets
     r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
     r"python -m lorvp\.data prepare imagenet .*": Here(

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from functools import cache
 
 import pytest
 import torch
 from conftest import count_forwards
 from pydantic import ValidationError
+from support.training import figures
 
 import lorvp
 from lorvp.bundle.format import describe
@@ -17,17 +17,9 @@ from lorvp.errors import TrialFailed, UserError
 from lorvp.methods.base import Method
 from lorvp.models.backbone import Backbone, resolve_precision
 from lorvp.optim.optimizers import lr_factor, make_optimizer
-from lorvp.result import EpochResult
 from lorvp.training import loop, precision, trainer
 from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import train
-
-MEASURED = {"images_per_second", "peak_memory_mib", "seconds", "time"}
-
-
-def figures(results: list[EpochResult]) -> list[dict]:
-    """Everything but what a clock or the memory says."""
-    return [{key: value for key, value in asdict(r).items() if key not in MEASURED} for r in results]
 
 
 @pytest.mark.parametrize(
