@@ -23,6 +23,7 @@ check: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # The README's pictures of MLflow, by Chromium; runs/screenshots has more of them.
 pictures: $(INSTALLED)

@@ -7,18 +7,15 @@ once, whatever happens to the driver.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from cluster.folder import TrialFolder
+from lorvp.config import TrialConfig
 from lorvp.utils.files import write_json
 from sweeps.results.leaderboard import Entry, Leaderboard
 from sweeps.spec.model import Spec
-
-if TYPE_CHECKING:
-    from sweeps.run.jobs import Jobs
 
 RECORD = "confirm.json"
 
@@ -65,12 +62,12 @@ def chosen(spec: Spec) -> list[Choice] | None:
     ]
 
 
-def request(spec: Spec, choices: list[Choice], jobs: Jobs) -> set[str]:
-    """Asks for the trials that confirm; their names."""
+def request(spec: Spec, choices: list[Choice], ask: Callable[[TrialConfig], object]) -> set[str]:
+    """Ask for the trials that confirm, and return their names."""
     for choice in choices:
         config = TrialFolder(spec.trials / choice.trial).config
         for seed in choice.seeds:
-            jobs.request(spec.confirmed(config, seed))
+            ask(spec.confirmed(config, seed))
     return {name for choice in choices for name in choice.seeds.values()}
 
 

@@ -16,6 +16,7 @@ from cluster.relay import Relay
 from cluster.slurm import requeue_this_job
 from lorvp.bundle.format import EXAMPLE
 from lorvp.errors import UserError
+from lorvp.utils.explain import without_passwords
 from sweeps.results import confirm
 from sweeps.results.comparison import Comparison
 from sweeps.results.confirm import Choice
@@ -29,7 +30,7 @@ from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
 from sweeps.spec.model import Spec
 from sweeps.tracking.sender import Sender
-from sweeps.tracking.store import is_sure_to_open, tracking_uri, ui_command, without_passwords
+from sweeps.tracking.store import is_sure_to_open, tracking_uri, ui_command
 
 if TYPE_CHECKING:
     from sweeps.tracking.tracker import Tracker
@@ -125,7 +126,7 @@ def train(spec: Spec, spent: Spent, jobs: Jobs, follower: Follower, console: Con
         if spec.confirm is None:
             return None
         choices = confirm.choose(spec)
-    names = confirm.request(spec, choices, jobs)
+    names = confirm.request(spec, choices, jobs.request)
     follower.confirm(names)
     text = f"confirmation: {len(choices)} configs with the control, {len(names)} trials"
     console.print(text, highlight=False)

@@ -14,10 +14,9 @@ from cluster import profile as profiles
 from lorvp.config import Part, TrialConfig, absolute, backbone_name
 from lorvp.errors import UserError
 from lorvp.models import architectures
-from lorvp.utils.explain import Location, closest, explain
+from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
 from sweeps.spec.model import MOST_CELLS, Scalar, Spec, flatten
-from sweeps.tracking.store import without_passwords
 
 Fail = Callable[[Location, str], NoReturn]
 PATHS = (

@@ -25,9 +25,9 @@ from PIL import Image
 
 from lorvp.bundle.format import CARD, EXAMPLE, describe
 from lorvp.errors import UserError
+from lorvp.utils.explain import without_passwords
 from lorvp.utils.paths import ROOT
 from sweeps.tracking.retry import first_line
-from sweeps.tracking.store import without_passwords
 
 MODEL = "best_prompt"
 ALIAS = "best"

@@ -33,13 +33,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.folder import End, State, TrialFolder
 from lorvp.bundle.format import describe
 from lorvp.errors import UserError
+from lorvp.utils.explain import without_passwords
 from lorvp.utils.files import publish
 from sweeps.lock import Holder
 from sweeps.results.leaderboard import epoch_metrics
 from sweeps.spec.model import Spec, flatten, shortened
 from sweeps.tracking import registry
 from sweeps.tracking.retry import first_line
-from sweeps.tracking.store import SQLITE, tracking_uri, without_passwords
+from sweeps.tracking.store import SQLITE, tracking_uri
 
 # A store that fails is told in a line by who tries again; MLflow would write down a traceback each time.
 logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)

@@ -83,7 +83,7 @@ def test_the_best_of_each_share_are_confirmed(tmp_path):
     assert [choice.control for choice in choices] == [False, False, True]
     assert confirm.chosen(spec) == choices
     jobs = SimpleNamespace(request=partial(TrialFolder.request, spec.trials))
-    names = confirm.request(spec, choices, jobs)
+    names = confirm.request(spec, choices, jobs.request)
     assert names == {name for choice in choices for name in choice.seeds.values()}
     assert len(names) == spec.number_of_confirmations() == 9
     for choice in choices:
