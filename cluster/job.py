@@ -28,8 +28,8 @@ from lorvp.utils.files import create, give_libraries_caches, read_line, write_js
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
-    from lorvp.training.loop import Training
-    from lorvp.training.trainer import Loaded, Options
+    from lorvp.training.shared import SharedResources
+    from lorvp.training.trainer import Options, Trainer
 
 ANY_GPU = "any"
 """Of a job whose GPUs the cluster chooses."""
@@ -148,14 +148,14 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
 
     from lorvp.training import launch
 
-    loaded: Loaded | None = None  # stays in memory for all trials of the job
+    shared: SharedResources | None = None  # stays in memory for all trials of the job
     failed: TrialFailed | None = None
     for trial in taken(first, trials, leaving):
         run = Run(trial, leaving)
         try:
-            loaded = loaded or load(trial)
+            shared = shared or load(trial)
             processes = max(1, torch.cuda.device_count())
-            for result in launch.train(trial.config, processes, loaded=loaded, **run.options()):
+            for result in launch.train(trial.config, processes, shared=shared, **run.options()):
                 run.record(result)
             run.end()
         except Fenced:
@@ -173,32 +173,34 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
 
 def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
     """Trains this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
+    from lorvp.result import EpochResult
     from lorvp.training import loop
+    from lorvp.training.trainer import Trainer
 
-    loaded: Loaded | None = None
+    shared: SharedResources | None = None
     begun: set[str] = set()
-    runs: dict[Training, Run] = {}
+    runs: dict[Trainer, Run] = {}
     failed: Exception | None = None
 
-    def begin(trial: TrialFolder) -> list[loop.Training]:
-        nonlocal loaded, failed
+    def begin(trial: TrialFolder) -> list[Trainer]:
+        nonlocal shared, failed
         begun.add(trial.name)
         run = Run(trial, leaving)
         try:
-            if loaded is None:
-                loaded = load(trial)
+            if shared is None:
+                shared = load(trial)
                 if measure:
-                    note_pack(trial, lambda: loop.best_pack(trial.config, loaded))
-            begins = loop.Training(trial.config, loaded, **run.options())
+                    note_pack(trial, lambda: loop.best_pack(trial.config, shared))
+            trainer = Trainer(trial.config, shared, **run.options())
         except Exception as error:
             with suppress(Fenced):
                 run.fail(error)
             failed = error
             return []
-        runs[begins] = run
-        return [begins]
+        runs[trainer] = run
+        return [trainer]
 
-    def join(running: int) -> list[loop.Training]:
+    def join(running: int) -> list[Trainer]:
         deadline = time.monotonic() + HAND_OVER_SECONDS
         while True:
             mine = handed(first)
@@ -214,28 +216,28 @@ def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> 
                     return []
             time.sleep(HAND_OVER_POLL)
 
-    for member, said in loop.train_together(join):
+    for trainer, event in loop.train_together(join):
         with suppress(Fenced):  # another job has this trial now; the others stay
-            if isinstance(said, Exception):
-                failed = said
-                runs[member].fail(said)
-            elif said is None:
-                runs[member].end()
+            if isinstance(event, loop.Failed):
+                failed = event.error
+                runs[trainer].fail(event.error)
+            elif isinstance(event, EpochResult):
+                runs[trainer].record(event)
             else:
-                runs[member].record(said)
+                runs[trainer].end()
     return failed
 
 
-def load(trial: TrialFolder) -> Loaded:
+def load(trial: TrialFolder) -> SharedResources:
     """Reads what the job's trials share, and says what they run on."""
-    from lorvp.training import loop, precision
+    from lorvp.training import precision, shared
 
     config, path = trial.config, precision.file(trial.path.parent, trial.config)
-    loaded = loop.load(config, read_line(path))
-    if config.precision == "auto" and not create(path, loaded.precision):  # another job was faster
-        loaded = loaded.in_precision(precision.choose(config, loaded.backbone.mean.device, read_line(path)), config)
-    print(f"on {loaded.where()}", flush=True)
-    return loaded
+    resources = shared.load(config, read_line(path))
+    if config.precision == "auto" and not create(path, resources.precision):  # another job was faster
+        resources = resources.in_precision(precision.choose(config, resources.device, read_line(path)), config)
+    print(f"on {resources.describe()}", flush=True)
+    return resources
 
 
 def note_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:

@@ -32,6 +32,7 @@ from lorvp.features import cache as feature_cache
 from lorvp.models.backbone import Backbone
 from lorvp.result import EpochResult
 from lorvp.training import loop
+from lorvp.training.shared import SharedResources, load
 from lorvp.utils import cli
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
@@ -109,7 +110,7 @@ class Clock:
         self.found.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
 
 
-def grid(spec: Spec, loaded: loop.Loaded, seed: int) -> Found:
+def grid(spec: Spec, loaded: SharedResources, seed: int) -> Found:
     """Every cell by the published loop."""
     found = Found()
     config = spec.trial_config(spec.example())
@@ -158,7 +159,7 @@ class Turn:
 class InTurns:
     """Trains the trials that a search asks for in this process, an epoch of each in turns, until one reaches `goal`."""
 
-    def __init__(self, loaded: loop.Loaded, goal: float) -> None:
+    def __init__(self, loaded: SharedResources, goal: float) -> None:
         self.found = Found()
         self._loaded, self._goal = loaded, goal
         self._live: deque[Turn] = deque()
@@ -166,7 +167,7 @@ class InTurns:
 
     def request(self, config: TrialConfig) -> Turn:
         self._asked += 1
-        self._live.append(Turn(config, config.content_hash(), loop.train(config, loaded=self._loaded)))
+        self._live.append(Turn(config, config.content_hash(), loop.train(config, shared=self._loaded)))
         return self._live[-1]
 
     def give_up(self, trial: Turn) -> None:
@@ -188,7 +189,7 @@ class InTurns:
         return [trial.name]
 
 
-def ours(spec: Spec, loaded: loop.Loaded, goal: float) -> Found:
+def ours(spec: Spec, loaded: SharedResources, goal: float) -> Found:
     """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
     trials, failure = InTurns(loaded, goal), Failure()
     with suppress(Reached):
@@ -223,7 +224,7 @@ def main(
     parts: dict[str, Counter[str]] = {"published": Counter(), "ours": Counter()}
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
-        loaded = loop.load(spec.trial_config(spec.example()))
+        loaded = load(spec.trial_config(spec.example()))
         with feature_cache.forgotten():  # so that the cache is empty, and filling it is counted
             theirs = grid(spec, loaded, seed)
             goal = theirs.best - WITHIN

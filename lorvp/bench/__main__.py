@@ -48,7 +48,8 @@ from lorvp.models.backbone import Backbone, resolve_precision
 from lorvp.models.speed import is_convolutional, keep_memory
 from lorvp.result import EpochResult
 from lorvp.training.loop import train, train_together
-from lorvp.training.trainer import Loaded, Training
+from lorvp.training.shared import SharedResources
+from lorvp.training.trainer import Trainer
 from lorvp.utils import cli
 
 CLASSES = 10
@@ -125,7 +126,7 @@ def step(
 
 
 def compare(
-    config: TrialConfig, ours: Loaded, loader: DataLoader, rounds: int, published_precision: str, levers: bool
+    config: TrialConfig, ours: SharedResources, loader: DataLoader, rounds: int, published_precision: str, levers: bool
 ) -> None:
     """Prints the table of `step`; `loader` has the images for the published loop."""
     device, count = ours.backbone.mean.device, len(ours.splits.train)
@@ -209,29 +210,31 @@ def jpeg(random: np.random.Generator, path: Path) -> None:
     Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def load(config: TrialConfig, images: Images) -> Loaded:
+def load(config: TrialConfig, images: Images) -> SharedResources:
     """The backbone, and the images to train on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
     few = images.subset(np.arange(2))
-    return Loaded(Backbone(config.backbone, precision, config.speed).to(device), Splits(images, few, few), precision)
+    return SharedResources(
+        Backbone(config.backbone, precision, config.speed).to(device), Splits(images, few, few), precision
+    )
 
 
-def synthetic(config: TrialConfig, native_size: int, steps: int) -> Loaded:
+def synthetic(config: TrialConfig, native_size: int, steps: int) -> SharedResources:
     """The backbone, and random images for so many steps."""
     return load(config, pixels(config.batch_size * steps, native_size)[0])
 
 
-def title(config: TrialConfig, loaded: Loaded) -> str:
+def title(config: TrialConfig, loaded: SharedResources) -> str:
     device = loaded.backbone.mean.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     size = loaded.backbone.image_size
     return f"{config.backbone.name} at {size}, batch {config.batch_size}, {loaded.precision}, {name}"
 
 
-def trained(config: TrialConfig, loaded: Loaded, count: int = 1) -> float:
+def trained(config: TrialConfig, loaded: SharedResources, count: int = 1) -> float:
     """Images per second of an epoch by the trial's own loop, times the trials that share it."""
-    waiting = [Training(config, loaded) for _ in range(count)]
+    waiting = [Trainer(config, loaded) for _ in range(count)]
     said = train_together(lambda _: [waiting.pop() for _ in list(waiting)])
     return count * min(result.images_per_second for _, result in said if isinstance(result, EpochResult))
 
@@ -302,15 +305,15 @@ def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, flo
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     images = ArrayImages(pixels, np.arange(count) % CLASSES, tuple(map(str, range(CLASSES))))
     train_images, few = (images.subset(np.arange(n)) for n in (2 * config.batch_size, config.eval_batch_size))
-    loaded = Loaded(backbone, Splits(train_images, few, few), resolve_precision(config.precision, device))
+    loaded = SharedResources(backbone, Splits(train_images, few, few), resolve_precision(config.precision, device))
     frozen = sum(t.nbytes for t in (*backbone.parameters(), *backbone.buffers()))
     if device.type == "cuda":
         others = torch.cuda.memory_allocated(device) - frozen  # of what ran before in this process
         torch.cuda.reset_peak_memory_stats(device)
-        (result,) = train(config, loaded=loaded)
+        (result,) = train(config, shared=loaded)
         return result.peak_memory_mib - others / 2**20, result.optimizer_state_mib
     with torch.autograd.profiler.profile(profile_memory=True) as profiled:
-        (result,) = train(config, loaded=loaded)
+        (result,) = train(config, shared=loaded)
     changes = [event.nbytes() for event in profiled.kineto_results.events() if event.name() == "[memory]"]
     return (frozen + max(itertools.accumulate(changes))) / 2**20, result.optimizer_state_mib
 

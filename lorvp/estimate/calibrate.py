@@ -13,7 +13,7 @@ from lorvp.config import TrialConfig
 from lorvp.data.datasets import Splits
 from lorvp.features import cache as feature_cache
 from lorvp.training.loop import train
-from lorvp.training.trainer import load
+from lorvp.training.shared import load
 
 STEPS = 20
 LONGEST = 20.0
@@ -37,7 +37,7 @@ def calibrate(config: TrialConfig, threads: int) -> Calibration:
     epoch is taken to be in each. The test set, read once at a trial's end, and checkpoints are left out. Of several
     GPUs one is measured.
 
-    Raises what `training.load` and `training.train` raise.
+    Raises what `load` and `train` raise.
     """
     torch.set_num_threads(threads)
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def calibrate(config: TrialConfig, threads: int) -> Calibration:
         count = min(steps * config.batch_size, len(splits.train))
         share = count / len(splits.train)
         parts = (images.subset(np.arange(max(1, round(share * len(images))))) for images in all_images)
-        result = next(train(config, loaded=replace(loaded, splits=Splits(*parts))))
+        result = next(train(config, shared=replace(loaded, splits=Splits(*parts))))
         return result.seconds, share
 
     with feature_cache.forgotten():

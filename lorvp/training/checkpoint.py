@@ -28,6 +28,12 @@ def read(path: Path, config: TrialConfig) -> dict[str, Any]:
     return state
 
 
+def epoch_of(state: dict[str, Any]) -> int:
+    """Return the epoch, from 1, whose stage the state's tensors belong to: the one under way, else the last one."""
+    epochs = len(state["results"])
+    return max(1, epochs) if state["epoch"]["phase"] == "between" else epochs + 1
+
+
 def random_states() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 

@@ -19,7 +19,8 @@ from torch import distributed as dist
 from lorvp.config import TrialConfig
 from lorvp.result import EpochResult
 from lorvp.training import loop
-from lorvp.training.trainer import Loaded, Options
+from lorvp.training.shared import SharedResources, load
+from lorvp.training.trainer import Options
 
 LEFT_TO_THE_FIRST = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to all processes of a job: the first one saves, and ends the others."""
@@ -28,19 +29,19 @@ PATIENCE = timedelta(minutes=10)
 
 
 def train(
-    config: TrialConfig, processes: int, loaded: Loaded | None = None, **options: Unpack[Options]
+    config: TrialConfig, processes: int, shared: SharedResources | None = None, **options: Unpack[Options]
 ) -> Iterator[EpochResult]:
-    """`training.train` by so many processes, this one and others beside it, with a GPU each where there are GPUs.
+    """`loop.train` by so many processes, this one and others beside it, with a GPU each where there are GPUs.
 
     The results are those of one process, but for the order in which numbers are added. Raises what training raises,
     and RuntimeError when another of the processes has failed; its own error is on its stderr.
     """
     if processes == 1:
-        yield from loop.train(config, loaded=loaded, **options)
+        yield from loop.train(config, shared=shared, **options)
         return
     with tempfile.TemporaryDirectory(prefix="lorvp-") as folder:
         spawn = multiprocessing.get_context("spawn")
-        precision = loaded and loaded.precision
+        precision = shared and shared.precision
         common = (processes, folder, config, precision, options.get("resume_from"), torch.get_num_threads())
         others = [spawn.Process(target=_take_part, args=(rank, *common)) for rank in range(1, processes)]
         with _blocked(LEFT_TO_THE_FIRST):  # which they inherit, until they ignore them
@@ -48,7 +49,7 @@ def train(
                 other.start()
         try:
             _join_group(0, processes, folder)
-            yield from loop.train(config, loaded=loaded, **options)
+            yield from loop.train(config, shared=shared, **options)
         except RuntimeError as error:
             for rank, other in enumerate(others, start=1):
                 other.join(timeout=5)
@@ -101,6 +102,6 @@ def _take_part(
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
     _join_group(rank, processes, folder)
-    for _ in loop.train(config, loaded=loop.load(config, precision), resume_from=resume_from):
+    for _ in loop.train(config, shared=load(config, precision), resume_from=resume_from):
         pass
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A trial while it is trained: what it is made of, an epoch of it, its checkpoint; `loop.py` goes through them."""
+"""One trial while it is trained: its stage, its epochs and its checkpoint. `loop.py` goes through the epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,69 +14,28 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lorvp import methods
 from lorvp.bundle import io as bundle
-from lorvp.config import HEAD_MAPPINGS, Rung, TrialConfig
+from lorvp.config import HEAD_MAPPINGS, TrialConfig
 from lorvp.data import augment, datasets, loader, shuffle
 from lorvp.errors import TrialFailed, UserError
 from lorvp.features import cache as feature_cache
 from lorvp.features import probe
-from lorvp.models.backbone import Backbone
-from lorvp.models.speed import keep_memory
 from lorvp.optim.galore import state_bytes
-from lorvp.optim.optimizers import lr_factor, make_optimizer
+from lorvp.optim.optimizers import lr_factor
 from lorvp.result import EpochResult
-from lorvp.training import checkpoint, precision
+from lorvp.training import checkpoint
+from lorvp.training.epoch_state import EpochState
+from lorvp.training.shared import SharedResources
+from lorvp.training.stage import build_stage, carry_over
 from lorvp.utils import device, distributed
 from lorvp.utils.device import MicroBatches, where_it_fits
 
 BUNDLE = "bundle"
 TOP_K = 5
-LATER_STAGES_LR = 0.5
-"""Share of the learning rate after the first stage, as VQT's public code has it."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What trials have in common that share backbone, data and precision (`TrialConfig.shares_with`)."""
-
-    backbone: Backbone
-    splits: datasets.Splits
-    precision: str
-
-    def where(self) -> str:
-        """Say what trials run on and in."""
-        on = self.backbone.mean.device
-        driver = device.driver(on)
-        return ", ".join([device.name(on), *([f"driver {driver}"] if driver else []), self.precision])
-
-    def in_precision(self, precision: str, config: TrialConfig) -> Loaded:
-        """Give the same, with the backbone in fp32, bf16 or fp16."""
-        if precision == self.precision:
-            return self
-        return replace(
-            self,
-            backbone=Backbone(config.backbone, precision, config.backbone_speed, self.backbone.mean.device),
-            precision=precision,
-        )
-
-
-def load(config: TrialConfig, kept_precision: str | None = None) -> Loaded:
-    """Builds the backbone on the device and reads the data. Raises UserError where either can't be had.
-
-    `kept_precision` is what others of its sweep train in, for `precision: auto`.
-    """
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type == "cpu" and config.speed.keep_memory:
-        keep_memory(True)
-    chosen = precision.choose(config, where, kept_precision)
-    backbone = Backbone(config.backbone, chosen, config.backbone_speed, where)
-    splits = datasets.load(config.dataset, backbone.image_size)
-    return Loaded(backbone, loader.kept_on_device(splits, where), chosen)
 
 
 class Best(TypedDict):
-    """The best of the whole epochs so far; epoch 0 before there is one."""
+    """The best epoch so far of those at full fidelity; epoch 0 before there is one."""
 
     epoch: int
     score: float
@@ -85,7 +44,7 @@ class Best(TypedDict):
 
 
 class Options(TypedDict, total=False):
-    """What a trial is trained with besides its config; see `Training`."""
+    """What a trial is trained with besides its config; see `Trainer`."""
 
     folder: Path | None
     resume_from: Path | None
@@ -96,19 +55,19 @@ class Stopped(Exception):
     """The search gave up on the trial, or its job has to leave."""
 
 
-Figures = tuple[float, float, float]
+Metrics = tuple[float, float, float]
 """Loss in nats, top-1 and top-5 in percent."""
 
 
-class Training:
-    """One trial while it is trained: its method, optimizers and schedule, and what it has given so far.
+class Trainer:
+    """Train one trial, an epoch at a time.
 
     With a `folder`, a checkpoint is written there after every epoch, before its result is given out, and the best
-    epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, `results` holds the epochs in it as
-    they were recorded and training goes on where it was, in the precision that it began in: on one machine the results
-    are, bit for bit, those of a trial that was never interrupted. `should_stop` is asked before every batch, in
-    training, in an evaluation and in a pass for a label mapping; once it says so the trial leaves within the batch, and
-    a checkpoint holds the part of the epoch that is done.
+    epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, `results` holds its epochs and
+    training goes on where it was, in the precision that it began in: on one machine the results are, bit for bit,
+    those of a trial that was never interrupted. `should_stop` is asked before every batch, in training, in an
+    evaluation and in a pass for a label mapping; once it returns True the trial leaves within the batch, and a
+    checkpoint holds the part of the epoch that is done.
 
     Raises UserError for input that can't work.
     """
@@ -116,474 +75,421 @@ class Training:
     def __init__(
         self,
         config: TrialConfig,
-        loaded: Loaded,
+        shared: SharedResources,
         folder: Path | None = None,
         resume_from: Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         state = None if resume_from is None else checkpoint.read(resume_from, config)
-        if state is not None:
-            loaded = loaded.in_precision(state["precision"], config)
-        self.config, self.whole, self.folder, self.should_stop = config, loaded, folder, should_stop
-        self.device = loaded.backbone.mean.device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
-        self.rank, self.processes = distributed.share()
-        if config.steps_per_layer and self.processes > 1:
+        self.config = config
+        self.shared = shared if state is None else shared.in_precision(state["precision"], config)
+        self.folder = folder
+        self.should_stop = should_stop
+        self.device = self.shared.device
+        self.rank, self.world_size = distributed.share()
+        if config.steps_per_layer and self.world_size > 1:
             raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
-        self.steps_per_epoch = math.ceil(len(loaded.splits.train) / config.batch_size)
-        """Of those on all images; the learning rate's schedule goes by them."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.shared.precision == "fp16")
         self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
+        self.steps_per_epoch = math.ceil(len(self.shared.splits.train) / config.batch_size)
+        """Batches of all training images; the learning rate's schedule goes by them."""
         self.results: list[EpochResult] = []
         self.best = Best(epoch=0, score=0.0, tuned={})
-        self.steps_taken = 0.0  # without those that fp16 skipped
-        self.order: int | None = None
-        """Which epoch's order of the data the epoch that was begun takes; None between two epochs."""
-        self.next_order = 1
-        self.trained_for = 0.0
-        """Seconds of the epoch under way, without its validation."""
-        self.evaluated: dict[str, tuple[int, torch.Tensor]] = {}
-        """Of the epoch under way, by split: how many images are evaluated, and this process's sums of their figures."""
-        self.recounted = 0
-        """Images that a pass for the next label mapping has counted so far."""
-        self._start_counting()
-        if state is None:
-            self._enter(config.rung(1))
-        else:
-            self._continue(state)
-
-    def _enter(self, rung: Rung | None, stage: int = 0) -> None:
-        """Makes what is trained, at the size and on the images of `rung`, and in that stage of `TrialConfig.stages`."""
-        config, backbone, splits = self.config, self.whole.backbone, self.whole.splits
-        if rung and rung.image_size:
-            smaller = config.backbone.model_copy(update={"image_size": rung.image_size})
-            backbone = Backbone(smaller, self.whole.precision, config.backbone_speed, self.device)
-        if rung and rung.train_share:
-            count = max(1, round(rung.train_share * len(splits.train)))
-            _, kept = datasets.stratified_sample(splits.train.labels, count, config.dataset.split_seed)
-            splits = replace(splits, train=splits.train.subset(kept))
-        self.rung, self.loaded, self.splits = rung, Loaded(backbone, splits, self.whole.precision), splits
-        classes = len(splits.class_names)
-        self.method = methods.make(config, backbone, classes).to(self.device)
-        self.method.micro_batches = self.micro_batches
-        self.method.stage = stage
-        self.groups = self.method.groups()
-        if stage:  # what the first one has trained is frozen
-            for group in (group for name, group in self.groups.items() if name != "head"):
-                for parameter in group:
-                    parameter.requires_grad_(False)
-            self.groups = {"head": self.groups["head"]}
-        self.optimizers = {
-            name: make_optimizer(name, group, config, self.whole.precision) for name, group in self.groups.items()
-        }
-        share = LATER_STAGES_LR if stage else 1.0
-        self.base_lr = {name: share * optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        self.cached = self.method.reads_frozen and not config.dataset.crop_flip
-        """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
-        self.model = self.method.mapping if self.cached else self.method
-        self.trained = distributed.averaged(self.model)
-        self.steps_in_epoch = math.ceil(len(splits.train) / config.batch_size)
-
-    def _climb(self, rung: Rung | None) -> None:
-        """Goes on at another rung with what was learned: prompts are interpolated to their new size."""
-        before, optimizers = self.method, self.optimizers
-        self._enter(rung)
-        shapes = {name: tensor.shape for name, tensor in self.method.tuned().items()}
-        tuned = {
-            name: tensor if tensor.shape == shapes[name] else resized(tensor, shapes[name])
-            for name, tensor in before.tuned().items()
-        }
-        self.method.load_tuned(tuned)
-        self.method.counts = before.counts
-        if all(tensor.shape == shapes[name] for name, tensor in before.tuned().items()):
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(optimizers[name].state_dict())
-
-    def _next_stage(self) -> None:
-        """Goes on with a new head and new optimizers, at the beginning of the schedule."""
-        before = self.method
-        stage = before.stage + 1
-        self._enter(None, stage)
-        self.method.start_stage(before)
-        self.steps_taken = float(stage * self._steps_in_stage)
+        self.steps_taken = 0.0
+        """Places in the schedule that are used up, without those of steps that fp16 skipped."""
+        self.next_shuffle_epoch = 1
+        """The epoch whose order of the data the next one takes."""
+        self.epoch = EpochState(self.device)
+        self.start_time = self.training_start = time.perf_counter()
+        """When the epoch under way was begun or gone on with, and when its training would have begun, uninterrupted."""
+        begun = 1 if state is None else checkpoint.epoch_of(state)
+        self.stage = build_stage(config, self.shared, config.rung(begun), config.stage(begun), self.micro_batches)
+        if state is not None:
+            self.load_state_dict(state)
 
     @property
-    def _steps_in_stage(self) -> int:
-        return self.config.epochs // self.config.stages * self.steps_per_epoch
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the epoch under way is one that the result may come from."""
-        return self.rung is None and self.method.stage == self.config.stages - 1
-
-    @property
-    def through(self) -> bool:
+    def done(self) -> bool:
+        """Whether the last epoch has ended."""
         return len(self.results) == self.config.epochs
 
-    # -- an epoch
-
-    def begin(self, order: int | None) -> None:
-        """Begins an epoch on that order of the data, or goes on with the one that was begun."""
-        self.start = time.perf_counter()
-        rung = self.config.rung(len(self.results) + 1)
-        if rung != self.rung:
-            self._climb(rung)
-        if self.order is None and self.config.stage(len(self.results) + 1) != self.method.stage:
-            self._next_stage()
-        if self.cached and self.splits is self.loaded.splits:
-            said = {
-                name: self._said(getattr(self.loaded.splits, name), self.method.mapping.reads)
-                for name in ("train", "val", "test")
-            }
-            self.splits = datasets.Splits(**said)
-        if self.order is None:
-            if not self.results:
-                self._start_head()
-            self.method.start_epoch(len(self.results) + 1, self._batches, self._said_of_train)
-            self.order, self.recounted = order, 0
-            self._start_counting()
-        self.training_start = time.perf_counter() - self.before
-
-    def _start_counting(self) -> None:
-        """Sets to zero what an epoch counts."""
-        self.steps_done, self.before = 0, 0.0
-        self.first_lr: dict[str, float] = {}
-        self.total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """What is left of the epoch: this process's share of images, ready for `step`, of labels, and of how many."""
-        number = self._begun()
-        order = loader.epoch_order(len(self.splits.train), self.config.order_seed, number)
-        size, share = self.config.batch_size, (self.rank, self.processes)
-        rest = order[self.steps_done * size :]
-        given = loader.batches(self.splits.train, size, rest, self.device, share)
-        for start, (pixels, labels) in zip(range(len(order) - len(rest), len(order), size), given, strict=True):
-            places = np.arange(start, min(start + size, len(order)))
-            if self.config.dataset.crop_flip:
-                draws = shuffle.uniform(places[share[0] :: share[1]], 3, self.config.order_seed, number)
-                pixels = augment.crop_and_flip(pixels, self.loaded.backbone.image_size, draws)
-            yield self.prepare(pixels), labels, len(places)
+    @property
+    def in_epoch(self) -> bool:
+        """Whether an epoch's training has begun and the epoch has not ended."""
+        return self.epoch.shuffle_epoch is not None
 
     @property
-    def unsaved(self) -> bool:
-        """Whether there is something of an epoch that the last checkpoint does not hold."""
-        return self.order is not None or self.recounted > 0
+    def steps_per_stage(self) -> int:
+        """Places in the schedule of one of the method's trainings."""
+        return self.config.epochs // self.config.stages * self.steps_per_epoch
 
-    def _begun(self) -> int:
-        """`order`, within an epoch."""
-        assert self.order is not None
-        return self.order
+    # -- an epoch: start_epoch, then batches and train_step, then end_training and end_epoch
+
+    def start_epoch(self, shuffle_epoch: int | None) -> None:
+        """Begin an epoch on that epoch's order of the data, or go on with the one that was begun."""
+        self.start_time = time.perf_counter()
+        self._advance_stage()
+        if not self.in_epoch:
+            if not self.results:
+                self._fit_head()
+            self.stage.method.start_epoch(len(self.results) + 1, self._mapping_batches, self._train_predictions)
+            self.epoch = EpochState(self.device, shuffle_epoch)
+        self.training_start = time.perf_counter() - self.epoch.elapsed
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Yield what is left of the epoch: images ready for `train_step`, labels, and the size of the global batch.
+
+        Images and labels are this process's share of the batch.
+        """
+        epoch, size, train = self._shuffle_epoch(), self.config.batch_size, self.stage.splits.train
+        order = loader.epoch_order(len(train), self.config.order_seed, epoch)
+        share = self.rank, self.world_size
+        left = order[self.epoch.step * size :]
+        starts = range(len(order) - len(left), len(order), size)
+        for start, (images, labels) in zip(starts, loader.batches(train, size, left, self.device, share), strict=True):
+            places = np.arange(start, min(start + size, len(order)))
+            if self.config.dataset.crop_flip:
+                draws = shuffle.uniform(places[self.rank :: self.world_size], 3, self.config.order_seed, epoch)
+                images = augment.crop_and_flip(images, self.stage.shared.backbone.image_size, draws)
+            yield self.prepare(images), labels, len(places)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch from the data as the trial takes it, prepared once for all that share it where memory allows."""
-        if self.cached:
+        """Prepare a batch once for all trials that share it, where memory allows that."""
+        if self.stage.reads_features:
             return images
         with where_it_fits():
-            return self.method.prepare(images)
+            return self.stage.method.prepare(images)
         return images  # the method prepares the parts that it takes
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
-        """One step on this process's share of a batch of `whole` images."""
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor, global_batch_size: int) -> None:
+        """Make one step on this process's share of a batch. Raises Stopped before it where the trial has to leave."""
         if distributed.agreed(self.should_stop):
-            self.before = time.perf_counter() - self.training_start
+            self.epoch.elapsed = time.perf_counter() - self.training_start
             raise Stopped
-        step = self.steps_taken + self.steps_done * self.steps_per_epoch / self.steps_in_epoch
-        step -= self.method.stage * self._steps_in_stage
-        factor = lr_factor(self.config.schedule, step, self._steps_in_stage, self.steps_per_epoch)
-        for name, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = self.base_lr[name] * factor
-        self.total_loss += self._backward(images, labels, self.processes / whole)
+        stage, epoch = self.stage, self.epoch
+        step = self.steps_taken + epoch.step * self.steps_per_epoch / stage.steps_per_epoch(self.config.batch_size)
+        step -= stage.number * self.steps_per_stage
+        factor = lr_factor(self.config.schedule, step, self.steps_per_stage, self.steps_per_epoch)
+        for name, optimizer in stage.optimizers.items():
+            optimizer.param_groups[0]["lr"] = stage.base_lr[name] * factor
+        epoch.total_loss += self._backward(images, labels, self.world_size / global_batch_size)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in stage.optimizers.items():
             self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.groups[name] if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in stage.groups[name] if p.grad is not None])
             finite &= norm.isfinite()
             if self.config.optimizer.clip_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.groups[name], self.config.optimizer.clip_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(stage.groups[name], self.config.optimizer.clip_grad_norm, norm)
             self.scaler.step(optimizer)
         self._zero_grad()
         self.scaler.update()
-        self.first_lr = self.first_lr or {name: base * factor for name, base in self.base_lr.items()}
-        self.skipped += ~finite
-        self.steps_done += 1
+        epoch.lr = epoch.lr or {name: base * factor for name, base in stage.base_lr.items()}
+        epoch.skipped += ~finite
+        epoch.step += 1
 
-    def finish(self, val: Figures, packed: int) -> EpochResult:
-        """Ends the epoch: in the last one the test set is read, with the best epoch's prompt. `val` are its figures.
+    def end_training(self) -> None:
+        """Stop the clock of the epoch's training; its validation follows."""
+        self.epoch.elapsed = time.perf_counter() - self.training_start
 
-        Raises TrialFailed when the loss is no longer a number.
+    def end_epoch(self, val: Metrics, packed: int) -> EpochResult:
+        """End the epoch with its metrics on val, and return its result, which the checkpoint then holds.
+
+        The last epoch reads the test set with the best epoch's prompt. `packed` trials shared the batches.
+
+        Raises TrialFailed when the loss is no longer a number, and Stopped where the trial has to leave.
         """
-        if self.optimizers:
-            train_loss = distributed.total(self.total_loss).item() / len(self.splits.train)
-        else:
-            train_loss = self._evaluate("train")[0]
-        epoch, order = len(self.results) + 1, self._begun()
+        number, shuffle_epoch, train_loss = len(self.results) + 1, self._shuffle_epoch(), self._train_loss()
         if not math.isfinite(train_loss):
-            raise TrialFailed(f"train loss is {train_loss} in epoch {epoch}")
-        # A step that fp16 skipped did not use up its place in the schedule; known only here, without a
-        # transfer in every step, so the schedule falls back at the start of the next epoch.
-        skipped = int(self.skipped) if self.scaler.is_enabled() else 0
-        taken = self.steps_per_epoch - skipped * self.steps_per_epoch / self.steps_in_epoch
-        val_loss, val_top1, val_top5 = val
-        test = None
+            raise TrialFailed(f"train loss is {train_loss} in epoch {number}")
+        test: Metrics | None = None
         if self.config.select == "test_best_epoch":  # val may be the test set
             test = self._evaluate("test") if self.config.dataset.holds_back else val
-        score = val_top1 if test is None else test[1]
-        best = self.best
-        learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
-        if self._whole and (not best["epoch"] or learned_val or score > best["score"]):
-            best = Best(epoch=epoch, score=score, tuned=self.method.tuned())
-        if self.config.select == "val" and self.config.read_test and epoch == self.config.epochs:
-            last = self.method.tuned()
-            self.method.load_tuned(best["tuned"])
-            try:
-                test = self._evaluate("test")
-            finally:  # a checkpoint of a trial that is stopped here holds what it was trained to
-                self.method.load_tuned(last)
-        test_loss, test_top1, test_top5 = test or (None, None, None)
+        best = self._best_with(number, val[1], test)
+        if self.config.select == "val" and self.config.read_test and number == self.config.epochs:
+            test = self._test_of(best)
         result = EpochResult(
-            epoch=epoch,
+            epoch=number,
             train_loss=train_loss,
-            val_loss=val_loss,
-            val_top1=val_top1,
-            val_top5=val_top5,
-            lr=self.first_lr,
-            images_per_second=len(self.splits.train) / self.trained_for,
+            val_loss=val[0],
+            val_top1=val[1],
+            val_top5=val[2],
+            lr=self.epoch.lr,
+            images_per_second=len(self.stage.splits.train) / self.epoch.elapsed,
             peak_memory_mib=peak_memory_mib(self.device),
-            seconds=time.perf_counter() - self.start,
+            seconds=time.perf_counter() - self.start_time,
             time=time.time(),
             parameters=self.parameters(),
-            optimizer_state_mib=sum(map(state_bytes, self.optimizers.values())) / 2**20,
-            order=order,
+            optimizer_state_mib=sum(map(state_bytes, self.stage.optimizers.values())) / 2**20,
+            order=shuffle_epoch,
             packed=packed,
-            whole=self._whole,
+            whole=self.stage.full_fidelity(self.config),
             device=device.name(self.device),
             driver=device.driver(self.device),
-            precision=self.whole.precision,
-            test_loss=test_loss,
-            test_top1=test_top1,
-            test_top5=test_top5,
+            precision=self.shared.precision,
+            test_loss=None if test is None else test[0],
+            test_top1=None if test is None else test[1],
+            test_top5=None if test is None else test[2],
         )
-        self.results.append(result)  # with `best`, and not before: the test set may have been left half-way
-        self.best, self.steps_taken = best, self.steps_taken + taken
-        self.next_order, self.order, self.evaluated = order + 1, None, {}
+        # all at once, and not before: the reading of the test set may have been left half-way
+        self.results.append(result)
+        self.best, self.steps_taken = best, self.steps_taken + self._places_used()
+        self.next_shuffle_epoch, self.epoch = shuffle_epoch + 1, EpochState(self.device)
         self.save()
         return result
 
     def parameters(self) -> dict[str, int]:
-        """How many numbers of each kind were trained, or fitted."""
-        groups = {"head": list(self.method.mapping.parameters())} | self.method.groups()
+        """Return how many numbers of each group were trained, or fitted."""
+        groups = {"head": list(self.stage.method.mapping.parameters())} | self.stage.method.groups()
         return {name: sum(p.numel() for p in group) for name, group in groups.items() if group}
 
-    def close(self) -> None:
-        """Leaves the best epoch's bundle in the folder."""
+    def save_bundle(self) -> None:
+        """Leave the best epoch's bundle in the folder. Raises RuntimeError where a frozen backbone has moved."""
         if not self.config.trains_backbone:
-            self.loaded.backbone.check_unmoved()
+            self.stage.shared.backbone.check_unmoved()
         if self.folder is None or not self.best["epoch"]:
             return
-        self.method.load_tuned(self.best["tuned"])
+        self.stage.method.load_tuned(self.best["tuned"])
         bundle.save(
             self.folder / BUNDLE,
-            self.method,
+            self.stage.method,
             self.config,
-            self.loaded.precision,
-            self.splits.class_names,
+            self.shared.precision,
+            self.stage.splits.class_names,
             self.best["epoch"],
             self.results,
-            example=self.loaded.splits.val.read([0]),  # self.splits may hold what the backbone says of the images
+            example=self.stage.shared.splits.val.read([0]),  # an image, also where the model reads features
         )
 
-    # -- its parts
+    # -- the parts of an epoch
+
+    def _shuffle_epoch(self) -> int:
+        assert self.epoch.shuffle_epoch is not None  # within an epoch
+        return self.epoch.shuffle_epoch
+
+    def _advance_stage(self) -> None:
+        """Go on to the epoch's stage with what was learned, and read its features where it trains a head alone."""
+        number, before = len(self.results) + 1, self.stage
+        rung, training = self.config.rung(number), self.config.stage(number)
+        if rung != before.rung:
+            self.stage = build_stage(self.config, self.shared, rung, training, self.micro_batches)
+            carry_over(before, self.stage)
+        elif training != before.number and not self.in_epoch:
+            self.stage = build_stage(self.config, self.shared, rung, training, self.micro_batches)
+            self.stage.method.start_stage(before.method)
+            self.steps_taken = float(training * self.steps_per_stage)
+        if self.stage.reads_features and not self.stage.features_are_read:
+            splits, output = self.stage.shared.splits, self.stage.method.mapping.reads
+            features = {name: self._outputs(getattr(splits, name), output) for name in ("train", "val", "test")}
+            self.stage = replace(self.stage, splits=datasets.Splits(**features))
+
+    def _fit_head(self) -> None:
+        """Fit the head to the images without a prompt, where the config starts from a fitted one."""
+        if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
+            return
+        splits, method = self.stage.shared.splits, self.stage.method
+        train, val = (
+            self._head_input(self._outputs(images, method.mapping.reads)) for images in (splits.train, splits.val)
+        )
+        cs = probe.CS if method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
+        both = train if self.config.dataset.train_on_val else None
+        if both is not None:  # C is chosen without val's images, which are its last ones
+            train = train.subset(np.arange(len(train) - len(val)))
+        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, both, self._check_alone)
+        method.start_head(weight, bias)
+
+    def _head_input(self, outputs: datasets.ArrayImages) -> datasets.ArrayImages:
+        """Return the backbone's outputs as a fitted head reads them."""
+        read = self.stage.method.read_plain(outputs.pixels)
+        return outputs if read is outputs.pixels else datasets.ArrayImages(read, outputs.labels, outputs.class_names)
+
+    def _outputs(self, images: datasets.Images, output: feature_cache.Output) -> datasets.ArrayImages:
+        """Return the backbone's outputs from the cache; one of several processes computes them, and the others wait."""
+        return feature_cache.outputs(
+            self.stage.shared.backbone, images, output, self.config.eval_batch_size, self._check_alone
+        )
+
+    def _train_predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the backbone's source class of each training image without a prompt, and the labels: (N,) int64."""
+        top = self._outputs(self.stage.shared.splits.train, "top")
+        return top.pixels.to(self.device), torch.from_numpy(top.labels).to(self.device)
+
+    def _mapping_batches(self) -> loader.Batches:
+        """Yield this process's share of the training images that the pass for a label mapping has not counted yet."""
+        images, size = self.stage.shared.splits.train, self.config.eval_batch_size
+        left = np.arange(self.epoch.recounted, len(images))
+        for batch in loader.batches(images, size, left, self.device, (self.rank, self.world_size)):
+            self._check()
+            yield batch
+            self.epoch.recounted = min(self.epoch.recounted + size, len(images))
+
+    def _backward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        """Add the gradients of the sum of the losses times `scale`, and return that sum: () float64 or float32."""
+
+        def backward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            loss = F.cross_entropy(self.stage.ddp_model(images), labels, reduction="sum")
+            penalty = self.stage.method.penalty()
+            total = loss if penalty is None else loss + len(images) * penalty
+            self.scaler.scale(total * scale).backward()  # processes' gradients are averaged, not summed
+            return loss.detach()
+
+        # several processes would wait for gradients that never come; per layer, some weights have made their step
+        may_split = self.world_size == 1 and not self.config.steps_per_layer
+        losses = self.micro_batches.run(backward, images, labels, may_split=may_split, undo=self._undo_batch)
+        self.stage.method.count(labels)
+        return torch.stack(losses).sum(0)
+
+    def _undo_batch(self) -> None:
+        self._zero_grad()
+        self.stage.method.forget()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.stage.optimizers.values():
+            optimizer.zero_grad()
+
+    def _train_loss(self) -> float:
+        """Return the mean loss over the epoch's training images, in nats."""
+        if not self.stage.optimizers:
+            return self._evaluate("train")[0]
+        return distributed.total(self.epoch.total_loss).item() / len(self.stage.splits.train)
+
+    def _places_used(self) -> float:
+        """Return how much of the schedule the epoch has used up.
+
+        A step that fp16 skipped uses up none. That is known only here, without a transfer in every step, so the
+        schedule falls back at the start of the next epoch.
+        """
+        skipped = int(self.epoch.skipped) if self.scaler.is_enabled() else 0
+        return self.steps_per_epoch - skipped * self.steps_per_epoch / self.stage.steps_per_epoch(
+            self.config.batch_size
+        )
+
+    def _best_with(self, number: int, val_top1: float, test: Metrics | None) -> Best:
+        """Return the best epoch so far, the one under way among them."""
+        score = val_top1 if test is None else test[1]
+        learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
+        better = not self.best["epoch"] or learned_val or score > self.best["score"]
+        if self.stage.full_fidelity(self.config) and better:
+            return Best(epoch=number, score=score, tuned=self.stage.method.tuned())
+        return self.best
+
+    # -- evaluation
+
+    def batch_metrics(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the losses, and how many labels are first and among the first five: (3,) float64."""
+
+        def sums(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.stage.model(images)
+            ranked = logits.topk(min(TOP_K, self.stage.method.classes), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            return torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
+
+        return torch.stack(self.micro_batches.run(sums, images, labels)).sum(0)
+
+    def _evaluate(self, split: str) -> Metrics:
+        metrics = evaluate([self], split).get(self)
+        if metrics is None:
+            raise Stopped
+        return metrics
+
+    def _test_of(self, best: Best) -> Metrics:
+        """Return the metrics on the test set with the best epoch's prompt and head."""
+        method = self.stage.method
+        last = method.tuned()
+        method.load_tuned(best["tuned"])
+        try:
+            return self._evaluate("test")
+        finally:  # a checkpoint of a trial that is stopped here holds what it was trained to
+            method.load_tuned(last)
 
     def _check(self) -> None:
         if distributed.agreed(self.should_stop):
             raise Stopped
 
     def _check_alone(self) -> None:
-        """Of several processes one computes what is cached, and can't ask the others."""
-        if self.processes == 1:
+        """Check for a stop where this process is the only one: of several, one computes what is cached."""
+        if self.world_size == 1:
             self._check()
-
-    def _start_head(self) -> None:
-        """Puts a fitted head in, where the config asks for one."""
-        if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
-            return
-        splits, reads = self.loaded.splits, self.method.mapping.reads
-        train, val = (self._read_plain(self._said(images, reads)) for images in (splits.train, splits.val))
-        cs = probe.CS if self.method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
-        whole = train if self.config.dataset.train_on_val else None
-        if whole is not None:  # C is chosen without val's images, which are its last ones
-            train = train.subset(np.arange(len(train) - len(val)))
-        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, whole, self._check_alone)
-        self.method.start_head(weight, bias)
-
-    def _said(self, images: datasets.Images, output: feature_cache.Output) -> datasets.ArrayImages:
-        """From the cache; of several processes one computes it, and the others wait."""
-        return feature_cache.outputs(
-            self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone
-        )
-
-    def _read_plain(self, said: datasets.ArrayImages) -> datasets.ArrayImages:
-        """`said`, as a fitted head reads it."""
-        read = self.method.read_plain(said.pixels)
-        return said if read is said.pixels else datasets.ArrayImages(read, said.labels, said.class_names)
-
-    def _said_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The source class that the backbone takes each of the training images for, and their labels."""
-        said = self._said(self.loaded.splits.train, "top")
-        return said.pixels.to(self.device), torch.from_numpy(said.labels).to(self.device)
-
-    def _batches(self) -> loader.Batches:
-        """A pass over this process's share of the training images."""
-        images, size = self.loaded.splits.train, self.config.eval_batch_size
-        rest = np.arange(self.recounted, len(images))
-        for batch in loader.batches(images, size, rest, self.device, (self.rank, self.processes)):
-            self._check()
-            yield batch
-            self.recounted = min(self.recounted + size, len(images))
-
-    def figures(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(3,) float64: the sum of the losses, and how many have their label first, and among the first five."""
-
-        def of(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
-            logits = self.model(some)
-            ranked = logits.topk(min(TOP_K, self.method.classes), dim=1).indices == their[:, None]
-            loss = F.cross_entropy(logits, their, reduction="sum")
-            return torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
-
-        return torch.stack(self.micro_batches.run(of, images, labels)).sum(0)
-
-    def _evaluate(self, split: str) -> Figures:
-        found = evaluate([self], split)
-        if not found:
-            raise Stopped
-        return found[self]
-
-    def _backward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-        """Adds the gradients of the losses' sum times `scale`, and gives that sum."""
-
-        def of(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
-            loss = F.cross_entropy(self.trained(some), their, reduction="sum")
-            penalty = self.method.penalty()
-            whole = loss if penalty is None else loss + len(some) * penalty
-            self.scaler.scale(whole * scale).backward()  # processes' gradients are averaged, not summed
-            return loss.detach()
-
-        # several processes would wait for gradients that never come; per layer, some weights have made their step
-        may_split = self.processes == 1 and not self.config.steps_per_layer
-        losses = self.micro_batches.run(of, images, labels, may_split=may_split, undo=self._forget_batch)
-        self.method.count(labels)
-        return torch.stack(losses).sum(0)
-
-    def _forget_batch(self) -> None:
-        self._zero_grad()
-        self.method.forget()
-
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
 
     # -- the checkpoint
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether there is something of an epoch that the last checkpoint does not hold."""
+        return self.epoch.phase != "between"
+
     def save(self) -> None:
-        """Writes the checkpoint: where the trial is, between two batches."""
-        total_loss = distributed.total(self.total_loss).item()
-        counts = None if self.method.counts is None else distributed.total(self.method.counts)
-        evaluated = {split: (count, distributed.total(sums).cpu()) for split, (count, sums) in self.evaluated.items()}
-        recount = None
-        if self.method.recounting is not None:
-            recount = {"images": self.recounted, "counts": distributed.total(self.method.recounting)}
-        if self.folder is None:
-            return
-        part = None
-        if self.order is not None:
-            part = {
-                "step": self.steps_done,
-                "total_loss": total_loss,
-                "skipped": int(self.skipped),
-                "lr": self.first_lr,
-                "seconds": self.before,
-                "order": self.order,
-                "evaluated": evaluated,
-            }
-        state = {
+        """Write the checkpoint, between two batches; every process must call it."""
+        state = self.state_dict()
+        if self.folder is not None:
+            checkpoint.write(self.folder, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on: plain values and tensors."""
+        method, counts = self.stage.method, self.stage.method.counts
+        return {
             "config_hash": self.config.content_hash(),
-            "results": [asdict(r) for r in self.results],
+            "results": [asdict(result) for result in self.results],
             "best": self.best,
             "steps_taken": self.steps_taken,
-            "next_order": self.next_order,
-            "part": part,
-            "recount": recount,
-            "precision": self.whole.precision,
-            "tuned": self.method.tuned(),
-            "counts": counts,
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "next_shuffle_epoch": self.next_shuffle_epoch,
+            "epoch": self.epoch.state_dict(method),
+            "precision": self.shared.precision,
+            "tuned": method.tuned(),
+            "counts": None if counts is None else distributed.total(counts),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.stage.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "random_states": checkpoint.random_states(),
         }
-        checkpoint.write(self.folder, state)
 
-    def _continue(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called; the stage must be that epoch's."""
+        method, first = self.stage.method, self.rank == 0
         self.results = [EpochResult(**values) for values in state["results"]]
-        self.best, self.steps_taken, self.next_order = state["best"], state["steps_taken"], state["next_order"]
-        part = state["part"]
-        epoch = len(self.results) + 1 if part else max(1, len(self.results))
-        self._enter(self.config.rung(epoch), self.config.stage(epoch))
-        self.method.load_tuned(state["tuned"])
+        self.best, self.steps_taken = state["best"], state["steps_taken"]
+        self.next_shuffle_epoch = state["next_shuffle_epoch"]
+        method.load_tuned(state["tuned"])
         if state["counts"] is not None:
-            self.method.counts = state["counts"].to(self.device) * (self.rank == 0)
-        for name, optimizer in self.optimizers.items():
+            method.counts = state["counts"].to(self.device) * first
+        for name, optimizer in self.stage.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.set_random_states(state["random_states"])
-        if part is not None:
-            self.order, self.steps_done, self.before = part["order"], part["step"], part["seconds"]
-            self.first_lr = part["lr"]
-            lead = part["total_loss"] if self.rank == 0 else 0.0
-            self.total_loss = torch.tensor(lead, dtype=torch.float64, device=self.device)
-            self.skipped = torch.tensor(part["skipped"], device=self.device)
-            self.evaluated = {
-                split: (count, sums.to(self.device) * (self.rank == 0))
-                for split, (count, sums) in part["evaluated"].items()
-            }
-        if state["recount"] is not None:
-            self.recounted = state["recount"]["images"]
-            self.method.recounting = state["recount"]["counts"].to(self.device) * (self.rank == 0)
+        self.epoch = EpochState.from_state_dict(state["epoch"], method, self.device, first)
 
 
-def resized(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A part of a prompt, (channels, rows, columns), for another image size: B's rows and A's columns interpolated."""
-    return F.interpolate(tensor[None], shape[-2:], mode="bilinear")[0]
+def evaluate(trainers: list[Trainer], split: str) -> dict[Trainer, Metrics]:
+    """Return metrics on a split of trials that share their batches, without the trials that stopped.
 
-
-def evaluate(group: list[Training], split: str) -> dict[Training, Figures]:
-    """Figures on a split of trials that share their batches, summed on the device and read once; without those that
-    stopped. Goes on where all of them were stopped in it before."""
-    first = group[0]
-    images: datasets.Images = getattr(first.splits, split)
-    begun = {training: training.evaluated.get(split) for training in group}
-    places = {0 if found is None else found[0] for found in begun.values()}
+    Sums stay on the device and are read once. Goes on where all of the trials were stopped in it before.
+    """
+    if not trainers:
+        return {}
+    first = trainers[0]
+    images: datasets.Images = getattr(first.stage.splits, split)
+    begun = {trainer: trainer.epoch.evaluated.get(split) for trainer in trainers}
+    places = {0 if progress is None else progress[0] for progress in begun.values()}
     done = places.pop() if len(places) == 1 else 0
-    nothing = torch.zeros(3, dtype=torch.float64, device=first.device)
-    sums = {training: found[1] if found and done else nothing.clone() for training, found in begun.items()}
-    size, share = first.config.eval_batch_size, (first.rank, first.processes)
+    zero = torch.zeros(3, dtype=torch.float64, device=first.device)
+    sums = {trainer: progress[1] if progress and done else zero.clone() for trainer, progress in begun.items()}
+    size, share = first.config.eval_batch_size, (first.rank, first.world_size)
     with torch.inference_mode():
         for pixels, labels in loader.batches(images, size, np.arange(done, len(images)), first.device, share):
             prepared = first.prepare(pixels)
-            for training in list(sums):
-                if distributed.agreed(training.should_stop):
-                    training.evaluated[split] = done, sums.pop(training)
+            for trainer in list(sums):
+                if distributed.agreed(trainer.should_stop):
+                    trainer.epoch.evaluated[split] = done, sums.pop(trainer)
                 else:
-                    sums[training] = sums[training] + training.figures(prepared, labels)
+                    sums[trainer] = sums[trainer] + trainer.batch_metrics(prepared, labels)
             if not sums:
                 return {}
             done = min(done + size, len(images))
-    figures = {training: (distributed.total(found) / len(images)).tolist() for training, found in sums.items()}
-    for training, found in sums.items():
-        training.evaluated[split] = done, found
-    return {training: (loss, 100 * top1, 100 * top5) for training, (loss, top1, top5) in figures.items()}
+    for trainer, total in sums.items():
+        trainer.epoch.evaluated[split] = done, total
+    means = {trainer: (distributed.total(total) / len(images)).tolist() for trainer, total in sums.items()}
+    return {trainer: (loss, 100 * top1, 100 * top5) for trainer, (loss, top1, top5) in means.items()}
 
 
 def peak_memory_mib(device: torch.device) -> float:
+    """Return the largest memory so far in MiB: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

@@ -31,7 +31,7 @@ from sweeps.tracking.retry import first_line
 
 MODEL = "best_prompt"
 ALIAS = "best"
-TRIAL = "lorvp.training.trainer"
+TRIAL = "lorvp.trial"
 MOST_CHARACTERS = 5000
 """That MLflow's table has room for in a description."""
 PACKAGES = ("torch", "numpy", "pillow", "pandas")

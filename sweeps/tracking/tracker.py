@@ -45,7 +45,7 @@ from sweeps.tracking.store import SQLITE, tracking_uri
 # A store that fails is told in a line by who tries again; MLflow would write down a traceback each time.
 logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)
 
-SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.training.trainer", "state"
+SWEEP, TRIAL, STATE = "lorvp.sweep", "lorvp.trial", "state"
 PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
 STATE_TAGS = {State.FINISHED: "finished", State.STOPPED: "stopped early", State.FAILED: "failed"}
 SUMMARY = {"val_top1": "best_val_top1", "epoch": "best_epoch"}

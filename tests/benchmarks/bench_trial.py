@@ -24,6 +24,7 @@ import typer
 
 from lorvp.config import TrialConfig
 from lorvp.training import loop
+from lorvp.training.shared import SharedResources
 from lorvp.utils import cli
 
 SEEDS = (0, 1, 2)
@@ -45,10 +46,10 @@ def sets(photos: list[Path], images: int) -> dict[str, dict[str, Any]]:
     return {"digits": {"name": "digits"} | few} | by_name
 
 
-def curve(values: dict[str, Any], loaded: loop.Loaded) -> list[float]:
+def curve(values: dict[str, Any], loaded: SharedResources) -> list[float]:
     """Val accuracy, best so far, epoch by epoch."""
     best: list[float] = []
-    for result in loop.train(TrialConfig.model_validate(values), loaded=loaded):
+    for result in loop.train(TrialConfig.model_validate(values), shared=loaded):
         best.append(max([result.val_top1, *best[-1:]]))
     return best
 
@@ -57,7 +58,7 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def warm(base: dict[str, Any], loaded: loop.Loaded) -> list[str]:
+def warm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     """Of one set and backbone: cold, then each fit."""
     cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
     cells = [mean([each[-1] for each in cold])]
@@ -73,7 +74,7 @@ def warm(base: dict[str, Any], loaded: loop.Loaded) -> list[str]:
     return cells
 
 
-def ilm(base: dict[str, Any], loaded: loop.Loaded) -> list[str]:
+def ilm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     """Of one set and backbone: passes of their own, streamed, and the difference seed by seed."""
     mapped = base | {"label_mapping": "ilm"}
     own, streamed = (
@@ -83,7 +84,7 @@ def ilm(base: dict[str, Any], loaded: loop.Loaded) -> list[str]:
     return [mean(own), mean(streamed), mean([ours - theirs for ours, theirs in zip(streamed, own, strict=True)])]
 
 
-TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], loop.Loaded], list[str]]]] = {
+TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], SharedResources], list[str]]]] = {
     "warm": (["cold", *map(str, FITS)], warm),
     "ilm": (["ilm: pass", "ilm: streamed", "difference"], ilm),
 }

@@ -272,12 +272,12 @@ def test_packing_is_found_to_pay_or_not(digits, monkeypatch, seconds, best):
     """By a clock that says how long the steps of so many trials take."""
     from lorvp.training import loop
 
-    begun: list[loop.Training] = []
+    begun: list[loop.Trainer] = []
     readings: list[float] = []
 
-    def begin(self: loop.Training, order: int) -> None:
+    def begin(self: loop.Trainer, shuffle_epoch: int) -> None:
         begun.append(self)
-        original(self, order)
+        original(self, shuffle_epoch)
 
     def now(device: torch.device) -> float:
         readings.append(0.0 if len(readings) % 2 == 0 else seconds[len(begun)])
@@ -285,8 +285,8 @@ def test_packing_is_found_to_pay_or_not(digits, monkeypatch, seconds, best):
             begun.clear()
         return readings[-1]
 
-    original = loop.Training.begin
-    monkeypatch.setattr(loop.Training, "begin", begin)
+    original = loop.Trainer.start_epoch
+    monkeypatch.setattr(loop.Trainer, "start_epoch", begin)
     monkeypatch.setattr(loop, "_now", now)
     assert loop.best_pack(digits(), loop.load(digits()), steps=1) == best
 

@@ -24,7 +24,8 @@ from lorvp.models.backbone import Backbone
 from lorvp.training import loop
 from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import train
-from lorvp.training.trainer import Training, evaluate
+from lorvp.training.shared import SharedResources
+from lorvp.training.trainer import Trainer, evaluate
 from lorvp.utils import plugins
 
 PLAIN = dict.fromkeys(SpeedConfig.model_fields, False)
@@ -88,7 +89,7 @@ def config(case: str, **changes: Any) -> TrialConfig:
     return TrialConfig.model_validate(values | METHODS[case] | changes)
 
 
-def loaded(wanted: TrialConfig) -> loop.Loaded:
+def loaded(wanted: TrialConfig) -> SharedResources:
     torch.manual_seed(0)  # the weights
     return loop.load(wanted)
 
@@ -112,7 +113,7 @@ def images(method: Method, count: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("case", VARIANTS)
 def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
     wanted = config(case)
-    expected = list(train(wanted, loaded=loaded(wanted)))
+    expected = list(train(wanted, shared=loaded(wanted)))
     calls = 0
 
     def stop() -> bool:
@@ -120,10 +121,10 @@ def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
         calls += 1
         return calls == 6  # within the second epoch
 
-    first = list(train(wanted, tmp_path, should_stop=stop, loaded=loaded(wanted)))
+    first = list(train(wanted, tmp_path, should_stop=stop, shared=loaded(wanted)))
     assert len(first) == 1
     assert (tmp_path / CHECKPOINT).exists()
-    again = list(train(wanted, tmp_path, resume_from=tmp_path / CHECKPOINT, loaded=loaded(wanted)))
+    again = list(train(wanted, tmp_path, resume_from=tmp_path / CHECKPOINT, shared=loaded(wanted)))
     assert figures(again) == figures(expected)
     assert math.isfinite(expected[-1].train_loss)
     assert (tmp_path / "bundle" / "config.json").exists()
@@ -132,12 +133,12 @@ def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
 @pytest.mark.parametrize("case", VARIANTS)
 def test_every_group_of_parameters_learns(case):
     wanted = config(case)
-    trial = Training(wanted, loaded(wanted))
-    trial.begin(order=1)
-    before = {name: [p.detach().clone() for p in group] for name, group in trial.groups.items()}
+    trial = Trainer(wanted, loaded(wanted))
+    trial.start_epoch(1)
+    before = {name: [p.detach().clone() for p in group] for name, group in trial.stage.groups.items()}
     for batch in trial.batches():
-        trial.step(*batch)
-    for name, group in trial.groups.items():
+        trial.train_step(*batch)
+    for name, group in trial.stage.groups.items():
         moved = [not torch.equal(old, new) for old, new in zip(before[name], group, strict=True)]
         # keys' biases change nothing; a LoR-VP prompt's A moves from the second step on
         assert sum(moved) >= 0.8 * len(moved), name
@@ -302,15 +303,15 @@ def test_vqt_starts_as_its_fitted_head():
     At a C at which features that are rounded otherwise give the same head: at 1,000 they do not.
     """
     wanted = config("vqt, warm", head_fit=1.0)
-    trial = Training(wanted, loaded(wanted))
-    trial.begin(order=1)
-    train = trial.splits.train
+    trial = Trainer(wanted, loaded(wanted))
+    trial.start_epoch(1)
+    train = trial.stage.splits.train
     pixels = trial.prepare(train.read(np.arange(len(train))))
     with torch.no_grad():
-        own = trial.method.backbone(pixels, "features")
+        own = trial.stage.method.backbone(pixels, "features")
         own = own / own.norm(dim=1, keepdim=True)
         labels = torch.from_numpy(train.labels)
-        started = trial.method(pixels)
+        started = trial.stage.method(pixels)
     torch.testing.assert_close(started, F.linear(own, *probe.fit(own, labels, 10, 1.0)), rtol=1e-4, atol=1e-4)
     assert (started.argmax(1) == labels).float().mean() > 0.15  # it was fitted to something
 
@@ -431,12 +432,12 @@ def test_padding_of_a_convolutional_net_is_outside_the_image():
     assert ((seen >= 0) & (seen <= 1)).all()
 
 
-def one_epoch(trial: Training) -> None:
-    trial.begin(order=len(trial.results) + 1)
+def one_epoch(trial: Trainer) -> None:
+    trial.start_epoch(len(trial.results) + 1)
     for batch in trial.batches():
-        trial.step(*batch)
-    trial.trained_for = 1.0
-    trial.finish(evaluate([trial], "val")[trial], packed=1)
+        trial.train_step(*batch)
+    trial.end_training()
+    trial.end_epoch(evaluate([trial], "val")[trial], packed=1)
 
 
 def test_vqt_selects_in_three_stages():
@@ -445,17 +446,17 @@ def test_vqt_selects_in_three_stages():
     Each has the whole schedule, and half the learning rate from the second on. Only the last one's epochs count.
     """
     wanted = config("vqt, selection", optimizer={"name": "adam", "lr": 0.02}, epochs=6)
-    trial = Training(wanted, loaded(wanted))
-    first, count = trial.method, trial.method.features()
+    trial = Trainer(wanted, loaded(wanted))
+    first, count = trial.stage.method, trial.stage.method.features()
     start = first.mapping.head.weight.detach().clone()
     one_epoch(trial)
-    assert (first.penalty(), trial.base_lr) == (None, {"tokens": 0.02, "head": 0.02})
+    assert (first.penalty(), trial.stage.base_lr) == (None, {"tokens": 0.02, "head": 0.02})
     one_epoch(trial)
-    assert trial.method is first
+    assert trial.stage.method is first
     queries = first.tokens.detach().clone()
-    trial.begin(order=3)
-    choosing = trial.method
-    assert trial.base_lr == {"head": 0.01}
+    trial.start_epoch(3)
+    choosing = trial.stage.method
+    assert trial.stage.base_lr == {"head": 0.01}
     assert torch.equal(choosing.tokens, queries)
     assert torch.equal(choosing.mapping.head.weight, start)
     norms = np.linalg.norm(start.numpy().astype(np.float64), axis=0)
@@ -467,8 +468,8 @@ def test_vqt_selects_in_three_stages():
     assert choosing.kept.all()
     weights = choosing.mapping.head.weight.detach().norm(dim=0)
     one_epoch(trial)
-    last = trial.method
-    assert (last.penalty(), trial.base_lr) == (None, {"head": 0.01})
+    last = trial.stage.method
+    assert (last.penalty(), trial.stage.base_lr) == (None, {"head": 0.01})
     assert torch.equal(last.kept.bool(), weights >= weights.sort(descending=True).values[count // 2 - 1])
     assert last.kept.sum() == count // 2
     assert trial.best["epoch"] == 5
@@ -482,17 +483,17 @@ def test_a_heavier_penalty_leaves_smaller_weights():
     found = []
     for lasso in (1e-6, 1.0):
         wanted = config("vqt, selection", tokens={"count": 2, "group_lasso": lasso, "keep": 0.5})
-        trial = Training(wanted, loaded(wanted))
+        trial = Trainer(wanted, loaded(wanted))
         one_epoch(trial)
         one_epoch(trial)
-        found.append(trial.method.mapping.head.weight.norm().item())
+        found.append(trial.stage.method.mapping.head.weight.norm().item())
     assert found[1] < 0.9 * found[0]
 
 
 def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
     wanted = config("vpt", optimizer={"lr": 0.8, "scale_lr": True})
-    trial = Training(wanted, loaded(wanted))
-    assert trial.base_lr == {"tokens": pytest.approx(0.1), "head": pytest.approx(0.1)}
+    trial = Trainer(wanted, loaded(wanted))
+    assert trial.stage.base_lr == {"tokens": pytest.approx(0.1), "head": pytest.approx(0.1)}
 
 
 @pytest.mark.parametrize(
@@ -593,11 +594,11 @@ def test_resnet_50_of_imagenet_21k_p_from_a_file(tmp_path):
 def test_no_weight_decay_is_not_another_optimizer():
     for name in ("sgd", "adamw"):
         with_it, without = (
-            Training(wanted, loaded(wanted))
+            Trainer(wanted, loaded(wanted))
             for wanted in (config("vpt", optimizer={"name": name, "weight_decay": decay}) for decay in (0.01, 0.0))
         )
-        assert {key: type(each) for key, each in with_it.optimizers.items()} == {
-            key: type(each) for key, each in without.optimizers.items()
+        assert {key: type(each) for key, each in with_it.stage.optimizers.items()} == {
+            key: type(each) for key, each in without.stage.optimizers.items()
         }
 
 

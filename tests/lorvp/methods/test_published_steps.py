@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lorvp.methods.base import Method
-from lorvp.training.trainer import Training
+from lorvp.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
 Logits = Callable[[Tensors, Method, torch.Tensor], torch.Tensor]
@@ -196,26 +196,26 @@ def test_forward_and_steps_are_the_published_ones(method):
         with torch.no_grad():
             for parameter in common.backbone.parameters():
                 parameter.normal_(std=0.15)
-    trial = Training(wanted, common)
-    trial.begin(order=1)
-    trained = {id(p) for group in trial.groups.values() for p in group}
-    ours = {key: value for key, value in trial.method.named_parameters() if id(value) in trained}
+    trial = Trainer(wanted, common)
+    trial.start_epoch(1)
+    trained = {id(p) for group in trial.stage.groups.values() for p in group}
+    ours = {key: value for key, value in trial.stage.method.named_parameters() if id(value) in trained}
     own = {key: value.detach().double().requires_grad_() for key, value in ours.items()}
     start = {key: value.detach().clone() for key, value in own.items()}
     by_hand = ByHand(name, lr, decay)
     steps = 0
     for images, labels, whole in trial.batches():
-        said = logits(own, trial.method, images.double())
-        torch.testing.assert_close(trial.model(images).double(), said, rtol=1e-4, atol=1e-4)
+        said = logits(own, trial.stage.method, images.double())
+        torch.testing.assert_close(trial.stage.model(images).double(), said, rtol=1e-4, atol=1e-4)
         gradients = torch.autograd.grad(F.cross_entropy(said, labels), list(own.values()))
         by_hand.step(own, dict(zip(own, gradients, strict=True)))
-        trial.step(images, labels, whole)
+        trial.train_step(images, labels, whole)
         steps += 1
         for key, value in own.items():
             moved = (value - start[key]).norm()
             rounding = 6e-8 * value.norm()  # of a weight in fp32
             assert (ours[key] - value).norm() <= 2e-3 * moved + steps * rounding, (key, steps)
     assert steps == 3
-    for group, parameters in trial.groups.items():
+    for group, parameters in trial.stage.groups.items():
         keys = [key for key, value in ours.items() if any(value is p for p in parameters)]
         assert any(not torch.equal(own[key], start[key]) for key in keys), group

@@ -16,8 +16,8 @@ from lorvp.errors import TrialFailed
 from lorvp.result import EpochResult
 from lorvp.training import loop
 from lorvp.training.checkpoint import CHECKPOINT
-from lorvp.training.loop import train, train_together
-from lorvp.training.trainer import Training
+from lorvp.training.loop import Finished, Left, train, train_together
+from lorvp.training.trainer import Trainer
 
 DIVERGES = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
 
@@ -26,12 +26,12 @@ def figures(results: list[EpochResult]) -> list[dict]:
     return [{key: value for key, value in asdict(r).items() if key not in MEASURED | {"packed"}} for r in results]
 
 
-def together(members: list[Training], join=lambda count: []) -> dict[Training, list]:
-    """All that was said of each trial, those that joined too."""
-    waiting, said = list(members), {}
-    for member, word in train_together(lambda count: [waiting.pop(0) for _ in list(waiting)] or join(count)):
-        said.setdefault(member, []).append(word)
-    return said
+def together(members: list[Trainer], join=lambda count: []) -> dict[Trainer, list]:
+    """The events of each trial, of those that joined too."""
+    waiting, events = list(members), {}
+    for member, event in train_together(lambda count: [waiting.pop(0) for _ in list(waiting)] or join(count)):
+        events.setdefault(member, []).append(event)
+    return events
 
 
 @pytest.mark.slow
@@ -46,36 +46,40 @@ def test_packed_is_what_each_is_by_itself(digits):
         digits(method="linear_probe"),
     ]
     loaded = loop.load(configs[0])
-    said = together([Training(config, loaded) for config in configs])
-    for member, words in said.items():
-        *results, last = words
-        assert last is None
+    events = together([Trainer(config, loaded) for config in configs])
+    for member, of_member in events.items():
+        *results, last = of_member
+        assert last == Finished()
         assert figures(results) == figures(list(train(member.config)))
-    assert [r.packed for r in next(iter(said.values()))[:-1]] == [5] * 3
+    assert [r.packed for r in next(iter(events.values()))[:-1]] == [5] * 3
 
 
 def test_one_that_diverges_leaves_the_others_bits_alone(digits):
     good, bad = digits(), digits(optimizer=DIVERGES)
     loaded = loop.load(good)
-    first, second = Training(good, loaded), Training(bad, loaded)
-    said = together([first, second])
-    assert isinstance(said[second][-1], TrialFailed)
-    assert figures(said[first][:-1]) == figures(list(train(good)))
+    first, second = Trainer(good, loaded), Trainer(bad, loaded)
+    events = together([first, second])
+    assert isinstance(events[second][-1].error, TrialFailed)
+    assert figures(events[first][:-1]) == figures(list(train(good)))
 
 
 @pytest.mark.parametrize(
-    "where", ["step", *(pytest.param(each, marks=pytest.mark.slow) for each in ("begin", "finish", "close"))]
+    "where",
+    [
+        "train_step",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("start_epoch", "end_epoch", "save_bundle")),
+    ],
 )
 def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
     loaded = loop.load(digits())
-    stays, breaks = Training(digits(), loaded), Training(digits(label_mapping="fm"), loaded)
+    stays, breaks = Trainer(digits(), loaded), Trainer(digits(label_mapping="fm"), loaded)
     monkeypatch.setattr(breaks, where, full)
-    said = together([breaks, stays])
-    assert isinstance(said[breaks][-1], OSError)
-    assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
+    events = together([breaks, stays])
+    assert isinstance(events[breaks][-1].error, OSError)
+    assert figures(events[stays][:-1]) == figures(list(train(stays.config)))
 
 
 @pytest.mark.slow
@@ -88,16 +92,16 @@ def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
         calls += 1
         return calls > 8
 
-    stays = Training(digits(epochs=4), loaded)
-    leaves = Training(digits(label_mapping="fm"), loaded, tmp_path, should_stop=stop)
-    joins = Training(digits(label_mapping="ilm", epochs=2), loaded)
+    stays = Trainer(digits(epochs=4), loaded)
+    leaves = Trainer(digits(label_mapping="fm"), loaded, tmp_path, should_stop=stop)
+    joins = Trainer(digits(label_mapping="ilm", epochs=2), loaded)
     waiting = [joins]
-    said = together([stays, leaves], lambda count: [waiting.pop()] if count == 1 and waiting else [])
-    assert [r.order for r in said[stays][:-1]] == [1, 2, 3, 4]
-    assert figures(said[stays][:-1]) == figures(list(train(stays.config)))
-    assert [r.packed for r in said[stays][:-1]] == [2, 2, 2, 2]  # at the epoch's beginning
-    assert len(said[leaves]) == 2  # an epoch, and that it left within the second
-    assert [r.order for r in said[joins][:-1]] == [3, 4]
+    events = together([stays, leaves], lambda count: [waiting.pop()] if count == 1 and waiting else [])
+    assert [r.order for r in events[stays][:-1]] == [1, 2, 3, 4]
+    assert figures(events[stays][:-1]) == figures(list(train(stays.config)))
+    assert [r.packed for r in events[stays][:-1]] == [2, 2, 2, 2]  # at the epoch's beginning
+    assert [type(event) for event in events[leaves]] == [EpochResult, Left]  # within the second epoch
+    assert [r.order for r in events[joins][:-1]] == [3, 4]
     continued = list(train(leaves.config, resume_from=tmp_path / CHECKPOINT))
     assert figures(continued) == figures(list(train(leaves.config)))
 
@@ -105,14 +109,14 @@ def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
 def test_a_joiner_is_what_it_is_by_itself_on_the_same_orders(digits, monkeypatch):
     config = digits(epochs=2)
     loaded = loop.load(config)
-    joins = Training(config, loaded)
+    joins = Trainer(config, loaded)
     waiting = [joins]
-    said = together([Training(digits(epochs=3), loaded)], lambda count: [waiting.pop()] if waiting and count else [])
-    orders = [r.order for r in said[joins][:-1]]
+    events = together([Trainer(digits(epochs=3), loaded)], lambda count: [waiting.pop()] if waiting and count else [])
+    orders = [r.order for r in events[joins][:-1]]
     monkeypatch.setattr("lorvp.data.loader.epoch_order", lambda n, seed, epoch: epoch_order(n, seed, orders[epoch - 1]))
     by_itself = list(train(config))
-    assert [r.train_loss for r in said[joins][:-1]] == [r.train_loss for r in by_itself]
-    assert [r.val_loss for r in said[joins][:-1]] == [r.val_loss for r in by_itself]
+    assert [r.train_loss for r in events[joins][:-1]] == [r.train_loss for r in by_itself]
+    assert [r.val_loss for r in events[joins][:-1]] == [r.val_loss for r in by_itself]
 
 
 @pytest.mark.slow
@@ -127,12 +131,12 @@ def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_p
 
     assert not list(train(config, folder=tmp_path, should_stop=stop))
     loaded = loop.load(config)
-    other = Training(digits(), loaded)
-    back = Training(config, loaded, resume_from=tmp_path / CHECKPOINT)
-    said = together([other, back])
-    assert figures(said[back][:-1]) == figures(list(train(config)))
-    assert [r.packed for r in said[back][:-1]] == [1, 2, 2]
-    assert [r.order for r in said[other][:-1]] == [2, 3, 4]
+    other = Trainer(digits(), loaded)
+    back = Trainer(config, loaded, resume_from=tmp_path / CHECKPOINT)
+    events = together([other, back])
+    assert figures(events[back][:-1]) == figures(list(train(config)))
+    assert [r.packed for r in events[back][:-1]] == [1, 2, 2]
+    assert [r.order for r in events[other][:-1]] == [2, 3, 4]
 
 
 PEAK = f"""
@@ -153,7 +157,7 @@ configs = [TrialConfig.model_validate(values | {{"init_seed": seed}}) for seed i
 loaded = loop.load(configs[0])
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = resident("VmRSS")
-waiting = [loop.Training(config, loaded) for config in configs]
+waiting = [loop.Trainer(config, loaded) for config in configs]
 for _ in loop.train_together(lambda count: [waiting.pop() for _ in list(waiting)]):
     pass
 print(resident("VmHWM") - before)

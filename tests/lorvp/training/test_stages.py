@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from support.training import figures
 
 from lorvp.config import PromptConfig
-from lorvp.training import loop, trainer
+from lorvp.training import loop, stage
 from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import train
-from lorvp.training.trainer import Training
+from lorvp.training.trainer import Trainer
 from lorvp.utils.plugins import load
 
 SMALL = {"epochs": 2, "image_size": 16}
@@ -25,7 +25,7 @@ def test_a_prompt_grows_by_interpolation(kind):
     for parameter in small.parameters():
         torch.nn.init.constant_(parameter, 0.5)
     shapes = {name: tensor.shape for name, tensor in large.state_dict().items()}
-    large.load_state_dict({name: trainer.resized(t, shapes[name]) for name, t in small.state_dict().items()})
+    large.load_state_dict({name: stage.resized(t, shapes[name]) for name, t in small.state_dict().items()})
     middle = small.pattern()[:, 0, 0]
     torch.testing.assert_close(large.pattern()[:, 0, 0], middle)
     assert large.pattern().shape == (3, 32, 32)
@@ -33,13 +33,13 @@ def test_a_prompt_grows_by_interpolation(kind):
 
 def test_rungs_are_what_they_say(digits, monkeypatch):
     seen = []
-    step = Training.step
+    step = Trainer.train_step
 
-    def noted(self: Training, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
+    def noted(self: Trainer, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
         seen.append((len(self.results) + 1, images.shape[-1], whole))
         step(self, images, labels, whole)
 
-    monkeypatch.setattr(Training, "step", noted)
+    monkeypatch.setattr(Trainer, "train_step", noted)
     config = digits(epochs=5, rungs=[SMALL, FEW], batch_size=32)
     results = list(train(config))
     images = len(loop.load(config).splits.train)

@@ -65,11 +65,16 @@ def uninterrupted(config: str) -> tuple[list[dict], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["ilm", "lp"])
+@pytest.mark.parametrize("mapping", ["ilm", "lp", "ilm, rungs"])
 @pytest.mark.parametrize("calls", range(1, 23))
 def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, monkeypatch, mapping, calls):
-    """Before any batch, of training, of a recount, of validation or of the test set; no batch is done twice."""
-    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30)
+    """Before any batch, of training, of a recount, of validation or of the test set; no batch is done twice.
+
+    With rungs the recount of the second epoch is at another image size than the epoch before it.
+    """
+    mapping, _, rungs = mapping.partition(", ")
+    stages = {"rungs": [{"epochs": 1, "image_size": 16}]} if rungs else {}
+    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30, **stages)
     expected, images = uninterrupted(config.canonical_json())
     shown = count_forwards(monkeypatch)
     left = calls

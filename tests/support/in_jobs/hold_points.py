@@ -33,11 +33,11 @@ LIMIT_SECONDS = 900.0
 Context = dict[str, Any]
 
 
-def of_training(training: Any, *_: Any) -> Context:
-    attempt = training.folder.name if training.folder else None
-    step = training.steps_done + 1 if training.order is not None else None
-    trial = training.config.content_hash()
-    return {"trial": trial, "attempt": attempt, "epoch": len(training.results) + 1, "step": step}
+def of_trainer(trainer: Any, *_: Any) -> Context:
+    attempt = trainer.folder.name if trainer.folder else None
+    step = trainer.epoch.step + 1 if trainer.in_epoch else None
+    trial = trainer.config.content_hash()
+    return {"trial": trial, "attempt": attempt, "epoch": len(trainer.results) + 1, "step": step}
 
 
 def of_checkpoint(path: Path) -> Context | None:
@@ -81,9 +81,9 @@ class Point:
 
 POINTS = {
     "start": Point(JOB),  # before anything of the job is imported, its handlers of signals among it
-    "epoch": Point(JOB, "lorvp.training.trainer", "Training.begin", BEFORE, of_training),
-    "step": Point(JOB, "lorvp.training.trainer", "Training.step", BEFORE, of_training),
-    "validation": Point(JOB, "lorvp.training.trainer", "Training.figures", BEFORE, of_training),
+    "epoch": Point(JOB, "lorvp.training.trainer", "Trainer.start_epoch", BEFORE, of_trainer),
+    "step": Point(JOB, "lorvp.training.trainer", "Trainer.train_step", BEFORE, of_trainer),
+    "validation": Point(JOB, "lorvp.training.trainer", "Trainer.batch_metrics", BEFORE, of_trainer),
     "checkpoint": Point(JOB, "lorvp.utils.files", "replacing", WITHIN, of_checkpoint),  # written, and not renamed yet
     "recorded": Point(JOB, "cluster.folder", "Attempt.append", AFTER, of_record),
     "handing over": Point(JOB, "cluster.folder", "TrialFolder.handed_over", BEFORE, of_folder),
