@@ -366,7 +366,8 @@ LIST_IMAGENET = """
 import sys
 from pathlib import Path
 import numpy as np
-from lorvp import folders, prepare, sources
+from lorvp.data import prepare, sources
+from lorvp.data.sources import folders
 from lorvp.data.sources.base import Rows
 from lorvp.data.store import Description
 
@@ -393,7 +394,7 @@ def test_memory_for_as_many_names_as_imagenet_has(tmp_path):
 
 KILLED = """
 import os, runpy, signal, sys
-from lorvp import prepare
+from lorvp.data import prepare
 
 kills, make_part = int(sys.argv.pop(1)), prepare.make_part
 
@@ -404,7 +405,7 @@ def make_part_and_die(task, *rest):
     return done
 
 prepare.make_part = make_part_and_die
-runpy.run_module("lorvp.data", run_name="__main__")
+runpy.run_module("lorvp.data.__main__", run_name="__main__")
 """
 
 
