@@ -1,4 +1,4 @@
-"""What label mappings share: from what the frozen backbone says to the downstream classes.
+"""What label mappings share: each makes downstream logits from a frozen backbone's output.
 
 RLM, FLM and ILM pick one source class for each downstream class; FM and LP learn a linear layer, on the source logits
 and on the features. Each is a file in this folder, found by name (`label_mapping`).
@@ -16,26 +16,27 @@ from lorvp.errors import UserError
 
 
 class LabelMapping(nn.Module):
-    """Downstream logits from the backbone's output. `reads` says which output, `recount` when the map is made anew."""
+    """Map the backbone's output to downstream logits."""
 
     reads: Literal["logits", "features"] = "logits"
+    """The output of the backbone that it takes."""
     recount: Literal["never", "once", "epoch"] = "never"
-    """once: before the first epoch, without the prompt; epoch: before each, with the prompt."""
+    """When the map is made anew. once: before the first epoch, without the prompt; epoch: before each, with it."""
     index: torch.Tensor
-    """Of one that picks, as all that recount do: the source class of each class, (classes,) int64."""
+    """The source class of each class, (classes,) int64; of mappings that pick source classes."""
     head: nn.Linear
-    """Of one that learns."""
+    """The layer of a mapping that learns."""
 
     def __init__(self, source_classes: int, features: int, classes: int) -> None:
         super().__init__()
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
-        """(N, source classes) logits or (N, features), float32, to (N, classes)."""
+        """Return logits (N, classes) from source logits (N, source classes) or features (N, d), all float32."""
         raise NotImplementedError
 
 
 class IndexMapping(LabelMapping):
-    """Downstream class j reads source class `index[j]`; no source class is read twice."""
+    """Read source class `index[j]` for downstream class j; no source class is read twice."""
 
     def __init__(self, source_classes: int, features: int, classes: int) -> None:
         super().__init__(source_classes, features, classes)
@@ -47,18 +48,22 @@ class IndexMapping(LabelMapping):
         self.register_buffer("index", torch.randperm(source_classes)[:classes])
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """Return the source logits (N, source classes) of the picked classes: (N, classes)."""
         return source[:, self.index]
 
 
 def count(counts: torch.Tensor, top: torch.Tensor, labels: torch.Tensor) -> None:
-    """Adds to a count matrix (source classes, classes) int32, in place, images of class `labels` (n,) that the backbone
-    takes for the source classes `top` (n,)."""
+    """Add images to a count matrix, in place.
+
+    `counts` is (source classes, classes) int32; `top` (n,) is the source class that the backbone predicts for each
+    image, `labels` (n,) its class.
+    """
     cells = top * counts.shape[1] + labels
     counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
 
 
 def greedy_matching(counts: torch.Tensor) -> torch.Tensor:
-    """The source class of each class: (classes,) int64 on the CPU, from a count matrix (source classes, classes).
+    """Return the source class of each class, (classes,) int64 on the CPU, from counts (source classes, classes).
 
     The published algorithm (OPTML-Group/ILM-VP): take the largest count, the first in row-major order on ties, bind
     its row and column, strike both, repeat. Here the counts are sorted once; what has no count is filled in order.

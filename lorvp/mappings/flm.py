@@ -1,3 +1,5 @@
+"""FLM: a label mapping by frequency."""
+
 from __future__ import annotations
 
 from lorvp.mappings.base import IndexMapping

@@ -1,3 +1,5 @@
+"""FM: a linear layer on the source logits."""
+
 from __future__ import annotations
 
 import torch
@@ -14,4 +16,6 @@ class FullMapping(LabelMapping):
         self.head = nn.Linear(source_classes, classes)
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
-        return self.head(source)
+        """Return logits (N, classes) from source logits (N, source classes), float32."""
+        logits: torch.Tensor = self.head(source)
+        return logits

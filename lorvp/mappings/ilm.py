@@ -1,3 +1,5 @@
+"""ILM: a label mapping by frequency, made anew before each epoch."""
+
 from __future__ import annotations
 
 from lorvp.mappings.base import IndexMapping

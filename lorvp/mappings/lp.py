@@ -1,3 +1,5 @@
+"""LP: a linear probe, a new head on the features."""
+
 from __future__ import annotations
 
 import torch
@@ -16,4 +18,6 @@ class LinearProbing(LabelMapping):
         self.head = nn.Linear(features, classes)
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
-        return self.head(source)
+        """Return logits (N, classes) from features (N, d), float32."""
+        logits: torch.Tensor = self.head(source)
+        return logits

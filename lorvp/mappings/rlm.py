@@ -1,3 +1,5 @@
+"""RLM: a random label mapping."""
+
 from __future__ import annotations
 
 from lorvp.mappings.base import IndexMapping

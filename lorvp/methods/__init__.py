@@ -9,7 +9,7 @@ from lorvp.utils import plugins
 
 
 def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
-    """The method of `config`; of `lorvp+vpt` both at once, as each leaves what it does not change to the next.
+    """Build the method of `config`; `lorvp+vpt` is both at once, as each leaves to the next what it does not change.
 
     Raises UserError for a backbone that it can't work on.
     """

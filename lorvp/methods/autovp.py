@@ -1,3 +1,5 @@
+"""AutoVP's prompt: a frame around an image of learned scale."""
+
 from __future__ import annotations
 
 import torch
@@ -50,7 +52,9 @@ class AutoVP(ILMVP):
     prompt: _ScaledFrame
 
     def make_prompt(self) -> _ScaledFrame:
+        """Build the frame of AutoVP, with the config's options."""
         return _ScaledFrame(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:
+        """Return whether the image keeps its place and size: it has no learned scale, and fills the frame."""
         return super().starts_plain() and self.prompt.scale is None

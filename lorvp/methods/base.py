@@ -1,4 +1,4 @@
-"""What methods share: a backbone, read by a label mapping."""
+"""What methods share: a frozen backbone, and a label mapping on its output."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lorvp.utils.device import MicroBatches
 
 
 class Method(nn.Module):
-    """A backbone, read by a label mapping. A subclass adds what it trains before, within or after it.
+    """A backbone and a label mapping. A subclass adds what is trained before, within or after the backbone.
+
+    Starting values are drawn with the config's init seed, the mapping's apart from the rest, so that methods with the
+    same mapping start from the same head.
 
     Raises UserError for a mapping of source classes where the backbone has none.
-
-    Its starting values are drawn with the config's init seed, the mapping's apart from the rest, so that methods with
-    the same mapping start from the same head.
     """
 
     class_names: Sequence[str]
-    """Of a loaded bundle: what each of its logits stands for."""
+    """The name of each class, of a loaded bundle."""
     reads_frozen = False
-    """Whether it trains the label mapping alone: what the backbone says of an image is then always the same."""
+    """Whether the label mapping alone is trained, so that the backbone's output on an image never changes."""
     stage = 0
-    """Of `TrialConfig.stages`, that which is trained."""
+    """The training under way, of `TrialConfig.stages`."""
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__()
@@ -46,90 +46,94 @@ class Method(nn.Module):
             torch.manual_seed(config.init_seed)
             self.mapping = kind(backbone.source_classes, self.features(), classes)
         self.counts: torch.Tensor | None = None
-        """For the next mapping, of the epoch under way (`ilm: streamed`): (source classes, classes) int32."""
+        """Counts of the epoch under way for the next mapping (`ilm: streamed`): (source classes, classes) int32."""
         self._tops: list[torch.Tensor] = []
         self.recounting: torch.Tensor | None = None
-        """Of a pass over the training images for the next mapping, while it is under way: as `counts`."""
+        """Counts of a pass over the training images for the next mapping, while it is under way: as `counts`."""
         self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
 
     def features(self) -> int:
-        """How many features a head reads."""
+        """Return the number of features that a head reads."""
         return self.backbone.features
 
     def starts_plain(self) -> bool:
-        """Whether, before its first step, it says of the images what the backbone says of them as they are."""
+        """Return whether the output before the first step is the backbone's on the images as they are."""
         return True
 
     @property
     def side(self) -> int:
-        """Of the images that it takes, in pixels: L, or what they are shrunk to."""
+        """The side of the images that the method takes, in pixels: L, or what they are shrunk to."""
         return self.backbone.image_size
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of any size, uint8 or float in [0, 1], as (N, 3, side, side) float32 in [0, 1]: resized once."""
+        """Resize images of any size, uint8 or float in [0, 1], to (N, 3, side, side) float32 in [0, 1]."""
         return self.backbone.prepare(images, self.side)
 
     def placed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the method makes of images (N, 3, side, side) in [0, 1] before a prompt is added to them."""
+        """Return images (N, 3, L, L) in [0, 1], from (N, 3, side, side), before a prompt is added to them."""
         return images
 
     def added(self) -> torch.Tensor | None:
-        """The method's input prompt, if it has one: (3, L, L), in units of pixels in [0, 1]."""
+        """Return the input prompt, if there is one: (3, L, L), in units of pixels in [0, 1]."""
         return None
 
     def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
-        """What it makes the backbone say of images as `prepare` gives them: (N, source classes) `logits` or (N, d)
-        `features`."""
-        return self.backbone(self.placed(images), output, self.added(), through)
+        """Return the backbone's output on images from `prepare`, with the prompt in place.
+
+        `output` is `logits`, (N, source classes), or `features`, (N, d), both float32.
+        """
+        result: torch.Tensor = self.backbone(self.placed(images), output, self.added(), through)
+        return result
 
     def penalty(self) -> torch.Tensor | None:
-        """What is added to the mean loss in training, if anything: a scalar."""
+        """Return what is added to the mean loss in training, if anything: a scalar."""
         return None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of any size, uint8 or float in [0, 1], (N, 3, H, W), to downstream logits (N, classes) float32."""
+        """Return logits (N, classes) float32 from images (N, 3, H, W) of any size, uint8 or float in [0, 1]."""
         said = self.said(self.prepare(images), self.mapping.reads)
         if self.counts is not None and torch.is_grad_enabled():
             self._tops.append(said.detach().argmax(1))
-        return self.mapping(said)
+        logits: torch.Tensor = self.mapping(said)
+        return logits
 
     def count(self, labels: torch.Tensor) -> None:
-        """Counts what was just seen in training, images of these classes (n,), for the next mapping."""
+        """Count the predictions of the last training batch, whose labels (n,) these are, for the next mapping."""
         if self._tops and self.counts is not None:
             count(self.counts, torch.cat(self._tops), labels)
             self.forget()
 
     def forget(self) -> None:
-        """Leaves what was just seen out of the counts: it will be seen again."""
+        """Leave the predictions of the last batch out of the counts: the batch will come again."""
         self._tops.clear()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by the learning rate they take: prompt, tokens, head, backbone; none of them empty."""
+        """Return trainable parameters by group: prompt, tokens, head, backbone; without empty groups."""
         head = list(self.mapping.parameters())
         return {"head": head} if head else {}
 
     def read_plain(self, said: torch.Tensor) -> torch.Tensor:
-        """What a head that starts fitted reads of what the backbone says of images as they are (N, d): (N, d)."""
+        """Return what a fitted head reads, from the backbone's output on the images as they are: (N, d) to (N, d)."""
         return said
 
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Puts in a head that was fitted to `read_plain` of what the backbone says."""
+        """Put in a head that was fitted to `read_plain` of the backbone's output."""
         self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
 
     def start_stage(self, before: Method) -> None:
-        """Takes what an earlier stage, `before`, has trained; the label mapping is a new one."""
+        """Take what an earlier stage, `before`, has trained; the label mapping is a new one."""
         kept = {name: tensor for name, tensor in before.tuned().items() if not name.startswith("mapping.")}
         self.load_tuned(self.tuned() | kept)
 
     def start_epoch(
         self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
-        """Called before each epoch, from 1 on: makes the label mapping anew where it is one that counts.
+        """Make the label mapping anew before an epoch, from 1 on, where it is one that counts.
 
         `batches` starts a pass over the training images, on the device, or goes on with one that was left half-way
         (`recounting`); of several processes each sees its share.
-        `frozen_tops` gives the source class (N,) that the backbone takes each of all of them for without a prompt, and
-        their labels (N,).
+        `frozen_tops` gives the source class (N,) that the backbone predicts for each training image without a prompt,
+        and the labels (N,).
         """
         if self.mapping.recount == "never" or (self.mapping.recount == "once" and epoch > 1):
             return
@@ -153,7 +157,7 @@ class Method(nn.Module):
         return self.said(self.prepare(images), "logits").argmax(1)
 
     def tuned(self) -> dict[str, torch.Tensor]:
-        """All that was chosen or learned, by name, on the CPU: what a bundle stores. A frozen backbone is not in it."""
+        """Return all that was chosen or learned, by name, on the CPU: what a bundle stores; no frozen backbone."""
         return {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
@@ -161,7 +165,7 @@ class Method(nn.Module):
         }
 
     def load_tuned(self, tuned: dict[str, torch.Tensor]) -> None:
-        """Puts `tuned()` of the same method back.
+        """Put back what `tuned()` of the same method gave.
 
         Raises RuntimeError naming what differs (names, shapes, dtypes), and for source classes that there are not.
         """

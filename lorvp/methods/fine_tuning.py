@@ -1,3 +1,5 @@
+"""Fine-tuning: the backbone itself is trained."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -17,5 +19,6 @@ class FineTuning(Method):
             backbone.model.get_classifier().requires_grad_(False)  # nothing reads it
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the head, and all of the backbone that the output depends on."""
         trained = [parameter for parameter in self.backbone.model.parameters() if parameter.requires_grad]
         return super().groups() | {"backbone": trained}

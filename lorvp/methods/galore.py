@@ -1,3 +1,5 @@
+"""GaLore: fine-tuning by gradients of low rank."""
+
 from __future__ import annotations
 
 from lorvp.methods.fine_tuning import FineTuning

@@ -1,3 +1,5 @@
+"""ILM-VP's prompt: a frame around the shrunken image."""
+
 from __future__ import annotations
 
 import torch
@@ -49,7 +51,9 @@ class ILMVP(LoRVP):
     prompt: _Frame
 
     def make_prompt(self) -> _Frame:
+        """Build the frame of ILM-VP, with the config's options."""
         return _Frame(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:
+        """Return whether the image fills the whole frame."""
         return self.prompt.inner == self.backbone.image_size

@@ -1,3 +1,5 @@
+"""The linear probe: no prompt, a head alone."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -14,4 +16,5 @@ class LinearProbe(Method):
     reads_frozen = True
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the head; nothing where the head is fitted."""
         return {} if self.config.head_init == "linear_probe" else super().groups()

@@ -1,3 +1,5 @@
+"""LoR-VP: an input prompt before a frozen backbone."""
+
 from __future__ import annotations
 
 import torch
@@ -20,21 +22,27 @@ class LoRVP(Method):
             self.prompt = self.make_prompt()
 
     def make_prompt(self) -> Prompt:
+        """Build the prompt of `prompt.kind`, at its start."""
         kind: type[Prompt] = plugins.load("prompts", self.config.prompt.kind)
         return kind(self.config.prompt, self.backbone.image_size)
 
     def starts_plain(self) -> bool:
+        """Return whether the prompt is zero at its start."""
         return super().starts_plain() and not self.prompt.pattern().any()
 
     @property
     def side(self) -> int:
+        """Return the side of the images that the prompt takes, in pixels."""
         return self.prompt.side
 
     def placed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, 3, L, L) where the prompt places them."""
         return self.prompt.place(super().placed(images))
 
     def added(self) -> torch.Tensor:
+        """Return the prompt's pattern, (3, L, L)."""
         return self.prompt.pattern()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the prompt's parameters and the head's."""
         return {"prompt": list(self.prompt.parameters())} | super().groups()

@@ -1,3 +1,5 @@
+"""LP-FT: a fitted head first, then fine-tuning."""
+
 from __future__ import annotations
 
 from lorvp.methods.fine_tuning import FineTuning

@@ -1,3 +1,5 @@
+"""VPT: prompt tokens within a frozen backbone."""
+
 from __future__ import annotations
 
 import math
@@ -52,9 +54,11 @@ class VPT(Method):
             )
 
     def starts_plain(self) -> bool:
+        """Return False: tokens start at random."""
         return False
 
     def placed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, 3, L, L), padded with what is learned where the backbone has no tokens."""
         images = super().placed(images)
         if not self.pads:
             return images
@@ -64,16 +68,18 @@ class VPT(Method):
         return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
 
     def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+        """Return the backbone's output with the tokens in its layers, as `Method` does."""
         if not self.pads:
             through = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
         return super().said(images, output, through)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the tokens' parameters and the head's."""
         own = [self.top_bottom, self.left_right] if self.pads else [self.tokens]
         return {"tokens": own + (list(self.project.parameters()) if self.project else [])} | super().groups()
 
     def _layer(self, layer: int, images: int) -> torch.Tensor:
-        """The tokens of a layer, for so many images: (N, p, d)."""
+        """Return the tokens of a layer for N images: (N, p, d)."""
         tokens = self.tokens[layer]
         if self.project:
             tokens = self.project(tokens)
@@ -87,7 +93,8 @@ class VPT(Method):
                 rest = x[:, own + count if layer else own :]
                 x = torch.cat([x[:, :own], self._layer(layer, x.shape[0]).to(x.dtype), rest], dim=1)
             x = block(x)
-        return model.norm(torch.cat([x[:, :own], x[:, own + count :]], dim=1))  # no pooling sees them
+        tokens: torch.Tensor = model.norm(torch.cat([x[:, :own], x[:, own + count :]], dim=1))  # no pooling sees ours
+        return tokens
 
     def _in_swin(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         x = model.patch_embed(x)
@@ -99,27 +106,29 @@ class VPT(Method):
                 tokens = stage.downsample.reduction(stage.downsample.norm(tokens.repeat(1, 1, 4)))
             for block in stage.blocks:
                 x, tokens = _swin_block(block, x, tokens)
-        return model.norm(x)
+        features: torch.Tensor = model.norm(x)
+        return features
 
 
 def token_start(model: Any, width: int) -> float:
-    """Tokens start uniform in +- this, as published: Xavier's bound for a patch of pixels and that width."""
+    """Return the bound of the uniform start of tokens, as published: Xavier's for a patch of pixels and that width."""
     rows, columns = model.patch_embed.patch_size
     return math.sqrt(6 / (3 * rows * columns + width))
 
 
 def embedded(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Normalised images as the tokens that the first block takes."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    """Return the tokens that the first block takes, from normalised images."""
+    tokens: torch.Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    return tokens
 
 
 def drop(tokens: torch.Tensor, share: float) -> torch.Tensor:
-    """Dropout where something is learned; methods are not switched between training and evaluation otherwise."""
+    """Drop tokens where gradients are on: methods have no other switch between training and evaluation."""
     return F.dropout(tokens, share, training=torch.is_grad_enabled())
 
 
 def _swin_block(block: Any, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block of Swin on (N, H, W, C), with tokens (N, p, C) that take part in the attention of every window."""
+    """Run a block of Swin on (N, H, W, C), with tokens (N, p, C) that take part in the attention of every window."""
     n, height, width, channels = x.shape
     count = tokens.shape[1]
     shifts, (rows, columns) = block.shift_size, block.window_size
@@ -142,7 +151,7 @@ def _swin_block(block: Any, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torc
 
 
 def _window_attention(block: Any, x: torch.Tensor, count: int) -> torch.Tensor:
-    """Attention within windows (windows of all images, p + area, C); tokens have no place, so no bias and no mask."""
+    """Attend within windows (windows of all images, p + area, C); tokens have no place, so no bias and no mask."""
     attention = block.attn
     query, key, value = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     bias = F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
@@ -150,4 +159,5 @@ def _window_attention(block: Any, x: torch.Tensor, count: int) -> torch.Tensor:
         mask = F.pad(block.attn_mask, (count, 0, count, 0))[:, None]
         bias = (bias + mask).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
     seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-    return attention.proj(seen.transpose(1, 2).flatten(2))
+    projected: torch.Tensor = attention.proj(seen.transpose(1, 2).flatten(2))
+    return projected

@@ -1,3 +1,5 @@
+"""VQT: query tokens that read every layer of a frozen vision transformer."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -20,10 +22,10 @@ CHOOSING = 1
 
 
 class VQT(Method):
-    """Visual query tuning (Tu et al. 2023, andytu28/VQT): every layer is asked by queries of its own.
+    """Visual query tuning (Tu et al. 2023, andytu28/VQT): every layer has queries of its own.
 
     Queries attend to the keys and values that the layer has anyway and go on through its MLP; nothing of the image
-    attends to them, so what the backbone says stays as it was. That stream has no gradient, and keeps nothing for one.
+    attends to them, so the backbone's own output stays as it was. It has no gradient, and keeps nothing for one.
     The head reads the class token and each layer's q answers as one vector, each of these of length 1 as in the public
     code: d + layers x q x d features.
 
@@ -48,10 +50,13 @@ class VQT(Method):
         self.register_buffer("kept", torch.ones(self.features()))
 
     def features(self) -> int:
+        """Return d + layers x q x d, the number of features that the head reads."""
         model = self.backbone.model
-        return super().features() + len(model.blocks) * self.config.tokens.count * model.embed_dim
+        own, width = super().features(), int(model.embed_dim)
+        return own + len(model.blocks) * self.config.tokens.count * width
 
     def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+        """Return the class token and the queries' answers of every layer, each of length 1: (N, features) float32."""
         answers: list[torch.Tensor] = []
         stream = torch.no_grad if self.added() is None else nullcontext
 
@@ -62,27 +67,34 @@ class VQT(Method):
                 answers.append(self._answer(layer, block, x))
                 with stream():
                     x = block(x)
-            return model.norm(x)
+            tokens: torch.Tensor = model.norm(x)
+            return tokens
 
         own = super().said(images, output, asked)
         together = [answer.float().flatten(1) for answer in answers]
         return torch.cat([F.normalize(part) for part in (own, *together)], dim=1) * self.kept
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the queries and the head."""
         return {"tokens": [self.tokens]} | super().groups()
 
     def penalty(self) -> torch.Tensor | None:
+        """Return the group lasso on the head's weights, in the stage that chooses features."""
         if self.stage != CHOOSING:
             return None
-        return self.config.tokens.group_lasso * self.mapping.head.weight.norm(dim=0).sum()
+        norms: torch.Tensor = self.mapping.head.weight.norm(dim=0)
+        return self.config.tokens.group_lasso * norms.sum()
 
     def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+        """Return class tokens (N, d), scaled to length 1."""
         return F.normalize(said)
 
     def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Put in a head fitted to the class tokens; its weights for the queries' answers are zero."""
         super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
 
     def start_stage(self, before: Method) -> None:
+        """Take the trained queries; after the stage that chooses, keep the features of the largest weights."""
         super().start_stage(before)
         if before.stage == CHOOSING:
             norms = before.mapping.head.weight.detach().norm(dim=0)
@@ -91,7 +103,7 @@ class VQT(Method):
             self.kept.zero_()[norms.topk(count).indices] = 1
 
     def _answer(self, layer: int, block: Any, x: torch.Tensor) -> torch.Tensor:
-        """What a layer whose input is x (N, tokens, d) makes of its queries: (N, q, d)."""
+        """Return a layer's answers to its queries, (N, q, d); x (N, tokens, d) is the layer's input."""
         block = block.block if isinstance(block, ClassTokenBlock) else block
         attention = block.attn
         width, heads = attention.attn_dim, (attention.num_heads, attention.head_dim)
@@ -102,4 +114,5 @@ class VQT(Method):
         query = F.linear(block.norm1(tokens), weights[0], biases[0]).unflatten(2, heads).transpose(1, 2)
         seen = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
         tokens = tokens + block.ls1(attention.proj(attention.norm(seen.transpose(1, 2).flatten(2))))
-        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        answers: torch.Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        return answers

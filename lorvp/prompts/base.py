@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -19,28 +21,25 @@ class Prompt(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.side = image_size
-        """Of the images that `place` takes; another one where an image is to be smaller than L."""
+        """The side of the images that `place` takes; another than L where an image is shrunk."""
 
     def pattern(self) -> torch.Tensor:
-        """What is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
+        """Return what is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
         raise NotImplementedError
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Where the pattern leaves the images (N, 3, side, side) in [0, 1], before it is added: here as they are.
-
-        Returns (N, 3, L, L).
-        """
+        """Return images (N, 3, L, L), from (N, 3, side, side), before the pattern is added: here as they are."""
         return images
 
 
 def initialise(tensor: torch.Tensor, init: str, std: float) -> torch.Tensor:
-    """Fills `tensor` (channels, rows, columns) in place, each channel a matrix with fans of its own.
+    """Fill `tensor` (channels, rows, columns) in place, each channel a matrix with fans of its own.
 
     `init` is zero, normal (deviation `std`), uniform (in [-std, std]), xavier or kaiming (both uniform; fan_in is the
     number of columns, fan_out of rows). torch's own fans of a 3-D tensor would take the channels for outputs and the
     columns for a receptive field. Raises ValueError for another name.
     """
-    fill = {
+    fill: dict[str, Callable[[torch.Tensor], object]] = {
         "zero": nn.init.zeros_,
         "normal": lambda matrix: nn.init.normal_(matrix, std=std),
         "uniform": lambda matrix: nn.init.uniform_(matrix, -std, std),

@@ -1,3 +1,5 @@
+"""A prompt along the border of the image."""
+
 from __future__ import annotations
 
 import torch
@@ -22,6 +24,7 @@ class BorderPrompt(Prompt):
         self.left_right = nn.Parameter(initialise(left_right, config.init_b, config.init_std))
 
     def pattern(self) -> torch.Tensor:
+        """Return the frame, with zeros in the middle: (3, L, L) float32."""
         top, bottom = self.top_bottom.split(3)
         left, right = self.left_right.split(3)
         hole = left.new_zeros(3, left.shape[1], self.image_size - 2 * left.shape[2])

@@ -1,3 +1,5 @@
+"""A prompt with a free value for every pixel."""
+
 from __future__ import annotations
 
 import torch
@@ -15,4 +17,5 @@ class FullImagePrompt(Prompt):
         self.delta = nn.Parameter(initialise(torch.empty(3, image_size, image_size), config.init_b, config.init_std))
 
     def pattern(self) -> torch.Tensor:
+        """Return the values themselves: (3, L, L) float32."""
         return self.delta

@@ -1,3 +1,5 @@
+"""The low-rank prompt B·A."""
+
 from __future__ import annotations
 
 import torch
@@ -16,4 +18,5 @@ class LowRankPrompt(Prompt):
         self.A = nn.Parameter(initialise(torch.empty(3, config.rank, image_size), config.init_a, config.init_std))
 
     def pattern(self) -> torch.Tensor:
+        """Return B·A: (3, L, L) float32."""
         return self.B @ self.A

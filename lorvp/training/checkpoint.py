@@ -15,14 +15,14 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
-    """Raises OSError where the disk is full."""
+    """Write the state in place of an earlier one. Raises OSError where the disk is full."""
     with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)  # given a path, torch would not say that the disk is full
 
 
 def read(path: Path, config: TrialConfig) -> dict[str, Any]:
-    """The state that `write` wrote. Raises UserError when it is another config's."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    """Return the state that `write` wrote. Raises UserError when it is another config's."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["config_hash"] != config.content_hash():
         raise UserError(f"{path}: the checkpoint of trial {state['config_hash']}, not of {config.content_hash()}")
     return state
@@ -35,10 +35,12 @@ def epoch_of(state: dict[str, Any]) -> int:
 
 
 def random_states() -> dict[str, Any]:
+    """Return the states of torch's random generators, the CPU's and each GPU's."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Put `random_states` back; those of GPUs only where there are as many."""
     torch.set_rng_state(states["cpu"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
