@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test test-quick coverage check pictures install slurm-up slurm-down bench-slurm bench-driver
+.PHONY: quickstart test test-quick coverage docs check pictures install slurm-up slurm-down bench-slurm bench-driver
 
 install: $(INSTALLED)
 
@@ -27,6 +27,11 @@ coverage: $(INSTALLED)
 	-.venv/bin/coverage run -m pytest -rs -m "not alone" $(TESTS)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report --fail-under 90
+
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	.venv/bin/mkdocs build --strict
 
 check: $(INSTALLED)
 	.venv/bin/ruff check
