@@ -1,7 +1,7 @@
 PYTHON ?= python3
 INSTALLED = .venv/.installed
 
-.PHONY: quickstart test test-quick check pictures install slurm-up slurm-down bench-slurm bench-driver
+.PHONY: quickstart test test-quick coverage docs check pictures install slurm-up slurm-down bench-slurm bench-driver
 
 install: $(INSTALLED)
 
@@ -18,6 +18,20 @@ test: check
 # What needs no daemon and trains no whole sweep, in about a minute.
 test-quick: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not slow and not slurm and not gpu and not browser and not alone"
+
+# Which lines the tests run, in drivers and jobs, too; `make coverage TESTS=tests/cluster` counts those of a part.
+coverage: export LORVP_TEST_INSTALL = 1
+coverage: TESTS = tests
+coverage: $(INSTALLED)
+	.venv/bin/coverage erase
+	-.venv/bin/coverage run -m pytest -rs -m "not alone" $(TESTS)
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage report --fail-under 90
+
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	.venv/bin/mkdocs build --strict
 
 check: $(INSTALLED)
 	.venv/bin/ruff check

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["TrialConfig", "load", "train"]
+__all__ = ["TrialConfig", "__version__", "load", "train"]
+
+# The one place: pyproject.toml reads it from here, and so does a checkout or a job's copy that nobody has installed.
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

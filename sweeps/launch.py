@@ -18,6 +18,7 @@ from cluster import profile as profiles
 from cluster.relay import Relay, make_cluster
 from cluster.slurm import sbatch_file, submit_driver
 from cluster.snapshot import snapshot
+from lorvp import __version__
 from lorvp.data.store import read_manifest
 from lorvp.errors import UserError
 from lorvp.utils import cli
@@ -45,6 +46,13 @@ app = typer.Typer(add_completion=Path(sys.argv[0]).name == COMMAND, pretty_excep
 console = cli.make_console()
 
 
+def show_version(asked: bool) -> None:
+    """Print the version and exit, if it was asked for."""
+    if asked:
+        print(f"{COMMAND} {__version__}")
+        raise typer.Exit
+
+
 @app.command()
 def main(
     file: Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file")],
@@ -66,6 +74,9 @@ def main(
     cancel: Annotated[bool, typer.Option("--cancel", help="end the sweep's jobs, and its driver")] = False,
     follow: Annotated[str, typer.Option(metavar="TRIAL", help="show a trial's log, as it grows")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="run the driver as a job, too, and return")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show the version and exit")
+    ] = False,
 ) -> None:
     """Carries out the sweep that SPEC describes."""
     try:

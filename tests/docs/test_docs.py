@@ -80,6 +80,10 @@ WAYS = {
     r"python -m lorvp\.data prepare|python -m lorvp\.evaluate|python -m sweeps\.ood": Options(),
     r".*pytest .*-m alone": By("test_browser.py::test_500_trials_are_there_in_five_seconds"),
     r"(\.venv/bin/pytest|python -m pytest) .*": Here("passed", "tests/lorvp/mappings/test_mappings.py -k order -n 0"),
+    r"make: .*|touch \S+": By("test_habits.py::test_contributing_names_targets_that_exist"),  # of `make install`
+    "lint-imports": By("test_habits.py::test_a_commit_is_checked_by_the_tools_of_make_check"),
+    "coverage report .*": By("test_coverage.py::test_lines_that_drivers_and_jobs_run_are_counted"),
+    "mkdocs build .*": By("test_site.py::test_the_site_builds_without_a_warning"),
     # data; a few images stand in for the datasets
     r"python -m lorvp\.data prepare cifar\d+ .*": Here("32 px", "--partial", ((" --download", ""),)),
     r"python -m lorvp\.data prepare imagenet .*": Here(

@@ -10,6 +10,7 @@ from cluster.snapshot import CHECKOUT
 
 PAGES = [
     CHECKOUT / "README.md",
+    CHECKOUT / "CONTRIBUTING.md",
     *sorted((CHECKOUT / "docs").glob("*.md")),
     *sorted((CHECKOUT / "sweeps").glob("*.yaml")),
 ]
