@@ -8,7 +8,7 @@ __all__ = ["TrialConfig", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: configs are read in places that have no use for torch."""
+    """Import the public names on first use, because configs are also read where torch is not needed."""
     if name == "TrialConfig":
         from lorvp.config import TrialConfig
 

@@ -139,12 +139,12 @@ class Method(nn.Module):
             if epoch == 1 and self.starts_plain():
                 count(counts, *frozen_tops())
             elif self.counts is not None:
-                counts = distributed.total(self.counts)
+                counts = distributed.all_reduce_sum(self.counts)
             else:
                 self.recounting = counts = counts if self.recounting is None else self.recounting
                 for images, labels in batches():
                     count(counts, torch.cat(self.micro_batches.run(self._top, images)), labels)
-                counts, self.recounting = distributed.total(counts), None
+                counts, self.recounting = distributed.all_reduce_sum(counts), None
         self.mapping.index.copy_(greedy_matching(counts))
         if self.mapping.recount == "epoch" and self.config.ilm == "streamed":
             self.counts = torch.zeros_like(counts)

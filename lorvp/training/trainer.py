@@ -28,7 +28,7 @@ from lorvp.optim.optimizers import lr_factor, make_optimizer
 from lorvp.result import EpochResult
 from lorvp.training import checkpoint, precision
 from lorvp.utils import device, distributed
-from lorvp.utils.device import MicroBatches, where_it_fits
+from lorvp.utils.device import MicroBatches, suppress_out_of_memory
 
 BUNDLE = "bundle"
 TOP_K = 5
@@ -127,7 +127,7 @@ class Training:
         self.config, self.whole, self.folder, self.should_stop = config, loaded, folder, should_stop
         self.device = loaded.backbone.mean.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loaded.precision == "fp16")
-        self.rank, self.processes = distributed.share()
+        self.rank, self.processes = distributed.rank_and_world_size()
         if config.steps_per_layer and self.processes > 1:
             raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
         self.steps_per_epoch = math.ceil(len(loaded.splits.train) / config.batch_size)
@@ -180,7 +180,7 @@ class Training:
         self.cached = self.method.reads_frozen and not config.dataset.crop_flip
         """Whether what the backbone says of the images takes their place: nothing before it or in it is trained."""
         self.model = self.method.mapping if self.cached else self.method
-        self.trained = distributed.averaged(self.model)
+        self.trained = distributed.wrap_ddp(self.model)
         self.steps_in_epoch = math.ceil(len(splits.train) / config.batch_size)
 
     def _climb(self, rung: Rung | None) -> None:
@@ -278,13 +278,13 @@ class Training:
         """A batch from the data as the trial takes it, prepared once for all that share it where memory allows."""
         if self.cached:
             return images
-        with where_it_fits():
+        with suppress_out_of_memory():
             return self.method.prepare(images)
         return images  # the method prepares the parts that it takes
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, whole: int) -> None:
         """One step on this process's share of a batch of `whole` images."""
-        if distributed.agreed(self.should_stop):
+        if distributed.broadcast_flag(self.should_stop):
             self.before = time.perf_counter() - self.training_start
             raise Stopped
         step = self.steps_taken + self.steps_done * self.steps_per_epoch / self.steps_in_epoch
@@ -313,7 +313,7 @@ class Training:
         Raises TrialFailed when the loss is no longer a number.
         """
         if self.optimizers:
-            train_loss = distributed.total(self.total_loss).item() / len(self.splits.train)
+            train_loss = distributed.all_reduce_sum(self.total_loss).item() / len(self.splits.train)
         else:
             train_loss = self._evaluate("train")[0]
         epoch, order = len(self.results) + 1, self._begun()
@@ -395,7 +395,7 @@ class Training:
     # -- its parts
 
     def _check(self) -> None:
-        if distributed.agreed(self.should_stop):
+        if distributed.broadcast_flag(self.should_stop):
             raise Stopped
 
     def _check_alone(self) -> None:
@@ -486,12 +486,14 @@ class Training:
 
     def save(self) -> None:
         """Writes the checkpoint: where the trial is, between two batches."""
-        total_loss = distributed.total(self.total_loss).item()
-        counts = None if self.method.counts is None else distributed.total(self.method.counts)
-        evaluated = {split: (count, distributed.total(sums).cpu()) for split, (count, sums) in self.evaluated.items()}
+        total_loss = distributed.all_reduce_sum(self.total_loss).item()
+        counts = None if self.method.counts is None else distributed.all_reduce_sum(self.method.counts)
+        evaluated = {
+            split: (count, distributed.all_reduce_sum(sums).cpu()) for split, (count, sums) in self.evaluated.items()
+        }
         recount = None
         if self.method.recounting is not None:
-            recount = {"images": self.recounted, "counts": distributed.total(self.method.recounting)}
+            recount = {"images": self.recounted, "counts": distributed.all_reduce_sum(self.method.recounting)}
         if self.folder is None:
             return
         part = None
@@ -570,14 +572,14 @@ def evaluate(group: list[Training], split: str) -> dict[Training, Figures]:
         for pixels, labels in loader.batches(images, size, np.arange(done, len(images)), first.device, share):
             prepared = first.prepare(pixels)
             for training in list(sums):
-                if distributed.agreed(training.should_stop):
+                if distributed.broadcast_flag(training.should_stop):
                     training.evaluated[split] = done, sums.pop(training)
                 else:
                     sums[training] = sums[training] + training.figures(prepared, labels)
             if not sums:
                 return {}
             done = min(done + size, len(images))
-    figures = {training: (distributed.total(found) / len(images)).tolist() for training, found in sums.items()}
+    figures = {training: (distributed.all_reduce_sum(found) / len(images)).tolist() for training, found in sums.items()}
     for training, found in sums.items():
         training.evaluated[split] = done, found
     return {training: (loss, 100 * top1, 100 * top5) for training, (loss, top1, top5) in figures.items()}
