@@ -418,9 +418,7 @@ class Training:
 
     def _said(self, images: datasets.Images, output: feature_cache.Output) -> datasets.ArrayImages:
         """From the cache; of several processes one computes it, and the others wait."""
-        return feature_cache.outputs(
-            self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone
-        )
+        return feature_cache.get(self.loaded.backbone, images, output, self.config.eval_batch_size, self._check_alone)
 
     def _read_plain(self, said: datasets.ArrayImages) -> datasets.ArrayImages:
         """`said`, as a fitted head reads it."""
