@@ -13,7 +13,7 @@ from lorvp.data.loader import Batches
 from lorvp.errors import UserError
 from lorvp.mappings.base import count, greedy_matching
 from lorvp.models.architectures import no_classifier
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 from lorvp.utils import distributed
 from lorvp.utils.device import MicroBatches
 
@@ -77,7 +77,7 @@ class Method(nn.Module):
         """The method's input prompt, if it has one: (3, L, L), in units of pixels in [0, 1]."""
         return None
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def said(self, images: torch.Tensor, output: str, through: ForwardFeatures | None = None) -> torch.Tensor:
         """What it makes the backbone say of images as `prepare` gives them: (N, source classes) `logits` or (N, d)
         `features`."""
         return self.backbone(self.placed(images), output, self.added(), through)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 
 
 class VPT(Method):
@@ -63,7 +63,7 @@ class VPT(Method):
         )
         return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def said(self, images: torch.Tensor, output: str, through: ForwardFeatures | None = None) -> torch.Tensor:
         if not self.pads:
             through = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
         return super().said(images, output, through)

@@ -12,7 +12,7 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
 from lorvp.methods.vpt import drop, embedded, token_start
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 from lorvp.models.speed import ClassTokenBlock
 
 CHOOSING = 1
@@ -51,7 +51,7 @@ class VQT(Method):
         model = self.backbone.model
         return super().features() + len(model.blocks) * self.config.tokens.count * model.embed_dim
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def said(self, images: torch.Tensor, output: str, through: ForwardFeatures | None = None) -> torch.Tensor:
         answers: list[torch.Tensor] = []
         stream = torch.no_grad if self.added() is None else nullcontext
 
