@@ -333,15 +333,15 @@ def cause_of(error: Exception) -> Cause:
         return Cause.DIVERGED
     if isinstance(error, UserError):
         return Cause.BAD_INPUT
-    from lorvp.utils.device import chain, is_out_of_memory, is_sick
+    from lorvp.utils.device import exception_chain, is_gpu_fault, is_out_of_memory
 
-    for each in chain(error):
+    for each in exception_chain(error):
         text = str(each).lower()
         if getattr(each, "errno", None) in FULL or any(os.strerror(number).lower() in text for number in FULL):
             return Cause.DISK_FULL
         if is_out_of_memory(each):
             return Cause.OUT_OF_MEMORY
-        if is_sick(each):
+        if is_gpu_fault(each):
             return Cause.NODE_FAILURE
     return Cause.EXCEPTION
 

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: configs are read in places that have no use for torch."""
+    """Import the public names on first use, because configs are also read where torch is not needed."""
     if name == "TrialConfig":
         from lorvp.config import TrialConfig
 

@@ -1,9 +1,9 @@
-"""What a user did that cannot work, as one line to be shown without a traceback."""
+"""Define the exceptions whose message is one line for the user, shown without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input: a file, a key or a value. The message names it and says what would be right."""
+    """Report bad input: a file, a key or a value. The message names it and says what would be right."""
 
 
 class TrialFailed(Exception):
-    """A trial ended without a usable result; the message is the reason, as recorded for the sweep."""
+    """Report that a trial ended without a usable result; the message is the reason that the sweep records."""

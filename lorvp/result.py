@@ -1,4 +1,4 @@
-"""What a trial gives after each epoch: a line of its results, which whoever reads them has without torch."""
+"""Define the result of one epoch, in a module that can be imported without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch gave. Accuracies in percent, losses in nats, averaged over images."""
+    """Hold the result of one epoch. Accuracies are in percent and losses in nats, both averaged over images."""
 
     epoch: int
     train_loss: float
@@ -15,32 +15,33 @@ class EpochResult:
     val_top1: float
     val_top5: float
     lr: dict[str, float]
-    """Learning rate of each parameter group (prompt, head) at the epoch's first step."""
+    """Learning rate of each parameter group (prompt, tokens, head, backbone) at the epoch's first step."""
     images_per_second: float
-    """Training images, from the file or the memory to the step, validation not counted."""
+    """Training throughput, data loading included and validation excluded."""
     peak_memory_mib: float
-    """Largest so far: allocated on the GPU, or resident in the process."""
+    """Largest value so far: memory allocated on the GPU, or resident memory of the process on a CPU."""
     seconds: float
     time: float
     """Unix time at the end of the epoch."""
     parameters: dict[str, int]
-    """How many numbers of each kind (prompt, tokens, head, backbone) were trained or fitted, as they are stored."""
+    """Number of trained or fitted parameters of each group (prompt, tokens, head, backbone)."""
     optimizer_state_mib: float
-    """What the optimizers keep beside the parameters."""
+    """Size of the optimizers' state, without the parameters."""
     order: int
-    """Which epoch's order of the data it had: its own, unless it joined others that were further."""
+    """Number of the shuffle that the epoch used: its own epoch number, unless the trial joined others further on."""
     packed: int = 1
-    """Trials that shared its batches."""
+    """Number of trials that shared its batches."""
     whole: bool = True
-    """Whether it was at full size and on all training images, not at a rung, and in the last of a method's stages."""
+    """Whether the epoch ran at full image size on all training images, and in the last of the method's stages."""
     device: str = ""
-    """What it was trained on: a GPU or a processor, as its maker calls it."""
+    """Name of the GPU or processor that the epoch was trained on."""
     driver: str = ""
-    """The version of NVIDIA's driver, on a GPU."""
+    """Version of NVIDIA's driver; empty on a CPU."""
     precision: str = ""
-    """fp32, bf16 or fp16: what `auto` came to."""
+    """fp32, bf16 or fp16: the precision that was used, also where the config says `auto`."""
     test_loss: float | None = None
     test_top1: float | None = None
     test_top5: float | None = None
-    """Read once, in the last epoch's result, with the best epoch's prompt and head; in every result under
-    `select: test_best_epoch`, there with that epoch's own; never without `read_test`."""
+    """Test top-5 accuracy. The test set is read once, for the last epoch's result, with the best epoch's prompt and
+    head. Under `select: test_best_epoch` it is read in every epoch, with that epoch's own. Without `read_test` it is
+    never read."""

@@ -225,7 +225,7 @@ def main(
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
         loaded = load(spec.trial_config(spec.example()))
-        with feature_cache.forgotten():  # so that the cache is empty, and filling it is counted
+        with feature_cache.temporary_cache():  # so that the cache is empty, and filling it is counted
             theirs = grid(spec, loaded, seed)
             goal = theirs.best - WITHIN
             found = ours(spec, loaded, goal)

@@ -109,14 +109,14 @@ def main(
             relay, text = make_relay(spec, sweep_id), file.read_text()
             code = carry_out(spec, sweep_id, text, relay, ending, leave_running, console)
     except UserError as error:
-        cli.say(error)
+        cli.print_error(error)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
         console.print("interrupted before a job was submitted; --resume goes on", highlight=False)
         code = EXIT_INTERRUPTED
     except Exception as error:  # before the first job: of a library, a disk, or a fault of ours
         place = traceback.extract_tb(error.__traceback__)[-1]
-        cli.say(UserError(f"{type(error).__name__}: {first_line(error)} ({place.filename}:{place.lineno})"))
+        cli.print_error(UserError(f"{type(error).__name__}: {first_line(error)} ({place.filename}:{place.lineno})"))
         raise typer.Exit(EXIT_ERROR) from None
     raise typer.Exit(code)
 

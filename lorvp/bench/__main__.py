@@ -82,7 +82,7 @@ def light(backbone: Backbone, batch: int, steps: int) -> float:
     x.requires_grad_()
     start = time.perf_counter()
     for _ in range(steps):
-        with backbone.arithmetic():
+        with backbone.autocast():
             output = backbone.model.forward_head(backbone.model.forward_features(x), pre_logits=True)
         output.backward(torch.ones_like(output))
         x.grad = None

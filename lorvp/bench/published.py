@@ -58,7 +58,7 @@ class Trial:
     def says(self, images: torch.Tensor, prompted: bool = True) -> torch.Tensor:
         """(N, source classes) logits or (N, features), by what the mapping reads."""
         x = ((images + self.b @ self.a if prompted else images) - self.mean) / self.std
-        if self.mapping.reads == "logits":
+        if self.mapping.input == "logits":
             return self.model(x)
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
 

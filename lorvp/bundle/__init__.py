@@ -1,1 +1,1 @@
-"""A trained prompt as a folder: its format, how it is saved and loaded, its model card."""
+"""Save a trained prompt as a folder and load it: its format, its tensors, its model card."""

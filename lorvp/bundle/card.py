@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, on which data, by which protocol, how good, under which licence."""
+"""Write a bundle's model card: what it is, its data, protocol, accuracy and licence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Backbone: {licence}. Data: see {dataset}. What is in this folder: for its owner 
 
 
 def card(description: dict[str, Any]) -> str:
-    """Markdown with the metadata of Hugging Face's hub at its head, made of a bundle's description."""
+    """Write the model card of a bundle's description: Markdown with Hugging Face hub metadata at its head."""
     config = TrialConfig.model_validate(description["config"])
     metrics, classes, source = description["metrics"], description["class_names"], description["source"]
     licence = source["licence"] or "unknown"
@@ -77,14 +77,14 @@ def card(description: dict[str, Any]) -> str:
             for split in splits
         ],
     )
-    figures = {
+    metric_texts = {
         f"{split}_{top}": "-" if (value := metrics[f"{split}_{top}"]) is None else f"{value:.2f}"
         for split in ("val", "test")
         for top in ("top1", "top5")
     }
     text = TEXT.format(
         name=name,
-        what=_what(config),
+        what=_describe_model(config),
         dataset=config.dataset.title,
         classes=len(classes),
         epochs=metrics["epochs_trained"],
@@ -92,19 +92,19 @@ def card(description: dict[str, Any]) -> str:
         trial=description["trial"],
         digest=source["digest"],
         licence=licence,
-        **figures,
+        **metric_texts,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
 def selection(config: TrialConfig) -> str:
-    """What the epoch was chosen by, in words."""
+    """Describe in words how the epoch was chosen."""
     if not config.dataset.holds_back:
         return SELECTION["test"]
     return SELECTION["last" if config.select == "val" and config.dataset.train_on_val else config.select]
 
 
-def _what(config: TrialConfig) -> str:
+def _describe_model(config: TrialConfig) -> str:
     trained = "its weights trained" if config.trains_backbone else "frozen"
     prompt = f", a prompt of rank {config.rank}" if config.rank else ""
     return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.label_mapping}."

@@ -1,13 +1,13 @@
-"""What a bundle's folder holds, for those who read it without torch; `lorvp.bundle.io` writes and loads it.
+"""Define the files of a bundle and read its description without torch; `lorvp.bundle.io` writes and loads bundles.
 
-It is laid out as Hugging Face's hub has models, so that `huggingface_hub` uploads it as it is:
+The layout is that of a model on Hugging Face's hub, so that `huggingface_hub` uploads the folder as it is:
 
-    model.safetensors      what was chosen and learned
-    config.json            the trial's config, its figures, the classes, what it was tuned on, the digests of the others
+    model.safetensors      the trained parameters and the label mapping
+    config.json            the trial's config, metrics, class names, source backbone, and the digest of the tensors
     README.md              the model card
-    prompt.png             the input prompt, of methods that have one
-    example.png            an image of the validation set, as the backbone takes it
-    example_prompted.png   and with the prompt
+    prompt.png             the input prompt, for methods that have one
+    example.png            an image of the validation set at the backbone's input size
+    example_prompted.png   the same image with the prompt
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorvp.utils.explain import explain
 
 FORMAT_VERSION = 3
 SINCE_3 = ("vqt", "ilm_vp", "autovp")
-"""Methods that took features or images otherwise in format 2; of the others nothing has changed."""
+"""Methods whose input or features changed with format 3; bundles of the others in format 2 are still right."""
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 PICTURE, EXAMPLE, PROMPTED = "prompt.png", "example.png", "example_prompted.png"
 
@@ -36,7 +36,7 @@ class _Source(BaseModel):
 
 
 class _Description(BaseModel):
-    """What must be in the JSON for a bundle to be loaded; there is more in it."""
+    """Define the keys that a bundle needs to be loaded; its JSON has more."""
 
     config: TrialConfig
     class_names: Annotated[list[StrictStr], Field(min_length=1)]
@@ -44,7 +44,7 @@ class _Description(BaseModel):
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The JSON of a bundle. Raises UserError for a folder that isn't one, or is of another version."""
+    """Read and check the JSON of a bundle. Raises UserError if the folder is no bundle or of another version."""
     path = Path(folder) / DESCRIPTION
     try:
         description = json.loads(path.read_text())
@@ -61,20 +61,22 @@ def describe(folder: Path) -> dict[str, Any]:
     method = description["config"].get("method", "lorvp")
     if version == 2 and set(method.split("+")) & {*SINCE_3}:
         raise UserError(f"{path}: bundle format 2 of {method}, which takes its input otherwise since: tune it again")
-    return description
+    contents: dict[str, Any] = description
+    return contents
 
 
 def digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(folder: Path, description: dict[str, Any]) -> None:
-    """Raises UserError where the tensors are missing, or are not those that the bundle was written with."""
+    """Raise UserError if the tensors are missing, or are not those that the bundle was written with."""
     path = Path(folder) / TENSORS
     try:
-        found = digest(path)
+        actual = digest(path)
     except OSError as error:
         raise UserError(f"{path}: missing from the bundle ({error.strerror})") from None
-    if found != description.get("sha256"):
+    if actual != description.get("sha256"):
         raise UserError(f"{path}: altered since the bundle was written; copy the bundle again")

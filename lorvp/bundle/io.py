@@ -1,4 +1,4 @@
-"""A tuned prompt as a folder, which `lorvp.bundle.format` describes. `save` writes it, `load` makes a module of it."""
+"""Save a tuned prompt as a bundle folder and load it as a module; `lorvp.bundle.format` describes the folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save(
     results: Sequence[EpochResult],
     example: torch.Tensor,
 ) -> None:
-    """Writes `method`, which holds the best epoch's state, to `folder`, in place of what lies there.
+    """Write `method`, which holds the best epoch's state, to `folder`, in place of what lies there.
 
     `example` (1, 3, H, W) uint8 is an image to show the prompt on.
     """
@@ -58,7 +58,7 @@ def save(
     best, last = results[best_epoch - 1], results[-1]
     with replacing(folder) as temporary:
         temporary.mkdir()
-        save_file(method.tuned(), temporary / TENSORS)
+        save_file(method.trainable_state_dict(), temporary / TENSORS)
         description = {
             "format_version": FORMAT_VERSION,
             "config": config.model_dump(mode="json"),
@@ -89,44 +89,45 @@ def save(
         }
         with torch.inference_mode():
             example = example.to(backbone.mean.device)
-            enlarged(backbone.prepare(example)[0]).save(temporary / EXAMPLE)
-            pattern = method.added()
+            to_picture(backbone.prepare(example)[0]).save(temporary / EXAMPLE)
+            pattern = method.input_prompt()
             if pattern is not None:
                 description["prompt"] = spectrum(pattern)
                 picture(pattern).save(temporary / PICTURE)
-                enlarged((method.placed(method.prepare(example)) + pattern)[0]).save(temporary / PROMPTED)
+                to_picture((method.transform_input(method.prepare(example)) + pattern)[0]).save(temporary / PROMPTED)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (temporary / CARD).write_text(card(description))
 
 
 def spectrum(pattern: torch.Tensor) -> dict[str, Any]:
-    """The largest of a prompt's (3, L, L) values, and for each colour its largest singular values, largest first."""
+    """Return a prompt's (3, L, L) largest absolute value, and each colour's largest singular values, falling."""
     values = torch.linalg.svdvals(pattern.detach().float().cpu())[:, :SINGULAR_VALUES]
     return {"largest": pattern.abs().max().item(), "singular_values": values.tolist()}
 
 
 def picture(pattern: torch.Tensor) -> Image.Image:
-    """A prompt (3, L, L) as an image: grey where it adds nothing, its largest value at full contrast."""
+    """Draw a prompt (3, L, L) as an image: grey where it adds nothing, and its largest value at full contrast."""
     values = pattern.detach().float().cpu()
-    return enlarged(0.5 + values / (2 * values.abs().max().clamp(min=1e-12)))
+    return to_picture(0.5 + values / (2 * values.abs().max().clamp(min=1e-12)))
 
 
-def enlarged(values: torch.Tensor) -> Image.Image:
-    """(3, H, W) as a picture of at least some 224 pixels: 0 is black, 1 full, and what lies beyond is cut off."""
+def to_picture(values: torch.Tensor) -> Image.Image:
+    """Convert values (3, H, W) in [0, 1] to a picture of about 224 pixels; values outside are clamped."""
     pixels = (values.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     enlarge = max(1, 224 // pixels.shape[0])
     return Image.fromarray(np.kron(pixels, np.ones((enlarge, enlarge, 1), dtype=np.uint8)))
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", module: str | Path | None = None) -> Method:
-    """The tuned model of a bundle, in eval mode.
+    """Load the tuned model of a bundle, in eval mode.
 
-    It takes images of any size, (N, 3, H, W) uint8 or float in [0, 1], and returns downstream logits (N, classes)
-    float32, in the trial's own precision; its `class_names` say which is which. `module` is the Python file that
-    registers the backbone's architecture, where timm does not have it: it is run, so a bundle can't name it for you.
+    The model takes images of any size, (N, 3, H, W) uint8 or float in [0, 1], and returns downstream logits (N,
+    classes) float32, computed in the trial's precision. Its `class_names` name the classes in the order of the logits.
+    `module` is the Python file that registers the backbone's architecture if timm does not have it. That file is run,
+    so the caller must name it: the bundle's own mention of it is not followed.
 
-    Raises UserError for a folder that is no bundle, files that are missing, altered or don't fit together, and other
-    weights than those it was tuned on.
+    Raises UserError for a folder that is no bundle, for files that are missing, altered or don't fit together, and for
+    backbone weights other than those the bundle was tuned on.
     """
     folder = Path(folder)
     description = describe(folder)
@@ -134,18 +135,19 @@ def load(folder: str | Path, device: str | torch.device = "cpu", module: str | P
     config = TrialConfig.model_validate(description["config"])
     source, class_names = description["source"], description["class_names"]
     file = None if module is None else Path(module).expanduser().absolute()
-    wanted = config.backbone.module
-    if wanted is not None and file is None and not timm.is_model(config.backbone.name):
+    required_module = config.backbone.module
+    if required_module is not None and file is None and not timm.is_model(config.backbone.name):
         raise UserError(
-            f"{folder}: its backbone {config.backbone.name} is registered by a file of its own, {wanted.name}: "
+            f"{folder}: its backbone {config.backbone.name} is registered by a file of its own, "
+            f"{required_module.name}: "
             "it runs if you name it (--module FILE)"
         )
     try:
         tuned = load_file(folder / TENSORS)
-        own = config.backbone.model_copy(update={"module": file})
-        backbone = Backbone(own, source["precision"], config.backbone_speed, device)
+        backbone_config = config.backbone.model_copy(update={"module": file})
+        backbone = Backbone(backbone_config, source["precision"], config.backbone_speed, device)
         method = methods.make(config, backbone, len(class_names))
-        method.load_tuned(tuned)
+        method.load_trainable_state_dict(tuned)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: a bundle whose parts are missing or don't fit together ({reason})") from None

@@ -17,7 +17,7 @@ import torch
 
 from lorvp.data import shuffle
 from lorvp.data.datasets import ArrayImages, Images, Splits
-from lorvp.utils.device import where_it_fits
+from lorvp.utils.device import suppress_out_of_memory
 
 DEVICE_SHARE = 0.25
 """Of the GPU's free memory, what a dataset may take to be kept there."""
@@ -55,7 +55,7 @@ def batches(
         if copies is None:
             return images.read(chunk), labels, None
         read = images.read(chunk, pin=True)
-        with where_it_fits(), torch.cuda.stream(copies):
+        with suppress_out_of_memory(), torch.cuda.stream(copies):
             # torch keeps pinned memory from being used again before such a copy of it is through
             pixels = read.to(device, non_blocking=True)
             return pixels, labels.pin_memory().to(device, non_blocking=True), copies.record_event()
@@ -83,7 +83,7 @@ def kept_on_device(splits: Splits, device: torch.device, share: float = DEVICE_S
     free, _ = torch.cuda.mem_get_info(device)
     if sum(len(images) * math.prod(images.read(np.arange(1)).shape) for images in parts.values()) > share * free:
         return splits
-    with where_it_fits():
+    with suppress_out_of_memory():
         return replace(splits, **{name: on_device(images, device) for name, images in parts.items()})
     return splits  # another process has taken the memory meanwhile
 

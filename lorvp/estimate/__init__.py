@@ -1,1 +1,1 @@
-"""What a trial will take, told before it runs: memory and time."""
+"""Estimate a trial's memory and time before it runs."""

@@ -1,4 +1,4 @@
-"""How long an epoch of a trial takes on this machine, from a few steps of it."""
+"""Measure how long an epoch of a trial takes on this machine, from a few of its steps."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from lorvp.training.loop import train
 from lorvp.training.shared import load
 
 STEPS = 20
-LONGEST = 20.0
-"""Seconds that the steps may take: those of a large backbone on a CPU are long, and fewer of them must do."""
+MAX_SECONDS = 20.0
+"""Seconds that the measured steps may take; for a large backbone on a CPU fewer than STEPS steps are measured."""
 
 
 @dataclass(frozen=True)
 class Calibration:
+    """Hold the measured time of an epoch, in seconds."""
+
     epoch_seconds: float
     load_seconds: float
-    """For the backbone and the data, which a job loads before its first step."""
+    """Time to load the backbone and the data, before a job's first step."""
     steps: int
     device: str
 
 
 def calibrate(config: TrialConfig, threads: int) -> Calibration:
-    """Trains on 20 batches with `threads` of the CPU, evaluates the same share of the validation images, extrapolates.
+    """Train on 20 batches with `threads` CPU threads, evaluate the same fraction of the validation images, extrapolate.
 
-    The data is read and split as for the trial. Two single steps go before, which aren't counted: the first warms up,
-    the second shows whether 20 would take too long; then there are fewer. What a label mapping counts before the first
-    epoch is taken to be in each. The test set, read once at a trial's end, and checkpoints are left out. Of several
-    GPUs one is measured.
+    The data is read and split as for the trial. Two single steps run before and aren't counted: the first warms up, the
+    second shows whether 20 would take too long, in which case there are fewer. The pass of a label mapping before the
+    first epoch is counted in every epoch. The test set, read once at a trial's end, and checkpoints are not counted.
+    With several GPUs one is measured.
 
-    Raises what `load` and `train` raise.
+    Raises what `lorvp.training.shared.load` and `lorvp.training.loop.train` raise.
     """
     torch.set_num_threads(threads)
     start = time.perf_counter()
@@ -47,18 +49,18 @@ def calibrate(config: TrialConfig, threads: int) -> Calibration:
     all_images = (splits.train, splits.val, splits.test)
 
     def seconds(steps: int) -> tuple[float, float]:
-        """How long so many steps and their share of the validation take, and what share of the epoch they are."""
+        """Time so many steps and their part of the validation; return the seconds and the fraction of the epoch."""
         count = min(steps * config.batch_size, len(splits.train))
-        share = count / len(splits.train)
-        parts = (images.subset(np.arange(max(1, round(share * len(images))))) for images in all_images)
+        fraction = count / len(splits.train)
+        parts = (images.subset(np.arange(max(1, round(fraction * len(images))))) for images in all_images)
         result = next(train(config, shared=replace(loaded, splits=Splits(*parts))))
-        return result.seconds, share
+        return result.seconds, fraction
 
-    with feature_cache.forgotten():
+    with feature_cache.temporary_cache():
         seconds(1)
         one, _ = seconds(1)
-        steps = max(1, min(STEPS, int(LONGEST / one), math.ceil(len(splits.train) / config.batch_size)))
-        taken, share = seconds(steps)
+        steps = max(1, min(STEPS, int(MAX_SECONDS / one), math.ceil(len(splits.train) / config.batch_size)))
+        measured_seconds, fraction = seconds(steps)
     device = loaded.backbone.mean.device
     name = f"GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "CPU"
-    return Calibration(taken / share, load_seconds, steps, name)
+    return Calibration(measured_seconds / fraction, load_seconds, steps, name)

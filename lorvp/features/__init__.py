@@ -1,1 +1,1 @@
-"""What a frozen backbone computes once: its cached outputs on images without a prompt, and heads fitted to them."""
+"""Cache a frozen backbone's outputs on unprompted images, and fit heads to them."""

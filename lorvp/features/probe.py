@@ -1,7 +1,7 @@
-"""Logistic regression on what the frozen backbone says: the head without a prompt, and one to start a prompt from.
+"""Fit a head to the frozen backbone's outputs by logistic regression, as a control or as the start of a trial.
 
-As in scikit-learn and in AnanyaKumar/transfer_learning it minimises C · (sum of the cross-entropies) + |W|² / 2; the
-bias is free. C says how far the head is fitted: a small one leaves errors, and so a gradient, to the prompt.
+As in scikit-learn and in AnanyaKumar/transfer_learning the fit minimises C · (sum of the cross-entropies) + |W|² / 2;
+the bias is not regularised. A small C underfits the head, which leaves errors, and so a gradient, to the prompt.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from lorvp.config import BEST
 from lorvp.data.datasets import ArrayImages
-from lorvp.features.cache import cache_folder, key, once
+from lorvp.features.cache import cache_folder, compute_once, key
 from lorvp.utils.device import is_out_of_memory
 from lorvp.utils.files import replacing
 
 CS = np.logspace(-7, 2, 50)
-"""From a head that says hardly more than the classes' shares to one without regularisation, as published."""
+"""Values of C to choose from, as published: from class frequencies alone to almost no regularisation."""
 ITERATIONS = 100
-"""Of L-BFGS, at most."""
+"""Largest number of L-BFGS iterations."""
 ROWS_AT_ONCE = 1 << 16
 
 Head = tuple[torch.Tensor, torch.Tensor]
@@ -37,11 +37,11 @@ def fit(
     start: Head | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Head:
-    """Fit the head of that C to x (N, d) and labels (N,), from zero or from `start`, on the device that x is on.
+    """Fit a head with that C to x (N, d) float32 and labels (N,) int64, from zero or `start`, on the device of x.
 
-    `check` is called in every iteration, and may raise what ends the fit.
+    `check` is called in every iteration and may raise an exception to end the fit.
     """
-    mean = x.mean(0)  # the same optimum as without it, as the bias is free, and sooner reached
+    mean = x.mean(0)  # centring keeps the optimum, as the bias is free, and converges sooner
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = weight.clone().requires_grad_(), (bias + weight @ mean).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
@@ -50,10 +50,10 @@ def fit(
         check()
         optimizer.zero_grad()
         total = weight.square().sum() / (2 * c * len(x))
-        total.backward()
-        for some, their in zip(x.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True):
-            loss = F.cross_entropy(F.linear(some - mean, weight, bias), their, reduction="sum") / len(x)
-            loss.backward()
+        torch.autograd.backward(total)
+        for rows, row_labels in zip(torch.split(x, ROWS_AT_ONCE), torch.split(labels, ROWS_AT_ONCE), strict=True):
+            loss = F.cross_entropy(F.linear(rows - mean, weight, bias), row_labels, reduction="sum") / len(x)
+            torch.autograd.backward(loss)
             total = total + loss
         return total.detach()
 
@@ -62,10 +62,10 @@ def fit(
     return weight, bias - weight @ mean
 
 
-def _fit_where_it_fits(
+def _fit_or_fall_back_to_cpu(
     x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: Head | None, check: Callable[[], None]
 ) -> Head:
-    """`fit`, on the CPU where the device's memory is too small for it."""
+    """Fit as `fit` does, but on the CPU if the device's memory is too small."""
     try:
         return fit(x, labels, classes, c, start, check)
     except RuntimeError as error:
@@ -77,47 +77,48 @@ def _fit_where_it_fits(
 
 
 def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
-    """In percent."""
+    """Return the top-1 accuracy of a head on x (N, d) and labels (N,), in percent."""
     return 100 * (F.linear(x, *head).argmax(1) == labels).double().mean().item()
 
 
 def head(
     train: ArrayImages,
     val: ArrayImages,
-    how_far: float | str,
+    head_fit: float | str,
     device: torch.device,
     cs: np.ndarray = CS,
-    whole: ArrayImages | None = None,
+    all_images: ArrayImages | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Head:
-    """The head for `train`, fitted as far as `TrialConfig.head_fit` says; from the cache, where it is put if missing.
+    """Return the head for `train` that `TrialConfig.head_fit` asks for; it is fitted if the cache does not hold it.
 
-    `train` and `val` are what a backbone says of the images (`frozen.outputs`); `cs`, rising, are those to choose from.
-    With `whole` it is the head for those images, with the C that was chosen so. `check` is called in every iteration,
-    and may raise what ends the fits: the next call goes on with the C that was under way.
+    `train` and `val` hold a backbone's outputs (`lorvp.features.cache.get`). `cs` are the values of C to choose from,
+    in rising order. With `all_images` the head is fitted to those images, with the C chosen on `train` and `val`.
+    `check` is called in every iteration and may raise an exception to end the fits; the next call resumes with the C
+    that was being fitted.
     """
     classes = len(train.class_names)
 
-    def of(c: float, start: Head | None, images: ArrayImages = train) -> Head:
+    def fit_cached(c: float, start: Head | None, images: ArrayImages = train) -> Head:
         x, labels = images.pixels.to(device), torch.from_numpy(images.labels).to(device)
         chain = None if start is None else len(cs)  # a head depends a little on the one that it started from
         name = key("probe", images.digest, images.labels.tobytes(), classes, float(c), chain, ITERATIONS)
         path = cache_folder() / f"probe-{name}.safetensors"
-        with once(path) as missing:
+        with compute_once(path) as missing:
             if missing:
-                weight, bias = _fit_where_it_fits(x, labels, classes, c, start, check)
+                weight, bias = _fit_or_fall_back_to_cpu(x, labels, classes, c, start, check)
                 with replacing(path) as temporary:
                     save_file({"weight": weight, "bias": bias}, temporary)
-        kept = load_file(path, str(device))
-        return kept["weight"], kept["bias"]
+        tensors = load_file(path, str(device))
+        return tensors["weight"], tensors["bias"]
 
-    if not isinstance(how_far, str):
-        return of(how_far, None, whole or train)
+    if not isinstance(head_fit, str):
+        return fit_cached(head_fit, None, all_images or train)
     heads: list[Head] = []
     for c in cs:
-        heads.append(of(c, heads[-1] if heads else None))
+        heads.append(fit_cached(c, heads[-1] if heads else None))
     x, labels = val.pixels.to(device), torch.from_numpy(val.labels).to(device)
-    reached = [accuracy(each, x, labels) for each in heads]
-    enough = max(reached) * (1.0 if how_far == BEST else float(how_far.removesuffix("%")) / 100)
-    chosen = next(i for i, found in enumerate(reached) if found >= enough)
-    return heads[chosen] if whole is None else of(cs[chosen], None, whole)
+    accuracies = [accuracy(head, x, labels) for head in heads]
+    threshold = max(accuracies) * (1.0 if head_fit == BEST else float(head_fit.removesuffix("%")) / 100)
+    chosen = next(i for i, top1 in enumerate(accuracies) if top1 >= threshold)
+    return heads[chosen] if all_images is None else fit_cached(cs[chosen], None, all_images)

@@ -18,9 +18,9 @@ from lorvp.errors import UserError
 class LabelMapping(nn.Module):
     """Map the backbone's output to downstream logits."""
 
-    reads: Literal["logits", "features"] = "logits"
+    input: Literal["logits", "features"] = "logits"
     """The output of the backbone that it takes."""
-    recount: Literal["never", "once", "epoch"] = "never"
+    update: Literal["never", "once", "epoch"] = "never"
     """When the map is made anew. once: before the first epoch, without the prompt; epoch: before each, with it."""
     index: torch.Tensor
     """The source class of each class, (classes,) int64; of mappings that pick source classes."""

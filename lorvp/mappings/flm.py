@@ -8,4 +8,4 @@ from lorvp.mappings.base import IndexMapping
 class FrequentMapping(IndexMapping):
     """FLM: by how often the unprompted backbone takes images of a class for each source class."""
 
-    recount = "once"
+    update = "once"

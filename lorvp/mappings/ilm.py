@@ -8,4 +8,4 @@ from lorvp.mappings.base import IndexMapping
 class IterativeMapping(IndexMapping):
     """ILM: FLM again before every epoch, with the current prompt (Chen et al. 2023, ILM-VP)."""
 
-    recount = "epoch"
+    update = "epoch"

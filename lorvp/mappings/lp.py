@@ -11,7 +11,7 @@ from lorvp.mappings.base import LabelMapping
 class LinearProbing(LabelMapping):
     """LP: a new head on the features."""
 
-    reads = "features"
+    input = "features"
 
     def __init__(self, source_classes: int, features: int, classes: int) -> None:
         super().__init__(source_classes, features, classes)

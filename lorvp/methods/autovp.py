@@ -31,8 +31,8 @@ class _ScaledFrame(_Frame):
         side = (self.inner * self._scale().detach()).long().clamp(max=self.image_size)
         return self.delta.sigmoid() * self.mask(side)
 
-    def place(self, images: torch.Tensor) -> torch.Tensor:
-        placed = super().place(images)
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
+        placed = super().transform_input(images)
         if self.scale is None:
             return placed
         one, none = torch.ones_like(self.scale), torch.zeros_like(self.scale)
@@ -55,6 +55,6 @@ class AutoVP(ILMVP):
         """Build the frame of AutoVP, with the config's options."""
         return _ScaledFrame(self.config.prompt, self.backbone.image_size)
 
-    def starts_plain(self) -> bool:
+    def is_identity_at_init(self) -> bool:
         """Return whether the image keeps its place and size: it has no learned scale, and fills the frame."""
-        return super().starts_plain() and self.prompt.scale is None
+        return super().is_identity_at_init() and self.prompt.scale is None

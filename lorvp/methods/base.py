@@ -13,7 +13,7 @@ from lorvp.data.loader import Batches
 from lorvp.errors import UserError
 from lorvp.mappings.base import count, greedy_matching
 from lorvp.models.architectures import no_classifier
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 from lorvp.utils import distributed
 from lorvp.utils.device import MicroBatches
 
@@ -29,7 +29,7 @@ class Method(nn.Module):
 
     class_names: Sequence[str]
     """The name of each class, of a loaded bundle."""
-    reads_frozen = False
+    trains_head_only = False
     """Whether the label mapping alone is trained, so that the backbone's output on an image never changes."""
     stage = 0
     """The training under way, of `TrialConfig.stages`."""
@@ -40,14 +40,14 @@ class Method(nn.Module):
         self.backbone = backbone
         self.classes = classes
         kind = mappings.load(config.label_mapping)
-        if kind.reads == "logits" and not backbone.source_classes:
+        if kind.input == "logits" and not backbone.source_classes:
             raise UserError(no_classifier(config))
         with torch.random.fork_rng():
             torch.manual_seed(config.init_seed)
             self.mapping = kind(backbone.source_classes, self.features(), classes)
         self.counts: torch.Tensor | None = None
         """Counts of the epoch under way for the next mapping (`ilm: streamed`): (source classes, classes) int32."""
-        self._tops: list[torch.Tensor] = []
+        self._predictions: list[torch.Tensor] = []
         self.recounting: torch.Tensor | None = None
         """Counts of a pass over the training images for the next mapping, while it is under way: as `counts`."""
         self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
@@ -56,7 +56,7 @@ class Method(nn.Module):
         """Return the number of features that a head reads."""
         return self.backbone.features
 
-    def starts_plain(self) -> bool:
+    def is_identity_at_init(self) -> bool:
         """Return whether the output before the first step is the backbone's on the images as they are."""
         return True
 
@@ -69,20 +69,24 @@ class Method(nn.Module):
         """Resize images of any size, uint8 or float in [0, 1], to (N, 3, side, side) float32 in [0, 1]."""
         return self.backbone.prepare(images, self.side)
 
-    def placed(self, images: torch.Tensor) -> torch.Tensor:
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, 3, L, L) in [0, 1], from (N, 3, side, side), before a prompt is added to them."""
         return images
 
-    def added(self) -> torch.Tensor | None:
+    def input_prompt(self) -> torch.Tensor | None:
         """Return the input prompt, if there is one: (3, L, L), in units of pixels in [0, 1]."""
         return None
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def backbone_output(
+        self, images: torch.Tensor, output: str, forward_features: ForwardFeatures | None = None
+    ) -> torch.Tensor:
         """Return the backbone's output on images from `prepare`, with the prompt in place.
 
         `output` is `logits`, (N, source classes), or `features`, (N, d), both float32.
         """
-        result: torch.Tensor = self.backbone(self.placed(images), output, self.added(), through)
+        result: torch.Tensor = self.backbone(
+            self.transform_input(images), output, self.input_prompt(), forward_features
+        )
         return result
 
     def penalty(self) -> torch.Tensor | None:
@@ -91,97 +95,102 @@ class Method(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) float32 from images (N, 3, H, W) of any size, uint8 or float in [0, 1]."""
-        said = self.said(self.prepare(images), self.mapping.reads)
+        source = self.backbone_output(self.prepare(images), self.mapping.input)
         if self.counts is not None and torch.is_grad_enabled():
-            self._tops.append(said.detach().argmax(1))
-        logits: torch.Tensor = self.mapping(said)
+            self._predictions.append(source.detach().argmax(1))
+        logits: torch.Tensor = self.mapping(source)
         return logits
 
     def count(self, labels: torch.Tensor) -> None:
         """Count the predictions of the last training batch, whose labels (n,) these are, for the next mapping."""
-        if self._tops and self.counts is not None:
-            count(self.counts, torch.cat(self._tops), labels)
-            self.forget()
+        if self._predictions and self.counts is not None:
+            count(self.counts, torch.cat(self._predictions), labels)
+            self.discard_predictions()
 
-    def forget(self) -> None:
+    def discard_predictions(self) -> None:
         """Leave the predictions of the last batch out of the counts: the batch will come again."""
-        self._tops.clear()
+        self._predictions.clear()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return trainable parameters by group: prompt, tokens, head, backbone; without empty groups."""
         head = list(self.mapping.parameters())
         return {"head": head} if head else {}
 
-    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+    def head_input(self, source: torch.Tensor) -> torch.Tensor:
         """Return what a fitted head reads, from the backbone's output on the images as they are: (N, d) to (N, d)."""
-        return said
+        return source
 
-    def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Put in a head that was fitted to `read_plain` of the backbone's output."""
+    def load_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Put in a head that was fitted to `head_input` of the backbone's output."""
         self.mapping.head.load_state_dict({"weight": weight, "bias": bias})
 
     def start_stage(self, before: Method) -> None:
         """Take what an earlier stage, `before`, has trained; the label mapping is a new one."""
-        kept = {name: tensor for name, tensor in before.tuned().items() if not name.startswith("mapping.")}
-        self.load_tuned(self.tuned() | kept)
+        kept = {
+            name: tensor for name, tensor in before.trainable_state_dict().items() if not name.startswith("mapping.")
+        }
+        self.load_trainable_state_dict(self.trainable_state_dict() | kept)
 
     def start_epoch(
-        self, epoch: int, batches: Callable[[], Batches], frozen_tops: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+        self,
+        epoch: int,
+        batches: Callable[[], Batches],
+        plain_predictions: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         """Make the label mapping anew before an epoch, from 1 on, where it is one that counts.
 
         `batches` starts a pass over the training images, on the device, or goes on with one that was left half-way
         (`recounting`); of several processes each sees its share.
-        `frozen_tops` gives the source class (N,) that the backbone predicts for each training image without a prompt,
-        and the labels (N,).
+        `plain_predictions` gives the source class (N,) that the backbone predicts for each training image without a
+        prompt, and the labels (N,).
         """
-        if self.mapping.recount == "never" or (self.mapping.recount == "once" and epoch > 1):
+        if self.mapping.update == "never" or (self.mapping.update == "once" and epoch > 1):
             return
         device = self.backbone.mean.device
         counts = torch.zeros(self.backbone.source_classes, self.classes, dtype=torch.int32, device=device)
         with torch.inference_mode():
-            if epoch == 1 and self.starts_plain():
-                count(counts, *frozen_tops())
+            if epoch == 1 and self.is_identity_at_init():
+                count(counts, *plain_predictions())
             elif self.counts is not None:
-                counts = distributed.total(self.counts)
+                counts = distributed.all_reduce_sum(self.counts)
             else:
                 self.recounting = counts = counts if self.recounting is None else self.recounting
                 for images, labels in batches():
-                    count(counts, torch.cat(self.micro_batches.run(self._top, images)), labels)
-                counts, self.recounting = distributed.total(counts), None
+                    count(counts, torch.cat(self.micro_batches.run(self._predict, images)), labels)
+                counts, self.recounting = distributed.all_reduce_sum(counts), None
         self.mapping.index.copy_(greedy_matching(counts))
-        if self.mapping.recount == "epoch" and self.config.ilm == "streamed":
+        if self.mapping.update == "epoch" and self.config.ilm == "streamed":
             self.counts = torch.zeros_like(counts)
 
-    def _top(self, images: torch.Tensor) -> torch.Tensor:
-        return self.said(self.prepare(images), "logits").argmax(1)
+    def _predict(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone_output(self.prepare(images), "logits").argmax(1)
 
-    def tuned(self) -> dict[str, torch.Tensor]:
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Return all that was chosen or learned, by name, on the CPU: what a bundle stores; no frozen backbone."""
         return {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
-            if self._tunes(name)
+            if self._is_trainable(name)
         }
 
-    def load_tuned(self, tuned: dict[str, torch.Tensor]) -> None:
-        """Put back what `tuned()` of the same method gave.
+    def load_trainable_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Put back what `trainable_state_dict` of the same method gave.
 
         Raises RuntimeError naming what differs (names, shapes, dtypes), and for source classes that there are not.
         """
-        own = {name: tensor for name, tensor in self.state_dict().items() if self._tunes(name)}
-        missing, unexpected = sorted(own.keys() - tuned.keys()), sorted(tuned.keys() - own.keys())
+        own = {name: tensor for name, tensor in self.state_dict().items() if self._is_trainable(name)}
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         if missing or unexpected:
             raise RuntimeError(f"not the same method: missing {missing}, unexpected {unexpected}")
-        for name, tensor in tuned.items():
+        for name, tensor in state_dict.items():
             if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
                 raise RuntimeError(f"{name} is {_kind(tensor)}, and should be {_kind(own[name])}")
-        index = tuned.get("mapping.index")
+        index = state_dict.get("mapping.index")
         if index is not None and not ((index >= 0) & (index < self.backbone.source_classes)).all():
             raise RuntimeError(f"mapping.index has others than the backbone's {self.backbone.source_classes} classes")
-        self.load_state_dict(tuned, strict=False)
+        self.load_state_dict(state_dict, strict=False)
 
-    def _tunes(self, name: str) -> bool:
+    def _is_trainable(self, name: str) -> bool:
         return self.config.trains_backbone or not name.startswith("backbone.")
 
 

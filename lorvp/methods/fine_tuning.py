@@ -15,7 +15,7 @@ class FineTuning(Method):
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__(config, backbone, classes)
         backbone.model.requires_grad_(True)
-        if self.mapping.reads == "features":
+        if self.mapping.input == "features":
             backbone.model.get_classifier().requires_grad_(False)  # nothing reads it
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

@@ -30,7 +30,7 @@ class _Frame(Prompt):
     def pattern(self) -> torch.Tensor:
         return self.delta.sigmoid() * self.mask(self.inner)
 
-    def place(self, images: torch.Tensor) -> torch.Tensor:
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         return F.pad(images, self._margins(self.inner))
 
     def mask(self, inner: int | torch.Tensor) -> torch.Tensor:
@@ -54,6 +54,6 @@ class ILMVP(LoRVP):
         """Build the frame of ILM-VP, with the config's options."""
         return _Frame(self.config.prompt, self.backbone.image_size)
 
-    def starts_plain(self) -> bool:
+    def is_identity_at_init(self) -> bool:
         """Return whether the image fills the whole frame."""
         return self.prompt.inner == self.backbone.image_size

@@ -13,7 +13,7 @@ class LinearProbe(Method):
     With `head_init: linear_probe` the head is fitted before the first epoch, and there is nothing left to train.
     """
 
-    reads_frozen = True
+    trains_head_only = True
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the head; nothing where the head is fitted."""

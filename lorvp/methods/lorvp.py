@@ -26,20 +26,20 @@ class LoRVP(Method):
         kind: type[Prompt] = plugins.load("prompts", self.config.prompt.kind)
         return kind(self.config.prompt, self.backbone.image_size)
 
-    def starts_plain(self) -> bool:
+    def is_identity_at_init(self) -> bool:
         """Return whether the prompt is zero at its start."""
-        return super().starts_plain() and not self.prompt.pattern().any()
+        return super().is_identity_at_init() and not self.prompt.pattern().any()
 
     @property
     def side(self) -> int:
         """Return the side of the images that the prompt takes, in pixels."""
         return self.prompt.side
 
-    def placed(self, images: torch.Tensor) -> torch.Tensor:
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, 3, L, L) where the prompt places them."""
-        return self.prompt.place(super().placed(images))
+        return self.prompt.transform_input(super().transform_input(images))
 
-    def added(self) -> torch.Tensor:
+    def input_prompt(self) -> torch.Tensor:
         """Return the prompt's pattern, (3, L, L)."""
         return self.prompt.pattern()
 

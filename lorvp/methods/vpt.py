@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 
 
 class VPT(Method):
@@ -53,13 +53,13 @@ class VPT(Method):
                 torch.empty(layers, tokens.count, tokens.project or width).uniform_(-start, start)
             )
 
-    def starts_plain(self) -> bool:
+    def is_identity_at_init(self) -> bool:
         """Return False: tokens start at random."""
         return False
 
-    def placed(self, images: torch.Tensor) -> torch.Tensor:
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, 3, L, L), padded with what is learned where the backbone has no tokens."""
-        images = super().placed(images)
+        images = super().transform_input(images)
         if not self.pads:
             return images
         (top, bottom), (left, right) = (
@@ -67,11 +67,13 @@ class VPT(Method):
         )
         return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def backbone_output(
+        self, images: torch.Tensor, output: str, forward_features: ForwardFeatures | None = None
+    ) -> torch.Tensor:
         """Return the backbone's output with the tokens in its layers, as `Method` does."""
         if not self.pads:
-            through = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
-        return super().said(images, output, through)
+            forward_features = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
+        return super().backbone_output(images, output, forward_features)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the tokens' parameters and the head's."""

@@ -14,7 +14,7 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
 from lorvp.methods.vpt import drop, embedded, token_start
-from lorvp.models.backbone import Backbone, Through
+from lorvp.models.backbone import Backbone, ForwardFeatures
 from lorvp.models.speed import ClassTokenBlock
 
 CHOOSING = 1
@@ -55,10 +55,12 @@ class VQT(Method):
         own, width = super().features(), int(model.embed_dim)
         return own + len(model.blocks) * self.config.tokens.count * width
 
-    def said(self, images: torch.Tensor, output: str, through: Through | None = None) -> torch.Tensor:
+    def backbone_output(
+        self, images: torch.Tensor, output: str, forward_features: ForwardFeatures | None = None
+    ) -> torch.Tensor:
         """Return the class token and the queries' answers of every layer, each of length 1: (N, features) float32."""
         answers: list[torch.Tensor] = []
-        stream = torch.no_grad if self.added() is None else nullcontext
+        stream = torch.no_grad if self.input_prompt() is None else nullcontext
 
         def asked(model: Any, x: torch.Tensor) -> torch.Tensor:
             with stream():
@@ -70,7 +72,7 @@ class VQT(Method):
             tokens: torch.Tensor = model.norm(x)
             return tokens
 
-        own = super().said(images, output, asked)
+        own = super().backbone_output(images, output, asked)
         together = [answer.float().flatten(1) for answer in answers]
         return torch.cat([F.normalize(part) for part in (own, *together)], dim=1) * self.kept
 
@@ -85,13 +87,13 @@ class VQT(Method):
         norms: torch.Tensor = self.mapping.head.weight.norm(dim=0)
         return self.config.tokens.group_lasso * norms.sum()
 
-    def read_plain(self, said: torch.Tensor) -> torch.Tensor:
+    def head_input(self, source: torch.Tensor) -> torch.Tensor:
         """Return class tokens (N, d), scaled to length 1."""
-        return F.normalize(said)
+        return F.normalize(source)
 
-    def start_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    def load_head(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Put in a head fitted to the class tokens; its weights for the queries' answers are zero."""
-        super().start_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
+        super().load_head(F.pad(weight, (0, self.features() - weight.shape[1])), bias)
 
     def start_stage(self, before: Method) -> None:
         """Take the trained queries; after the stage that chooses, keep the features of the largest weights."""

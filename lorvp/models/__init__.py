@@ -1,1 +1,1 @@
-"""Frozen backbones: architectures, weights, and what makes them faster."""
+"""Build frozen backbones: architectures, weights, and optimizations of their speed."""

@@ -1,4 +1,4 @@
-"""A model's weights from a file of someone's: found under whatever prefix they have, and fitted by name and shape."""
+"""Load a model's weights from a checkpoint file: find their prefix, and fit them by name and shape."""
 
 from __future__ import annotations
 
@@ -17,45 +17,44 @@ from lorvp.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 AVERAGES = ("ema", "teacher")
-"""In the names of weights that are better than those beside them, of which they are the average."""
+"""Parts of the prefixes of averaged weights, which are preferred to the weights that they average."""
 SHOWN = 3
 
 
 def load(build: Callable[..., Any], path: Path, classes: int | None) -> Any:
-    """The model that `build` gives, with the weights of `path`.
+    """Build a model and load the weights of `path` into it.
 
-    `build` takes timm's `pretrained` and `pretrained_cfg_overlay`. One prefix is taken off all names: that which leaves
-    the most of the model's own. A checkpoint without a head makes a model without a classifier, one with a head for
-    another number of classes a model of so many; unless `classes` says how many there must be. What timm does to
-    weights that others published, by their names, is tried where they don't fit as they are. Raises UserError for what
-    can't be read or does not fit.
+    `build` takes timm's `pretrained` and `pretrained_cfg_overlay`. The prefix under which most of the model's tensors
+    lie is removed from all names. Unless `classes` fixes the number of classes, it comes from the checkpoint: without a
+    head the model has no classifier. If the weights don't fit as they are, timm's conversions of published weights are
+    tried. Raises UserError for a file that can't be read or does not fit.
     """
     tensors = read(path)
     model = build(pretrained=False)
-    prefix = _prefix(tensors, model, path)
-    own = _without(tensors, prefix)
-    misfits = fit(model, own, classes)
+    prefix = _best_prefix(tensors, model, path)
+    misfits = fit(model, _strip_prefix(tensors, prefix), classes)
     if not misfits:
         if prefix:
             print(f"weights: those under {prefix} in {path}", flush=True)
         return model
     parts = prefix.split(".")
-    above = [".".join(parts[:i]) + "." * (i > 0) for i in range(len(parts) - 1, -1, -1)]
-    for each in above:
-        # timm lets pass what is missing where the classes are not those that it expects
+    parent_prefixes = [".".join(parts[:i]) + "." * (i > 0) for i in range(len(parts) - 1, -1, -1)]
+    for parent_prefix in parent_prefixes:
+        # timm accepts missing head tensors if the number of classes is not the one that it expects
         for overlay in ({}, {"num_classes": 0}) if classes is None else ({"num_classes": classes},):
             try:
-                found = build(pretrained=True, pretrained_cfg_overlay=overlay | {"state_dict": _without(tensors, each)})
-            except Exception:  # whatever timm's functions raise for names that are not those they expect
+                state_dict = _strip_prefix(tensors, parent_prefix)
+                converted = build(pretrained=True, pretrained_cfg_overlay=overlay | {"state_dict": state_dict})
+            except Exception:  # timm's functions may raise anything for names that they don't expect
                 continue
-            found.pretrained_cfg.pop("state_dict")
-            return found
-    some = "; ".join(misfits[:SHOWN]) + (f"; and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else "")
-    raise UserError(f"backbone.checkpoint: {path} does not fit: {some}")
+            converted.pretrained_cfg.pop("state_dict")
+            return converted
+    listing = "; ".join(misfits[:SHOWN]) + (f"; and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else "")
+    raise UserError(f"backbone.checkpoint: {path} does not fit: {listing}")
 
 
 def read(path: Path) -> Tensors:
-    """All tensors in a file of safetensors or of torch.save, by dotted name. Raises UserError."""
+    """Read all tensors of a safetensors or torch.save file by dotted name. Raises UserError for any other file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -75,61 +74,65 @@ def read(path: Path) -> Tensors:
 
 
 def fit(model: Any, tensors: Tensors, classes: int | None) -> list[str]:
-    """Puts tensors into a model in place, and its classifier's size to theirs; or nothing, and what does not fit."""
+    """Load tensors into a model in place and resize its classifier to theirs.
+
+    Return the list of misfits, one line each. If there are any, the model is left unchanged.
+    """
     heads = classifiers(model)
     own = model.state_dict()
-    ours = {name: tensor for name, tensor in tensors.items() if not _under(name, heads)}
-    theirs = {name: tensor for name, tensor in tensors.items() if _under(name, heads)}
+    body_tensors = {name: tensor for name, tensor in tensors.items() if not _is_in_head(name, heads)}
+    head_tensors = {name: tensor for name, tensor in tensors.items() if _is_in_head(name, heads)}
     misfits = []
     for name, tensor in own.items():
-        if _under(name, heads) or (name not in ours and name.endswith("num_batches_tracked")):
+        if _is_in_head(name, heads) or (name not in body_tensors and name.endswith("num_batches_tracked")):
             continue
-        if name not in ours:
+        if name not in body_tensors:
             misfits.append(f"{name} is missing")
-        elif ours[name].shape != tensor.shape:
-            misfits.append(f"{name} is {list(ours[name].shape)}, and should be {list(tensor.shape)}")
-    left = [name for name in ours if name not in own]
+        elif body_tensors[name].shape != tensor.shape:
+            misfits.append(f"{name} is {list(body_tensors[name].shape)}, and should be {list(tensor.shape)}")
+    left = [name for name in body_tensors if name not in own]
     misfits += [f"{name} has no place in the model" for name in left if hasattr(model, name.partition(".")[0])]
-    there = _classes(own, theirs, heads)
-    if classes is not None and classes != there:
-        for name in [name for name in own if _under(name, heads)]:
-            found = list(theirs[name].shape) if name in theirs else "missing"
-            misfits.append(f"{name} is {found}, and should be {list(own[name].shape)}")
+    checkpoint_classes = _head_classes(own, head_tensors, heads)
+    if classes is not None and classes != checkpoint_classes:
+        for name in [name for name in own if _is_in_head(name, heads)]:
+            shape = list(head_tensors[name].shape) if name in head_tensors else "missing"
+            misfits.append(f"{name} is {shape}, and should be {list(own[name].shape)}")
     if misfits:
         return misfits
-    if there != model.num_classes:
-        model.reset_classifier(there)
-        print(f"weights: a head of {there} classes" if there else "weights: without a head of classes", flush=True)
-    left += list(theirs) if not there else []
+    if checkpoint_classes != model.num_classes:
+        model.reset_classifier(checkpoint_classes)
+        head = f"a head of {checkpoint_classes} classes" if checkpoint_classes else "without a head of classes"
+        print(f"weights: {head}", flush=True)
+    left += list(head_tensors) if not checkpoint_classes else []
     if left:
         print(
             f"weights: left out, as they are not the model's: {', '.join(left[:SHOWN])}{' ...' * (len(left) > SHOWN)}"
         )
-    model.load_state_dict(ours | (theirs if there else {}), strict=False)
+    model.load_state_dict(body_tensors | (head_tensors if checkpoint_classes else {}), strict=False)
     return []
 
 
 def classifiers(model: Any) -> list[str]:
-    """The names of the layers that give a model's logits."""
+    """Return the names of the layers that compute a model's logits."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier")
     if names is None:
-        given = model.get_classifier()
-        layers = given if isinstance(given, tuple | list) else [given]
+        classifier = model.get_classifier()
+        layers = classifier if isinstance(classifier, tuple | list) else [classifier]
         return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
     return [names] if isinstance(names, str) else list(names)
 
 
-def _classes(own: Any, theirs: Tensors, heads: list[str]) -> int:
-    """Of the tensors of a head like the model's the number of classes; 0 where they are none, or of another head."""
-    wanted = {name: tensor for name, tensor in own.items() if _under(name, heads)}
-    if not wanted or theirs.keys() != wanted.keys():
+def _head_classes(own: Any, head_tensors: Tensors, heads: list[str]) -> int:
+    """Return the number of classes of a checkpoint's head; 0 if it has none, or one unlike the model's."""
+    own_head = {name: tensor for name, tensor in own.items() if _is_in_head(name, heads)}
+    if not own_head or head_tensors.keys() != own_head.keys():
         return 0
-    alike = all(theirs[name].shape[1:] == tensor.shape[1:] for name, tensor in wanted.items())
-    counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in theirs.values()}
+    alike = all(head_tensors[name].shape[1:] == tensor.shape[1:] for name, tensor in own_head.items())
+    counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in head_tensors.values()}
     return counts.pop() if alike and len(counts) == 1 else 0
 
 
-def _under(name: str, heads: list[str]) -> bool:
+def _is_in_head(name: str, heads: list[str]) -> bool:
     return any(name.startswith(f"{head}.") for head in heads)
 
 
@@ -137,29 +140,29 @@ def _flatten(value: Any, prefix: str, into: Tensors) -> None:
     if isinstance(value, torch.Tensor):
         into[prefix.removesuffix(".")] = value
     elif isinstance(value, dict):
-        for key, each in value.items():
-            _flatten(each, f"{prefix}{key}.", into)
+        for key, item in value.items():
+            _flatten(item, f"{prefix}{key}.", into)
 
 
-def _without(tensors: Tensors, prefix: str) -> Tensors:
+def _strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _prefix(tensors: Tensors, model: nn.Module, path: Path) -> str:
-    """That of the names under which the most of the model's tensors are; of averages, where both are there."""
+def _best_prefix(tensors: Tensors, model: nn.Module, path: Path) -> str:
+    """Return the prefix under which most of the model's tensors lie; among equals, one of averaged weights."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         for i in range(len(parts)):
             own, prefix = ".".join(parts[i:]), "".join(f"{part}." for part in parts[:i])
             if own in shapes:
-                found[prefix] = found.get(prefix, 0) + 1 + (shapes[own] == tensor.shape)
-    if not found:
-        some = ", ".join(list(tensors)[:SHOWN])
+                counts[prefix] = counts.get(prefix, 0) + 1 + (shapes[own] == tensor.shape)
+    if not counts:
+        listing = ", ".join(list(tensors)[:SHOWN])
         raise UserError(
-            f"backbone.checkpoint: {path} does not fit: none of its {len(tensors)} names is the model's: {some}"
+            f"backbone.checkpoint: {path} does not fit: none of its {len(tensors)} names is the model's: {listing}"
         )
-    most = max(found.values())
-    best = [prefix for prefix, count in found.items() if count == most]
+    most = max(counts.values())
+    best = [prefix for prefix, count in counts.items() if count == most]
     return next((prefix for prefix in best if any(word in prefix for word in AVERAGES)), best[0])

@@ -1,7 +1,7 @@
-"""Two backbones for 32 px, pretrained on CIFAR-10 by `python -m lorvp.tiny`: a ResNet and a vision transformer.
+"""Register a ResNet and a vision transformer for 32 px with timm, pretrained on CIFAR-10 by `python -m lorvp.tiny`.
 
-They are registered with timm as `lorvp_tiny_32.cifar10` and `lorvp_tiny_vit_32.cifar10`, so that nothing else in the
-package knows that they are special. They have 0.29 and 0.47 M parameters.
+timm knows them as `lorvp_tiny_32.cifar10` and `lorvp_tiny_vit_32.cifar10`, so that the rest of the package treats them
+like any other backbone. They have 0.29 and 0.47 M parameters.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def lorvp_tiny_32(pretrained: bool = False, **kwargs: Any) -> ByobNet:
-    """ByobNet of two basic blocks on a strided 3x3 stem; 10 classes, 128 features, input (N, 3, 32, 32)."""
+    """Build a ByobNet of two basic blocks on a strided 3x3 stem: 10 classes, 128 features, input (N, 3, 32, 32)."""
     return build_model_with_cfg(
         ByobNet,
         "lorvp_tiny_32",
@@ -60,6 +60,6 @@ def lorvp_tiny_32(pretrained: bool = False, **kwargs: Any) -> ByobNet:
 
 @register_model
 def lorvp_tiny_vit_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Four blocks of width 96 and 3 heads on patches of 8 px; 10 classes, 96 features, input (N, 3, 32, 32)."""
+    """Build a ViT of 4 blocks, width 96, 3 heads and 8 px patches: 10 classes, 96 features, input (N, 3, 32, 32)."""
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     return build_model_with_cfg(VisionTransformer, "lorvp_tiny_vit_32", pretrained, **shape | kwargs)

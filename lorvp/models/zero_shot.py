@@ -1,4 +1,4 @@
-"""A CLIP image tower whose source classes are texts: `backbone.zero_shot`, which `python -m lorvp.clip` writes."""
+"""Give a CLIP image tower source classes from text embeddings, which `python -m lorvp.clip` writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from lorvp.errors import UserError
 
 SCALE = 100.0
+"""Factor of the cosine similarities, as published (Radford et al. 2021)."""
 
 
 class ZeroShot(nn.Module):
-    """Embeddings of images (N, d) to logits (N, classes): 100 times the cosine to each class's text."""
+    """Map image embeddings (N, d) to logits (N, classes): 100 times the cosine similarity to each class's text."""
 
     def __init__(self, texts: torch.Tensor) -> None:
         super().__init__()
@@ -25,13 +26,14 @@ class ZeroShot(nn.Module):
         self.register_buffer("texts", texts)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map image embeddings (N, d) to logits (N, classes)."""
         return SCALE * F.normalize(images, dim=1) @ self.texts.to(images.dtype).T
 
 
 def add_zero_shot(model: Any, path: Path) -> int:
-    """Puts the weights of `path` behind a timm image tower's projection, in place; how many classes they are.
+    """Append the text embeddings of `path` to a timm image tower's projection in place; return the number of classes.
 
-    Raises UserError for a file that isn't one, and for weights of another width.
+    Raises UserError for a file that `python -m lorvp.clip` did not write, and for embeddings of another width.
     """
     try:
         texts = load_file(path)["texts"]

@@ -1,9 +1,9 @@
-"""GaLore (Zhao et al. 2024, arXiv:2403.03507): AdamW whose moments live in the gradient's leading singular vectors.
+"""Implement GaLore (Zhao et al. 2024, arXiv:2403.03507): AdamW with moments in the gradient's leading singular space.
 
-Written from the paper. Where it differs from jiaweizzhao/GaLore, the weights without a projection get what
-torch.optim.AdamW gives: eps (1e-8, there 1e-6) is added to the bias-corrected root, and weight decay comes before the
-update. A convolution is one matrix, (out, in · kh · kw), not a tensor of modes; the projector is kept without the
-singular vectors that it leaves out, and for a checkpoint.
+Written from the paper. It differs from jiaweizzhao/GaLore where that differs from torch.optim.AdamW on weights without
+a projection: eps (1e-8, there 1e-6) is added to the bias-corrected root, and weight decay comes before the update. A
+convolution is one matrix, (out, in · kh · kw), not a tensor of modes. The projector holds no unused singular vectors,
+and is part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ import torch
 from lorvp.errors import UserError
 
 BLOCK = 256
-"""Values of an 8-bit moment that share a scale."""
+"""Number of values of an 8-bit moment that share a scale."""
 LEAST_8BIT = 4096
-"""Values under which a moment stays in float32, as in torchao and bitsandbytes."""
+"""Smallest number of values for an 8-bit moment; smaller ones stay in float32, as in torchao and bitsandbytes."""
 
 
 class GaLore(torch.optim.Optimizer):
-    """For trainable parameters in float32; lower types are updated in float32 and keep their state in their own.
+    """Optimize with AdamW on gradients projected to a low rank.
 
-    A weight of 2 or more dimensions is taken as a matrix (out, rest). Where both its sides are longer than `rank`,
-    every `update_gap` of its steps, from the first, the gradient's `rank` leading singular vectors on the shorter side
-    become the projector, (shorter, rank). The gradient is projected on it to (longer, rank), or (rank, longer) where
-    the matrix is wider than high; Adam's moments have that shape, and are not turned when the projector changes.
-    What they say is projected back and taken times `scale`. All other parameters get AdamW, without `scale`.
+    Parameters are in float32; lower types are updated in float32 and keep their state in their own type.
 
-    `bits` is of the moments, 32 or 8: blockwise dynamic 8-bit codes of torchao, for those of 4,096 values and more that
-    divide by 256; projectors stay as they are. `per_layer` updates each parameter as soon as its gradient is there and
-    frees that, so `lr` is to be set before `backward`, a backward is a step, and `step` has nothing left to do. Nothing
-    can be done with the gradients in between then: no clipping, no GradScaler, no averaging over processes.
+    A weight of 2 or more dimensions is a matrix (out, rest). If both its sides are longer than `rank`, the gradient's
+    `rank` leading singular vectors on the shorter side become the projector, (shorter, rank), at the first of its
+    steps and then every `update_gap` steps. The gradient is projected to (longer, rank), or to (rank, longer) if the
+    matrix is wider than high. Adam's moments have that shape, and stay when the projector changes. Their update is
+    projected back and multiplied by `scale`. All other parameters get AdamW without `scale`.
 
-    Raises ValueError for a number that can't be, and UserError for 8 bits without torchao.
+    `bits` is the width of the moments, 32 or 8: torchao's blockwise dynamic 8-bit codes, for moments of at least 4,096
+    values whose number is a multiple of 256. Projectors keep their type. `per_layer` updates each parameter as soon as
+    its gradient is complete and frees the gradient: set `lr` before `backward`, a backward is a step, and `step` does
+    nothing. This excludes gradient clipping, GradScaler and averaging over processes.
+
+    Raises ValueError for a number out of range, and UserError for 8 bits without torchao.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class GaLore(torch.optim.Optimizer):
         if rank < 1 or update_gap < 1 or bits not in (8, 32):
             raise ValueError(f"rank {rank}, update_gap {update_gap}, bits {bits}: from 1, from 1, and 8 or 32")
         if bits == 8:
-            _eight_bit()  # now, not in the first step
+            _eight_bit_class()  # now, not in the first step
         self.per_layer = per_layer
         super().__init__(
             params,
@@ -72,6 +74,7 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch; with `per_layer`, also the hooks that update its parameters."""
         super().add_param_group(param_group)
         if self.per_layer:
             index = len(self.param_groups) - 1  # load_state_dict replaces the groups
@@ -79,6 +82,7 @@ class GaLore(torch.optim.Optimizer):
                 parameter.register_post_accumulate_grad_hook(partial(self._update_and_free, index))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes none
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -97,7 +101,7 @@ class GaLore(torch.optim.Optimizer):
         step = state.setdefault("step", 0)
         if low_rank:
             if step % group["update_gap"] == 0:
-                state["projector"] = _leading(matrix, group["rank"]).to(parameter.dtype)
+                state["projector"] = _leading_singular_vectors(matrix, group["rank"]).to(parameter.dtype)
             projector = state["projector"].float()
             tall = matrix.shape[0] >= matrix.shape[1]
             gradient = matrix @ projector if tall else projector.T @ matrix
@@ -118,16 +122,17 @@ class GaLore(torch.optim.Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(parameter), alpha=group["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """8-bit moments are plain tensors in it, so that it can be read, weights only, where torchao isn't imported."""
+        """Return the state with 8-bit moments as plain tensors, so that it loads weights-only without torchao."""
         saved = super().state_dict()
-        return saved | {"state": _of_each(_taken_apart, saved["state"])}
+        return saved | {"state": _map_states(_flatten_subclass, saved["state"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict | {"state": _of_each(_put_together, state_dict["state"])})
+        """Load what `state_dict` returned. Raises UserError for 8-bit moments without torchao."""
+        super().load_state_dict(state_dict | {"state": _map_states(_unflatten_subclass, state_dict["state"])})
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in any optimizer's state, as allocated: moments, projectors, scales, counts of steps."""
+    """Count the allocated bytes of all tensors in any optimizer's state: moments, projectors, scales, step counts."""
 
     def size(value: Any) -> int:
         if hasattr(value, "__tensor_flatten__"):
@@ -137,24 +142,25 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(size(value) for state in optimizer.state.values() for value in state.values())
 
 
-def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """(shorter side, rank): the leading singular vectors of a float32 matrix on its shorter side.
+def _leading_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading singular vectors of a float32 matrix on its shorter side: (shorter side, rank).
 
-    Infinities and NaNs count as 0, where the SVD would raise; the moments keep them.
+    Infinities and NaNs count as 0, because the SVD would raise on them; the moments keep them.
     """
     u, _, vh = torch.linalg.svd(matrix.nan_to_num(0, 0, 0), full_matrices=False)
-    kept = vh[:rank].T if matrix.shape[0] >= matrix.shape[1] else u[:, :rank]
-    return kept.clone(memory_format=torch.contiguous_format)  # a view would keep the others allocated
+    vectors: torch.Tensor = vh[:rank].T if matrix.shape[0] >= matrix.shape[1] else u[:, :rank]
+    return vectors.clone(memory_format=torch.contiguous_format)  # a view would keep the other vectors allocated
 
 
 def _zeros(like: torch.Tensor, dtype: torch.dtype, bits: int, signed: bool) -> torch.Tensor:
     if bits == 8 and like.numel() >= LEAST_8BIT and like.numel() % BLOCK == 0:
-        return _eight_bit().zeros(like.shape, signed, BLOCK, like.device, dtype)
+        moment: torch.Tensor = _eight_bit_class().zeros(like.shape, signed, BLOCK, like.device, dtype)
+        return moment
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
-def _eight_bit() -> Any:
-    """torchao's class of a moment in 8 bits. Raises UserError where it isn't installed."""
+def _eight_bit_class() -> Any:
+    """Import torchao's class of an 8-bit moment. Raises UserError if torchao isn't installed."""
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
@@ -162,16 +168,16 @@ def _eight_bit() -> Any:
     return OptimState8bit
 
 
-def _of_each(change: Callable[[Any], Any], states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _map_states(change: Callable[[Any], Any], states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return {index: {name: change(value) for name, value in state.items()} for index, state in states.items()}
 
 
-def _taken_apart(value: Any) -> Any:
+def _flatten_subclass(value: Any) -> Any:
     if not hasattr(value, "__tensor_flatten__"):
         return value
     names, context = value.__tensor_flatten__()
     return {name: getattr(value, name) for name in names}, context
 
 
-def _put_together(value: Any) -> Any:
-    return _eight_bit().__tensor_unflatten__(*value) if isinstance(value, tuple) else value
+def _unflatten_subclass(value: Any) -> Any:
+    return _eight_bit_class().__tensor_unflatten__(*value) if isinstance(value, tuple) else value

@@ -21,13 +21,13 @@ class Prompt(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.side = image_size
-        """The side of the images that `place` takes; another than L where an image is shrunk."""
+        """The side of the images that `transform_input` takes; another than L where an image is shrunk."""
 
     def pattern(self) -> torch.Tensor:
         """Return what is added to an image: (3, L, L) float32, in units of pixels in [0, 1]."""
         raise NotImplementedError
 
-    def place(self, images: torch.Tensor) -> torch.Tensor:
+    def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, 3, L, L), from (N, 3, side, side), before the pattern is added: here as they are."""
         return images
 

@@ -57,13 +57,13 @@ class EpochState:
             "step": self.step,
             "elapsed": self.elapsed,
             "lr": self.lr,
-            "total_loss": distributed.total(self.total_loss).cpu(),
+            "total_loss": distributed.all_reduce_sum(self.total_loss).cpu(),
             "skipped": self.skipped.cpu(),
             "evaluated": {
-                split: (images, distributed.total(sums).cpu()) for split, (images, sums) in self.evaluated.items()
+                split: (done, distributed.all_reduce_sum(sums).cpu()) for split, (done, sums) in self.evaluated.items()
             },
             "recounted": self.recounted,
-            "recounting": None if recount is None else distributed.total(recount).cpu(),
+            "recounting": None if recount is None else distributed.all_reduce_sum(recount).cpu(),
         }
 
     @classmethod

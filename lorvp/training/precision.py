@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lorvp import methods
 from lorvp.config import TrialConfig
-from lorvp.features.cache import key, once
+from lorvp.features.cache import compute_once, key
 from lorvp.models.backbone import Backbone, resolve_precision
 from lorvp.utils import device, files
 
@@ -41,7 +41,7 @@ def choose(config: TrialConfig, where: torch.device, kept: str | None = None) ->
     machine = (device.name(where), torch.__version__, torch.get_num_threads())
     model = (_plain(config).backbone.model_dump_json(), config.methods, config.label_mapping, _batch(config))
     path = files.cache_folder() / f"precision-{key(machine, model)}"
-    with once(path) as missing:
+    with compute_once(path) as missing:
         if missing:
             seconds = _seconds(config, (by_flag, "fp32"))
             with files.replacing(path) as temporary:
@@ -78,7 +78,7 @@ def _seconds(config: TrialConfig, precisions: tuple[str, ...]) -> dict[str, floa
     for step in range(1 + STEPS):
         for precision, method in made.items():
             start = time.perf_counter()
-            with torch.set_grad_enabled(not method.reads_frozen):
+            with torch.set_grad_enabled(not method.trains_head_only):
                 loss = F.cross_entropy(method(images), labels)
             if loss.requires_grad:
                 loss.backward()

@@ -85,7 +85,7 @@ def build_stage(
     optimizers = {name: make_optimizer(name, group, config, shared.precision) for name, group in groups.items()}
     factor = LATER_STAGES_LR if number else 1.0
     # random crops differ in each epoch, so that their features can't be cached
-    model = method.mapping if method.reads_frozen and not config.dataset.crop_flip else method
+    model = method.mapping if method.trains_head_only and not config.dataset.crop_flip else method
     return Stage(
         rung=rung,
         number=number,
@@ -93,7 +93,7 @@ def build_stage(
         splits=shared.splits,
         method=method,
         model=model,
-        ddp_model=distributed.averaged(model),
+        ddp_model=distributed.wrap_ddp(model),
         groups=groups,
         optimizers=optimizers,
         base_lr={name: factor * optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()},
@@ -117,9 +117,9 @@ def carry_over(before: Stage, after: Stage) -> None:
 
     The optimizers' state is kept where nothing has changed its shape.
     """
-    shapes = {name: tensor.shape for name, tensor in after.method.tuned().items()}
-    learned = before.method.tuned()
-    after.method.load_tuned(
+    shapes = {name: tensor.shape for name, tensor in after.method.trainable_state_dict().items()}
+    learned = before.method.trainable_state_dict()
+    after.method.load_trainable_state_dict(
         {
             name: tensor if tensor.shape == shapes[name] else resized(tensor, shapes[name])
             for name, tensor in learned.items()

@@ -28,7 +28,7 @@ from lorvp.training.epoch_state import EpochState
 from lorvp.training.shared import SharedResources
 from lorvp.training.stage import build_stage, carry_over
 from lorvp.utils import device, distributed
-from lorvp.utils.device import MicroBatches, where_it_fits
+from lorvp.utils.device import MicroBatches, suppress_out_of_memory
 
 BUNDLE = "bundle"
 TOP_K = 5
@@ -86,7 +86,7 @@ class Trainer:
         self.folder = folder
         self.should_stop = should_stop
         self.device = self.shared.device
-        self.rank, self.world_size = distributed.share()
+        self.rank, self.world_size = distributed.rank_and_world_size()
         if config.steps_per_layer and self.world_size > 1:
             raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.shared.precision == "fp16")
@@ -156,13 +156,13 @@ class Trainer:
         """Prepare a batch once for all trials that share it, where memory allows that."""
         if self.stage.reads_features:
             return images
-        with where_it_fits():
+        with suppress_out_of_memory():
             return self.stage.method.prepare(images)
         return images  # the method prepares the parts that it takes
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor, global_batch_size: int) -> None:
         """Make one step on this process's share of a batch. Raises Stopped before it where the trial has to leave."""
-        if distributed.agreed(self.should_stop):
+        if distributed.broadcast_flag(self.should_stop):
             self.epoch.elapsed = time.perf_counter() - self.training_start
             raise Stopped
         stage, epoch = self.stage, self.epoch
@@ -247,7 +247,7 @@ class Trainer:
             self.stage.shared.backbone.check_unmoved()
         if self.folder is None or not self.best["epoch"]:
             return
-        self.stage.method.load_tuned(self.best["tuned"])
+        self.stage.method.load_trainable_state_dict(self.best["tuned"])
         bundle.save(
             self.folder / BUNDLE,
             self.stage.method,
@@ -277,7 +277,7 @@ class Trainer:
             self.stage.method.start_stage(before.method)
             self.steps_taken = float(training * self.steps_per_stage)
         if self.stage.reads_features and not self.stage.features_are_read:
-            splits, output = self.stage.shared.splits, self.stage.method.mapping.reads
+            splits, output = self.stage.shared.splits, self.stage.method.mapping.input
             features = {name: self._outputs(getattr(splits, name), output) for name in ("train", "val", "test")}
             self.stage = replace(self.stage, splits=datasets.Splits(**features))
 
@@ -287,23 +287,23 @@ class Trainer:
             return
         splits, method = self.stage.shared.splits, self.stage.method
         train, val = (
-            self._head_input(self._outputs(images, method.mapping.reads)) for images in (splits.train, splits.val)
+            self._head_input(self._outputs(images, method.mapping.input)) for images in (splits.train, splits.val)
         )
-        cs = probe.CS if method.reads_frozen else probe.CS[::3]  # a start need not be as exact as the control
+        cs = probe.CS if method.trains_head_only else probe.CS[::3]  # a start need not be as exact as the control
         both = train if self.config.dataset.train_on_val else None
         if both is not None:  # C is chosen without val's images, which are its last ones
             train = train.subset(np.arange(len(train) - len(val)))
         weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, both, self._check_alone)
-        method.start_head(weight, bias)
+        method.load_head(weight, bias)
 
     def _head_input(self, outputs: datasets.ArrayImages) -> datasets.ArrayImages:
         """Return the backbone's outputs as a fitted head reads them."""
-        read = self.stage.method.read_plain(outputs.pixels)
+        read = self.stage.method.head_input(outputs.pixels)
         return outputs if read is outputs.pixels else datasets.ArrayImages(read, outputs.labels, outputs.class_names)
 
     def _outputs(self, images: datasets.Images, output: feature_cache.Output) -> datasets.ArrayImages:
         """Return the backbone's outputs from the cache; one of several processes computes them, and the others wait."""
-        return feature_cache.outputs(
+        return feature_cache.get(
             self.stage.shared.backbone, images, output, self.config.eval_batch_size, self._check_alone
         )
 
@@ -339,7 +339,7 @@ class Trainer:
 
     def _undo_batch(self) -> None:
         self._zero_grad()
-        self.stage.method.forget()
+        self.stage.method.discard_predictions()
 
     def _zero_grad(self) -> None:
         for optimizer in self.stage.optimizers.values():
@@ -349,7 +349,7 @@ class Trainer:
         """Return the mean loss over the epoch's training images, in nats."""
         if not self.stage.optimizers:
             return self._evaluate("train")[0]
-        return distributed.total(self.epoch.total_loss).item() / len(self.stage.splits.train)
+        return distributed.all_reduce_sum(self.epoch.total_loss).item() / len(self.stage.splits.train)
 
     def _places_used(self) -> float:
         """Return how much of the schedule the epoch has used up.
@@ -368,7 +368,7 @@ class Trainer:
         learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
         better = not self.best["epoch"] or learned_val or score > self.best["score"]
         if self.stage.full_fidelity(self.config) and better:
-            return Best(epoch=number, score=score, tuned=self.stage.method.tuned())
+            return Best(epoch=number, score=score, tuned=self.stage.method.trainable_state_dict())
         return self.best
 
     # -- evaluation
@@ -393,15 +393,15 @@ class Trainer:
     def _test_of(self, best: Best) -> Metrics:
         """Return the metrics on the test set with the best epoch's prompt and head."""
         method = self.stage.method
-        last = method.tuned()
-        method.load_tuned(best["tuned"])
+        last = method.trainable_state_dict()
+        method.load_trainable_state_dict(best["tuned"])
         try:
             return self._evaluate("test")
         finally:  # a checkpoint of a trial that is stopped here holds what it was trained to
-            method.load_tuned(last)
+            method.load_trainable_state_dict(last)
 
     def _check(self) -> None:
-        if distributed.agreed(self.should_stop):
+        if distributed.broadcast_flag(self.should_stop):
             raise Stopped
 
     def _check_alone(self) -> None:
@@ -433,8 +433,8 @@ class Trainer:
             "next_shuffle_epoch": self.next_shuffle_epoch,
             "epoch": self.epoch.state_dict(method),
             "precision": self.shared.precision,
-            "tuned": method.tuned(),
-            "counts": None if counts is None else distributed.total(counts),
+            "tuned": method.trainable_state_dict(),
+            "counts": None if counts is None else distributed.all_reduce_sum(counts),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.stage.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "random_states": checkpoint.random_states(),
@@ -446,7 +446,7 @@ class Trainer:
         self.results = [EpochResult(**values) for values in state["results"]]
         self.best, self.steps_taken = state["best"], state["steps_taken"]
         self.next_shuffle_epoch = state["next_shuffle_epoch"]
-        method.load_tuned(state["tuned"])
+        method.load_trainable_state_dict(state["tuned"])
         if state["counts"] is not None:
             method.counts = state["counts"].to(self.device) * first
         for name, optimizer in self.stage.optimizers.items():
@@ -475,7 +475,7 @@ def evaluate(trainers: list[Trainer], split: str) -> dict[Trainer, Metrics]:
         for pixels, labels in loader.batches(images, size, np.arange(done, len(images)), first.device, share):
             prepared = first.prepare(pixels)
             for trainer in list(sums):
-                if distributed.agreed(trainer.should_stop):
+                if distributed.broadcast_flag(trainer.should_stop):
                     trainer.epoch.evaluated[split] = done, sums.pop(trainer)
                 else:
                     sums[trainer] = sums[trainer] + trainer.batch_metrics(prepared, labels)
@@ -484,7 +484,7 @@ def evaluate(trainers: list[Trainer], split: str) -> dict[Trainer, Metrics]:
             done = min(done + size, len(images))
     for trainer, total in sums.items():
         trainer.epoch.evaluated[split] = done, total
-    means = {trainer: (distributed.total(total) / len(images)).tolist() for trainer, total in sums.items()}
+    means = {trainer: (distributed.all_reduce_sum(total) / len(images)).tolist() for trainer, total in sums.items()}
     return {trainer: (loss, 100 * top1, 100 * top5) for trainer, (loss, top1, top5) in means.items()}
 
 

@@ -1,1 +1,1 @@
-"""What every room of the house uses: files, error lines, commands, choices by name, the device, several processes."""
+"""Hold the helpers that all packages use: files, error messages, commands, plugins, the device, several processes."""

@@ -1,4 +1,4 @@
-"""What the commands have in common: where they print, and how bad input ends them."""
+"""Share between commands where they print and how they end on bad input."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from lorvp.utils.files import give_libraries_caches
 
 Module = Annotated[Path | None, typer.Option(help="the file that registers the bundle's backbone: it is run")]
 NO_TERMINAL = 400
-"""Columns of a file or a pipe: no row of a table is folded there."""
+"""Width in columns of output that goes to a file or a pipe, so that no row of a table is folded there."""
 
 
 def make_console() -> Console:
-    """Of a command's output, which is as wide as its terminal."""
+    """Make the console for a command's output, as wide as its terminal."""
     terminal = sys.stdout.isatty()
     return Console(width=None if terminal else NO_TERMINAL, soft_wrap=not terminal)
 
 
-def say(error: UserError) -> None:
+def print_error(error: UserError) -> None:
+    """Print an error as one red line on stderr."""
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
 
 
 def run(app: typer.Typer) -> None:
-    """Carries out a command; bad input is one line on stderr, with exit code 2."""
+    """Run a command. Bad input becomes one line on stderr and exit code 2."""
     give_libraries_caches()
     try:
         app()
     except UserError as error:
-        say(error)
+        print_error(error)
         raise SystemExit(2) from None

@@ -1,4 +1,4 @@
-"""The device that a trial trains on: what it is, what its errors mean, and batches that are too large for it."""
+"""Name the device that a trial trains on, interpret its errors, and split batches that are too large for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed", "cublas_status_not_initialized")
-"""What torch, CUDA, cuBLAS and cuDNN say, in small letters, where memory is used up.
+"""Lower-case parts of the messages of torch, CUDA, cuBLAS and cuDNN when memory is used up.
 
-cuBLAS says that it is not initialised where it finds no room for its workspace (pytorch/pytorch#54789).
+cuBLAS reports that it is not initialised when it finds no room for its workspace (pytorch/pytorch#54789).
 """
-SICK = (
+GPU_FAULTS = (
     *("ecc error", "gpu is lost", "fallen off the bus", "hardware stack error", "driver/library version mismatch"),
     *("busy or unavailable", "no cuda-capable device", "no cuda gpus are available", "found no nvidia driver"),
     *("driver initialization failed", "system not yet initialized", "cuda unknown error", "nvlink"),
@@ -25,22 +25,22 @@ SICK = (
     *("cublas_status_internal_error", "cublas_status_execution_failed", "ncclinternalerror", "ncclsystemerror"),
     *("nccl error: internal", "nccl error: unhandled system", "unhandled cuda error"),
 )
-"""What is said, in small letters, where a GPU or its driver is not in order: another node may do the same work."""
+"""Lower-case parts of the messages of a faulty GPU or driver; the same work may succeed on another node."""
 
 
 class NoGpu(RuntimeError):
-    """A job was given a GPU, and torch can't use it."""
+    """Report that a job was given a GPU that torch can't use."""
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Give the exception, and those that it came of."""
+def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the exception and then its causes, the nearest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether memory was used up, in the words of Python, torch, CUDA, cuBLAS or cuDNN."""
+    """Tell whether an exception of Python, torch, CUDA, cuBLAS or cuDNN means that memory was used up."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -48,8 +48,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def where_it_fits() -> Iterator[None]:
-    """Leave the block, and go on after it, where memory is too small for what it does."""
+def suppress_out_of_memory() -> Iterator[None]:
+    """Suppress out-of-memory errors: leave the block and continue after it. Other errors are raised."""
     try:
         yield
     except RuntimeError as error:
@@ -57,14 +57,14 @@ def where_it_fits() -> Iterator[None]:
             raise
 
 
-def is_sick(error: BaseException) -> bool:
-    """Say whether a GPU or its driver is at fault, and neither the trial nor its size."""
+def is_gpu_fault(error: BaseException) -> bool:
+    """Tell whether a GPU or its driver is at fault, and not the trial or its size."""
     text = str(error).lower()
-    return isinstance(error, NoGpu) or (isinstance(error, RuntimeError) and any(word in text for word in SICK))
+    return isinstance(error, NoGpu) or (isinstance(error, RuntimeError) and any(word in text for word in GPU_FAULTS))
 
 
 def require_gpu() -> None:
-    """Raise NoGpu, with the reason, where torch has no GPU."""
+    """Raise NoGpu with the reason if torch can't use a GPU."""
     if torch.cuda.is_available():
         return
     try:
@@ -72,12 +72,12 @@ def require_gpu() -> None:
         reason = "CUDA counts none"
     except Exception as error:  # torch raises several kinds
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
-    raise NoGpu(f"the job was given a GPU, and torch {torch.__version__} can use none: {reason}{_driver_in_words()}")
+    raise NoGpu(f"the job was given a GPU, and torch {torch.__version__} can use none: {reason}{_describe_driver()}")
 
 
 @cache
 def name(device: torch.device) -> str:
-    """Name the device as its maker does: the GPU, or the machine's processor."""
+    """Return the model name of the GPU, or of the machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -89,7 +89,7 @@ def name(device: torch.device) -> str:
 
 @cache
 def driver(device: torch.device) -> str:
-    """Give the version of NVIDIA's driver for a GPU; empty for a CPU, and where there is none."""
+    """Return the version of NVIDIA's driver for a GPU; an empty string for a CPU or without a driver."""
     if device.type != "cuda":
         return ""
     try:
@@ -99,17 +99,17 @@ def driver(device: torch.device) -> str:
     return next((word for word in line.split() if word[0].isdigit() and "." in word), "")
 
 
-def _driver_in_words() -> str:
+def _describe_driver() -> str:
     version = driver(torch.device("cuda"))
     return f" (driver {version}, torch for CUDA {torch.version.cuda})" if version else ""
 
 
 class MicroBatches:
-    """Take batches in as many parts as the device's memory needs; what has fitted once is remembered."""
+    """Split batches into parts that fit in the device's memory, and remember the size that fitted."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        """Images that go through the model together."""
+        """Largest number of images that go through the model together."""
 
     def run(
         self,
@@ -118,16 +118,17 @@ class MicroBatches:
         may_split: bool = True,
         undo: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """Give what `work` gives of each part of `batch`, tensors of as many rows each.
+        """Call `work` on each part of `batch` and return the list of its results.
 
-        `undo` takes back what was done of a batch before its memory was used up. Raises what `work` raises, running out
-        of memory with a single image included.
+        `batch` holds tensors with the same number of rows. When memory is used up, `undo` is called to take back what
+        the parts before have done, and the batch starts again with parts of half the size. Raises what `work` raises,
+        also when a single image does not fit, or when `may_split` is false.
         """
         rows = len(batch[0])
         while True:
             size = min(self.size, rows)
             try:
-                return [work(*part) for part in zip(*(tensor.split(size) for tensor in batch), strict=True)]
+                return [work(*part) for part in zip(*(torch.split(tensor, size) for tensor in batch), strict=True)]
             except Exception as error:
                 if size == 1 or not may_split or not is_out_of_memory(error):
                     raise

@@ -1,6 +1,6 @@
-"""What the processes that train one trial do together: average gradients, add up sums, go by one answer.
+"""Communicate between the processes that train one trial: average gradients, add up sums, broadcast a decision.
 
-Without a process group every function here answers for a trial alone in its process.
+Without a process group every function here behaves as for a single process.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from torch import distributed as dist
 from torch import nn
 
 
-def share() -> tuple[int, int]:
-    """Which process this is, from 0, and of how many."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank, from 0, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def total(sums: torch.Tensor) -> torch.Tensor:
-    """The sum of what the processes have."""
+def all_reduce_sum(sums: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise sum of `sums` over all processes, with the same shape and dtype."""
     if dist.is_initialized():
         sums = sums.clone()
         dist.all_reduce(sums)
     return sums
 
 
-def averaged(module: nn.Module) -> nn.Module:
-    """`module`, whose gradients are from now on the mean of the processes'."""
+def wrap_ddp(module: nn.Module) -> nn.Module:
+    """Wrap `module` so that its gradients become the mean over all processes."""
     if not dist.is_initialized():
         return module
     return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)  # none of them moves in a forward
 
 
-def agreed(ask: Callable[[], bool]) -> bool:
-    """The first process's answer, given to all of them."""
+def broadcast_flag(ask: Callable[[], bool]) -> bool:
+    """Return the first process's answer in every process; `ask` is called in the first one only."""
     if not dist.is_initialized():
         return ask()
-    answer = torch.tensor(dist.get_rank() == 0 and ask())
-    dist.broadcast(answer, src=0)
-    return bool(answer)
+    flag = torch.tensor(dist.get_rank() == 0 and ask())
+    dist.broadcast(flag, src=0)
+    return bool(flag)

@@ -1,4 +1,4 @@
-"""What is wrong with values that a model refuses, in words: where, and what would be right."""
+"""Explain in one line what is wrong with values that a pydantic model refuses: where, and what would be right."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Location = tuple[str | int, ...]
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[Location, str]:
-    """Where the first error is and what would be right."""
-    # a misspelt key is told before the one that is missing for it
+    """Return the location of the first validation error, and a message that says what would be right."""
+    # a misspelt key comes before the key that is missing because of it
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(part for part in first["loc"] if part != "[key]")
     message = first["msg"].removeprefix("Value error, ")
@@ -21,14 +21,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[Location, s
         return location, f"no such key{closest(str(location[-1]), _siblings(model, location[:-1]))}"
     if first["type"] == "missing":
         return location, "this key is missing"
-    given = first["input"]
-    if first["type"] != "value_error" and not isinstance(given, dict):
-        message += f", not {given!r}"
+    value = first["input"]
+    if first["type"] != "value_error" and not isinstance(value, dict):
+        message += f", not {value!r}"
     return location, message
 
 
 def closest(word: str, known: list[str]) -> str:
-    """The end of an error about `word`: the known one that it looks like, or all of them where they are few."""
+    """Return the end of an error about `word`: the most similar known word, or all of them if there are at most 12."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
@@ -36,7 +36,7 @@ def closest(word: str, known: list[str]) -> str:
 
 
 def _siblings(model: Any, location: Location) -> list[str]:
-    """The keys that a model has at `location`."""
+    """Return the keys that a model has at `location`."""
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[part].annotation if part in model.model_fields else None
@@ -51,5 +51,5 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
 
 
 def without_passwords(text: str) -> str:
-    """A URI, or text with URIs in it, as screens, logs and files may have it."""
+    """Mask the passwords in a URI, or in text that holds URIs, before it is shown or stored."""
     return _PASSWORD.sub(r"\1:***@", text)

@@ -1,4 +1,4 @@
-"""Files that someone will read back: written under a temporary name, then renamed, so that none is ever half there."""
+"""Write files under a temporary name and rename them, so that no reader ever sees half a file."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from pathlib import Path
 from typing import Any
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-"""What disks say that have no hard links, or no more of them."""
+"""Error numbers of file systems that have no hard links, or no more of them."""
 
 
 def cache_folder() -> Path:
-    """Find where is kept what can be made again: LORVP_CACHE, by default ~/.cache/lorvp.
+    """Return the cache folder: LORVP_CACHE, by default ~/.cache/lorvp. All it holds can be computed again.
 
-    Where that can't be written it is a temporary folder until the process ends, and stderr says so, once.
+    If it can't be written, return a temporary folder that lasts until the process ends, and say so once on stderr.
     """
-    return _written(os.environ.get("LORVP_CACHE") or "~/.cache/lorvp")
+    return _writable_folder(os.environ.get("LORVP_CACHE") or "~/.cache/lorvp")
 
 
 def give_libraries_caches() -> None:
-    """Name a folder in the cache to each library whose own can't be made, before it is imported.
+    """Point each library whose own cache folder can't be made to one in our cache; call it before they are imported.
 
-    One that is there is left alone, read-only or not: it may hold the weights.
+    An existing folder stays in use, even a read-only one, because it may hold the weights.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    own = {
+    folders = {
         "HF_HOME": f"{caches}/huggingface",
         "TORCH_HOME": f"{caches}/torch",
         "MPLCONFIGDIR": f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/matplotlib",
     }
-    for name, folder in own.items():
+    for name, folder in folders.items():
         if name in os.environ:
             continue
         try:
@@ -49,7 +49,7 @@ def give_libraries_caches() -> None:
 
 
 @functools.cache
-def _written(folder: str) -> Path:
+def _writable_folder(folder: str) -> Path:
     try:
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,8 @@ def _written(folder: str) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, a file or a folder, that takes its place when the block ends without an error."""
-    temporary = _beside(path)
+    """Yield a temporary path for a file or folder; it replaces `path` when the block ends without an error."""
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
@@ -79,11 +79,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def create(path: Path, text: str) -> bool:
-    """Write a line to a file that is not there yet; False, and nothing done, if somebody has been faster.
+    """Write one line to a new file. Return False and write nothing if the file already exists.
 
-    `read_line` reads it. Raises OSError where the disk does.
+    `read_line` reads it. Raises OSError if the disk fails.
     """
-    temporary = _beside(path)
+    temporary = _temporary_beside(path)
     temporary.write_text(f"{text}\n")
     try:
         return publish(temporary, path)
@@ -92,7 +92,7 @@ def create(path: Path, text: str) -> bool:
 
 
 def read_line(path: Path) -> str | None:
-    """Read what `create` wrote; None while it is not there whole."""
+    """Read the line that `create` wrote. Return None if the file is missing or not complete yet."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -101,9 +101,10 @@ def read_line(path: Path) -> str | None:
 
 
 def publish(temporary: Path, path: Path) -> bool:
-    """Give a whole file its name, unless that is taken; whether it was free.
+    """Link a complete file to its final name. Return False if the name is already taken.
 
-    A disk without hard links (FAT, some network disks) gets a copy: its name is taken at once, it is whole soon after.
+    On a disk without hard links (FAT, some network disks) the file is copied: the name is taken at once, and the
+    content is complete soon after.
     """
     try:
         os.link(temporary, path)
@@ -121,7 +122,7 @@ def publish(temporary: Path, path: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Have `target` hold what `source` holds; both must be replaced from then on, never written into."""
+    """Make `target` hold the content of `source`. From then on replace both files, and never write into them."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -131,10 +132,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, in place of the file that may be there."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process takes, on this host or another."""
+def _temporary_beside(path: Path) -> Path:
+    """Return a temporary name that no other process uses, on this host or another."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -1,4 +1,4 @@
-"""Where this code lies."""
+"""Locate the folder that this code lies in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Choices found by file name: `lorvp/prompts/low_rank.py` is `prompt.kind: low_rank`, and so on; and files of the
-user's own.
+"""Find choices by file name (`lorvp/prompts/low_rank.py` is `prompt.kind: low_rank`), and run users' own files.
 
-Names are listed without importing anything, so that a spec is checked where there is no torch.
+Listing names imports nothing, so that a spec can be checked without torch.
 """
 
 from __future__ import annotations
@@ -18,55 +17,55 @@ from lorvp.errors import UserError
 from lorvp.utils.paths import ROOT
 
 COPIES = ROOT / "own"
-"""Where a copy of this code that was made for jobs has the files that they are to run."""
+"""Folder of the users' files in a copy of this code that was made for jobs."""
 
 
 SHARED = "base"
-"""The module of such a folder that is no choice, and holds what the others share."""
+"""Name of the module in each such folder that is no choice and holds what the others share."""
 
 
 @functools.cache
 def names(folder: str) -> tuple[str, ...]:
-    """The choices in `lorvp/FOLDER`, a module each; asked for with every config."""
+    """List the choices in `lorvp/FOLDER`, one for each module. Cached, because every config asks for it."""
     modules = pkgutil.iter_modules([str(ROOT / "lorvp" / folder)])
     return tuple(sorted(module.name for module in modules if module.name != SHARED))
 
 
 def load(folder: str, name: str) -> type:
-    """The class that `lorvp/FOLDER/NAME.py` defines: the only one in it without a leading underscore."""
+    """Return the class that `lorvp/FOLDER/NAME.py` defines: the only one in it without a leading underscore."""
     module = importlib.import_module(f"lorvp.{folder}.{name}")
-    (found,) = (
+    (public_class,) = (
         value
         for key, value in vars(module).items()
         if isinstance(value, type) and value.__module__ == module.__name__ and not key.startswith("_")
     )
-    return found
+    return public_class
 
 
 def copy_of(path: Path, copies: Path = COPIES) -> Path:
-    """Where the copy of a user's file belongs."""
+    """Return the path of the copy of a user's file."""
     return copies / hashlib.sha256(str(path).encode()).hexdigest()[:12] / path.name
 
 
 def run_file(path: Path) -> None:
-    """Imports a user's file, for what it registers: the copy of it, where this code is one that was made for jobs.
+    """Import a user's file for what it registers, or its copy if this code is a copy that was made for jobs.
 
-    Once in a process, unless its text has changed. Raises UserError for a file that can't be read, and for what it
-    raises.
+    A file runs once in a process, unless its text has changed. Raises UserError for a file that can't be read, and for
+    any exception of its own.
     """
-    found = copy_of(path) if copy_of(path).exists() else path
+    source = copy_of(path) if copy_of(path).exists() else path
     try:
-        text = found.read_bytes()
+        text = source.read_bytes()
     except OSError as error:
         raise UserError(f"backbone.module: {path} can't be read ({error.strerror})") from None
     name = f"lorvp_own_{hashlib.sha256(text).hexdigest()[:16]}"
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, found)
+    spec = importlib.util.spec_from_file_location(name, source)
     if spec is None or spec.loader is None:
         raise UserError(f"backbone.module: {path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where timm looks for what it registers
+    sys.modules[name] = module  # timm looks there for what the file registers
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's own code raises

@@ -1,4 +1,4 @@
-"""A YAML file that a user wrote, read so that every error names file, line, key and what would be right."""
+"""Read a user's YAML file so that every error names file, line and key, and says what would be right."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KINDS = {
     SequenceNode: ("seq",),
     MappingNode: ("map",),
 }
-"""The tags that are read, of each kind of node."""
+"""Accepted tags of each kind of node."""
 MOST_VALUES = 100_000
-"""In a file: a few lines of anchors can stand for billions."""
+"""Largest number of values in a file, because a few lines of anchors can stand for billions."""
 
 
 class YamlFile:
-    """The mapping in a YAML file: plain `values`, to be changed at will, and the line of each key and item.
+    """Hold the mapping in a YAML file as plain `values`, which may be changed, and the line of each key and item.
 
     Raises UserError for a file that can't be read, is not YAML, or holds no mapping.
     """
@@ -36,19 +36,19 @@ class YamlFile:
         self.path = path
         document, self.lines = self._parse()
         if not isinstance(document, dict):
-            found = "empty" if document is None else f"a {type(document).__name__}"
-            raise UserError(f"{path}:1: must be a mapping of keys, and is {found}")
+            kind = "empty" if document is None else f"a {type(document).__name__}"
+            raise UserError(f"{path}:1: must be a mapping of keys, and is {kind}")
         self.values: dict[str, Any] = document
 
     def validate(self, model: type[Model]) -> Model:
-        """The values as a `model`. Raises UserError about the first that doesn't fit."""
+        """Validate the values as a `model` and return it. Raises UserError about the first value that doesn't fit."""
         try:
             return model.model_validate(self.values)
         except ValidationError as error:
             self.fail(*explain(error, model))
 
     def fail(self, location: Location, message: str) -> NoReturn:
-        """Raises UserError about the key at `location`, with the line of what comes nearest to it."""
+        """Raise UserError about the key at `location`, with the line of that key or of its nearest parent."""
         known = [self.lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in self.lines]
         where = f"{self.path}:{known[0]}" if known else str(self.path)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
@@ -63,21 +63,21 @@ class YamlFile:
             raise UserError(f"{self.path}: a folder; name a YAML file in it") from None
         except (OSError, ValueError) as error:  # not UTF-8, or a path with a null in it
             raise UserError(f"{self.path}: can't be read ({error})") from None
-        except _Refused as error:
+        except _InvalidYaml as error:
             line = "" if error.line is None else f":{error.line}"
             raise UserError(f"{self.path}{line}: not valid YAML: {error}") from None
 
 
 def parse_value(text: str) -> Any:
-    """A value as it would be read from YAML: numbers, lists, null. Raises UserError."""
+    """Parse text as one YAML value: a number, a list, null and so on. Raises UserError if it is not YAML."""
     try:
         return _read(text)[0]
-    except _Refused:
+    except _InvalidYaml:
         raise UserError(f"not a YAML value: {text!r}") from None
 
 
-class _Refused(Exception):
-    """Text that is not YAML, or more of YAML than a file of values needs; `line` says where, from 1 on."""
+class _InvalidYaml(Exception):
+    """Report text that is not YAML, or uses more of YAML than a file of values needs, at `line` (from 1)."""
 
     def __init__(self, problem: str, line: int | None) -> None:
         super().__init__(problem)
@@ -85,7 +85,7 @@ class _Refused(Exception):
 
 
 def _read(text: str) -> tuple[Any, dict[Location, int]]:
-    """The value that YAML 1.2 text holds, and the line of each key and item. Raises _Refused."""
+    """Parse YAML 1.2 text into its value and the line of each key and item. Raises _InvalidYaml."""
     yaml = YAML(typ="safe", pure=True)
     try:
         root = yaml.compose(text)
@@ -93,43 +93,43 @@ def _read(text: str) -> tuple[Any, dict[Location, int]]:
         return None if root is None else reader.value(root, ()), reader.lines
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        raise _Refused((error.problem or "unreadable").splitlines()[0], mark.line + 1 if mark else None) from None
+        raise _InvalidYaml((error.problem or "unreadable").splitlines()[0], mark.line + 1 if mark else None) from None
     except YAMLError as error:
-        raise _Refused(str(error).splitlines()[0], None) from None
+        raise _InvalidYaml(str(error).splitlines()[0], None) from None
     except RecursionError:
-        raise _Refused("lists or mappings in one another, too many deep", None) from None
+        raise _InvalidYaml("lists or mappings in one another, too many deep", None) from None
 
 
 class _Reader:
-    """Makes plain values of YAML's nodes: mappings with keys of text, lists, text, numbers, true, false and null.
+    """Convert YAML nodes to plain values: mappings with text keys, lists, text, numbers, true, false and null.
 
-    Tags of any other kind are refused, so that no text can name what Python shall make; a date stays as it is written.
-    An anchor's values are repeated where its name stands, and a merge key's are put in below the mapping's own.
+    Other tags are refused, so that no text can make Python construct an object. A date stays text. An alias repeats
+    its anchor's values, and a merge key adds its values below the mapping's own.
     """
 
     def __init__(self, constructor: Any) -> None:
         self.lines: dict[Location, int] = {}
         self._constructor = constructor
-        self._around: list[Node] = []
+        self._ancestors: list[Node] = []
         self._values = 0
 
     def value(self, node: Node, location: Location) -> Any:
-        """The value of a node that is found at `location`. Raises _Refused."""
+        """Convert the node at `location` to its value. Raises _InvalidYaml."""
         self._values += 1
         if self._values > MOST_VALUES:
-            raise _refused(node, f"more than {MOST_VALUES} values, repeated ones counted as often")
+            raise _invalid(node, f"more than {MOST_VALUES} values, repeated ones counted as often")
         tag = str(node.tag)
         kind = tag.removeprefix(STANDARD)
         if kind not in KINDS.get(type(node), ()):
-            raise _refused(node, f"no value here has the tag {tag.replace(STANDARD, '!!')}; leave it out")
+            raise _invalid(node, f"no value here has the tag {tag.replace(STANDARD, '!!')}; leave it out")
         if isinstance(node, ScalarNode):
             return self._scalar(node, kind)
-        if any(node is other for other in self._around):
-            raise _refused(node, "an anchor that holds itself")
-        self._around.append(node)
-        found = self._mapping(node, location) if isinstance(node, MappingNode) else self._list(node, location)
-        self._around.pop()
-        return found
+        if any(node is other for other in self._ancestors):
+            raise _invalid(node, "an anchor that holds itself")
+        self._ancestors.append(node)
+        value = self._mapping(node, location) if isinstance(node, MappingNode) else self._list(node, location)
+        self._ancestors.pop()
+        return value
 
     def _scalar(self, node: ScalarNode, kind: str) -> Any:
         if kind in ("str", "timestamp"):
@@ -137,7 +137,7 @@ class _Reader:
         try:
             return self._constructor.construct_object(node)
         except (ValueError, KeyError):  # of a tag that does not fit, or a number of thousands of digits
-            raise _refused(node, f"{node.value[:20]!r} can't be read as {kind}") from None
+            raise _invalid(node, f"{node.value[:20]!r} can't be read as {kind}") from None
 
     def _list(self, node: Node, location: Location) -> list[Any]:
         self.lines |= {(*location, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
@@ -148,19 +148,19 @@ class _Reader:
         own: dict[str, Any] = {}
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != MERGE):
             if not isinstance(key, ScalarNode):
-                raise _refused(key, "a key must be a word, not a list or a mapping")
+                raise _invalid(key, "a key must be a word, not a list or a mapping")
             if key.tag == MERGE:
                 for other in reversed(value.value if isinstance(value, SequenceNode) else [value]):
                     if not isinstance(other, MappingNode):
-                        raise _refused(key, "a merge key takes a mapping, or a list of them")
+                        raise _invalid(key, "a merge key takes a mapping, or a list of them")
                     merged |= self.value(other, location)
                 continue
             if key.value in own:
-                raise _refused(key, f"the key {key.value} is there twice")
+                raise _invalid(key, f"the key {key.value} is there twice")
             self.lines[(*location, key.value)] = key.start_mark.line + 1
             own[key.value] = self.value(value, (*location, key.value))
         return merged | own
 
 
-def _refused(node: Node, problem: str) -> _Refused:
-    return _Refused(problem, node.start_mark.line + 1)
+def _invalid(node: Node, problem: str) -> _InvalidYaml:
+    return _InvalidYaml(problem, node.start_mark.line + 1)

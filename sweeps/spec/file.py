@@ -101,7 +101,9 @@ def check_hub(spec: Spec) -> None:
         if not config.backbone.name.startswith(architectures.HUB):
             continue
         found = architectures.description(config.backbone.name, ask_the_hub=True)
-        problem = (("backbone", "name"), found) if isinstance(found, str) else _problem(config, architectures.known)
+        problem = (
+            (("backbone", "name"), found) if isinstance(found, str) else _problem(config, architectures.load_registry)
+        )
         if problem is not None:
             raise UserError(f"{'.'.join(map(str, ('trial', *problem[0])))}: {problem[1]}")
 
@@ -183,7 +185,7 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
 def _check_configs(spec: Spec, fail: Fail) -> None:
     """That `trial`, each axis and the control give valid configs."""
 
-    known = functools.cache(architectures.known)  # of thousands of models, and the same for every config
+    known = functools.cache(architectures.load_registry)  # of thousands of models, and the same for every config
 
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
@@ -230,7 +232,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
 
 
 def _problem(
-    config: TrialConfig, known: Callable[[Path | None], architectures.Known | None]
+    config: TrialConfig, known: Callable[[Path | None], architectures.Registry | None]
 ) -> tuple[Location, str] | None:
     """What of a valid config's backbone can't be, as far as it is told without torch, and where."""
     module = config.backbone.module
@@ -240,7 +242,7 @@ def _problem(
         registered = known(module)
     except UserError as error:
         return ("backbone", "module"), str(error).removeprefix("backbone.module: ")
-    found = architectures.problem(config, registered) if registered else None
+    found = architectures.find_problem(config, registered) if registered else None
     return (tuple(filter(None, found[0].split("."))), found[1]) if found else None
 
 

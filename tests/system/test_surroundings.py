@@ -177,7 +177,7 @@ def no_home(tmp_path, monkeypatch) -> Iterator[None]:
 
 def test_a_home_that_can_not_be_written_costs_the_cache_alone(no_home, digits, capsys):
     loaded = loop.load(digits())
-    said = feature_cache.outputs(loaded.backbone, loaded.splits.train, "top", 50)
+    said = feature_cache.get(loaded.backbone, loaded.splits.train, "top", 50)
     assert len(said.pixels) == len(loaded.splits.train)
     files.give_libraries_caches()
     (line,) = capsys.readouterr().err.splitlines()

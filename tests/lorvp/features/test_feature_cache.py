@@ -43,9 +43,9 @@ def forwards(monkeypatch) -> list[int]:
 def test_it_is_what_the_backbone_says_and_is_computed_once(digits, cache, forwards, output):
     loaded = loop.load(digits())
     images = loaded.splits.train
-    said = feature_cache.outputs(loaded.backbone, images, output, 50)
+    said = feature_cache.get(loaded.backbone, images, output, 50)
     assert sum(forwards) == len(images)
-    again = feature_cache.outputs(loaded.backbone, images, output, 50)
+    again = feature_cache.get(loaded.backbone, images, output, 50)
     assert sum(forwards) == len(images)
     assert torch.equal(said.pixels, again.pixels)
     assert (said.digest, list(said.labels)) == (again.digest, list(images.labels))
@@ -59,7 +59,7 @@ def test_it_is_what_the_backbone_says_and_is_computed_once(digits, cache, forwar
 def test_other_weights_images_sizes_and_statistics_are_other_files(digits, cache):
     def names(config: TrialConfig, change=lambda images: images) -> set[str]:
         loaded = loop.load(config)
-        feature_cache.outputs(loaded.backbone, change(loaded.splits.train), "features", 64)
+        feature_cache.get(loaded.backbone, change(loaded.splits.train), "features", 64)
         return {path.name for path in cache.glob("*.npy")}
 
     name = "lorvp_tiny_32.cifar10"
@@ -95,16 +95,16 @@ def test_images_are_told_apart_by_their_content(image_root, tmp_path):
 def test_a_computation_that_is_broken_off_is_gone_on_with(digits, cache, forwards, output):
     """Nothing but the batch before which it was ended is computed again, and the result is the same."""
     loaded = loop.load(digits())
-    expected = feature_cache.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels.clone()
+    expected = feature_cache.get(loaded.backbone, loaded.splits.train, output, 32).pixels.clone()
     shutil.rmtree(cache)
     forwards.clear()
     for ends in (1, 2):
         calls = iter(range(ends))
         with pytest.raises(StopIteration):
-            feature_cache.outputs(
+            feature_cache.get(
                 loaded.backbone, loaded.splits.train, output, 32, lambda calls=calls: next(calls) and None
             )
-    found = feature_cache.outputs(loaded.backbone, loaded.splits.train, output, 32).pixels
+    found = feature_cache.get(loaded.backbone, loaded.splits.train, output, 32).pixels
     assert torch.equal(found, expected)
     assert sum(forwards) == len(loaded.splits.train)
     assert not [path for path in cache.iterdir() if path.suffix not in (".npy", ".lock")]
@@ -114,7 +114,7 @@ def test_of_several_that_need_it_one_computes(digits, cache, forwards):
     loaded = loop.load(digits())
 
     def ask() -> None:
-        feature_cache.outputs(loaded.backbone, loaded.splits.train, "features", 32)
+        feature_cache.get(loaded.backbone, loaded.splits.train, "features", 32)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -149,8 +149,8 @@ def test_how_far_it_is_fitted(cache):
     train, val = points.subset(np.arange(90)), points.subset(np.arange(90, 180))
     labels = torch.from_numpy(val.labels)
 
-    def reached(how_far: float | str) -> tuple[float, float]:
-        head = probe.head(train, val, how_far, torch.device("cpu"))
+    def reached(head_fit: float | str) -> tuple[float, float]:
+        head = probe.head(train, val, head_fit, torch.device("cpu"))
         return probe.accuracy(head, val.pixels, labels), head[0].norm().item()
 
     best, norm = reached("best")
@@ -167,8 +167,8 @@ def test_a_head_for_all_images_has_the_c_that_was_best_on_val(cache):
     apart = [probe.head(train, val, "best", cpu, cs[:count]) for count in (1, 2, 3)]
     reached = [probe.accuracy(head, val.pixels, torch.from_numpy(val.labels)) for head in apart]
     chosen = cs[int(np.argmax(reached))]
-    for how_far, c in (("best", chosen), (0.1, 0.1)):
-        found = probe.head(train, val, how_far, cpu, cs, points)
+    for head_fit, c in (("best", chosen), (0.1, 0.1)):
+        found = probe.head(train, val, head_fit, cpu, cs, points)
         torch.testing.assert_close(found, probe.fit(points.pixels, torch.from_numpy(points.labels), 3, c))
 
 
@@ -200,9 +200,9 @@ def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatc
     asked = []
     head = probe.head
 
-    def watched(train, val, how_far, device, cs, whole, check):
-        asked.append((len(train), len(val), whole and len(whole)))
-        return head(train, val, how_far, device, cs, whole, check)
+    def watched(train, val, head_fit, device, cs, all_images, check):
+        asked.append((len(train), len(val), all_images and len(all_images)))
+        return head(train, val, head_fit, device, cs, all_images, check)
 
     monkeypatch.setattr(probe, "head", watched)
     for on in (False, True):
@@ -236,7 +236,7 @@ def test_a_probe_never_runs_the_backbone_twice_on_an_image(digits, cache, forwar
 def test_a_probe_by_steps_is_what_it_was_without_the_cache(digits, cache, monkeypatch):
     config = digits(method="linear_probe")
     cached = list(train(config))
-    monkeypatch.setattr("lorvp.methods.linear_probe.LinearProbe.reads_frozen", False)
+    monkeypatch.setattr("lorvp.methods.linear_probe.LinearProbe.trains_head_only", False)
     for ours, plain in zip(cached, train(config), strict=True):
         assert ours.train_loss == pytest.approx(plain.train_loss, abs=1e-5)
         assert ours.val_top1 == plain.val_top1
@@ -278,7 +278,7 @@ def test_the_first_mapping_comes_from_the_cache(digits, cache, forwards, monkeyp
     last_eval = len(splits.val) + len(splits.test)
     assert sum(forwards) == 3 * len(splits.train) + 2 * last_eval  # one pass for the cache, two epochs
 
-    def by_a_pass(self: Method, epoch: int, batches, frozen_tops) -> None:
+    def by_a_pass(self: Method, epoch: int, batches, plain_predictions) -> None:
         counts = torch.zeros(self.backbone.source_classes, self.classes, dtype=torch.int32)
         with torch.inference_mode():
             for images, labels in batches():

@@ -196,9 +196,11 @@ def test_without_a_prompt_it_is_the_frozen_backbone_bit_for_bit(case, changes):
     for output in ("features", "logits"):
         expected = method.backbone(pixels, output)
         if case == "vpt, swin":  # its windows are attended to together with none: the same sums, in another order
-            torch.testing.assert_close(without_tokens(method).said(pixels, output), expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                without_tokens(method).backbone_output(pixels, output), expected, rtol=1e-6, atol=1e-6
+            )
         else:
-            assert torch.equal(method.said(pixels, output), expected)
+            assert torch.equal(method.backbone_output(pixels, output), expected)
 
 
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig().model_dump()], ids=["plain", "fast"])
@@ -206,7 +208,7 @@ def test_vqt_leaves_what_the_backbone_says(speed):
     method = built("vqt", speed)
     pixels = images(method)
     own = F.normalize(method.backbone(pixels, "features"))
-    assert torch.equal(method.said(pixels, "features")[:, :48], own)
+    assert torch.equal(method.backbone_output(pixels, "features")[:, :48], own)
 
 
 # -- the transformer in NumPy
@@ -272,7 +274,9 @@ def test_vpt_is_its_definition(case, speed):
             x = np.concatenate([x[:, :1], np.repeat(tokens[layer][None], len(x), 0), rest], 1)
         x = block(x, weights(timm_block))
     expected = norm(x, weights(method.backbone.model), "norm")[:, 0]
-    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        method.backbone_output(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig().model_dump()], ids=["plain", "fast"])
@@ -294,7 +298,9 @@ def test_vqt_is_its_definition(speed):
         x = together[:, count:]
     parts.insert(0, norm(x, weights(method.backbone.model), "norm")[:, 0])
     expected = np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], 1)
-    np.testing.assert_allclose(method.said(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        method.backbone_output(pixels, "features").detach().numpy(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_vqt_starts_as_its_fitted_head():
@@ -392,7 +398,7 @@ def test_autovp_scales_the_padded_image(scale):
     start = (32 - side + 1) // 2
     mask[start : start + side, start : start + side] = 0
     expected += mask / (1 + np.exp(-method.prompt.delta.detach().numpy()))
-    seen = method.placed(pixels) + method.added()
+    seen = method.transform_input(pixels) + method.input_prompt()
     np.testing.assert_allclose(seen.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
     seen.square().sum().backward()
     assert method.prompt.scale.grad.abs() > 0
@@ -404,7 +410,7 @@ def test_a_small_image_goes_into_the_frame_as_it_is(case):
     prompt = {"inner": 112 if case == "ilm_vp" else 224, "scale": 0.5, "learn_scale": False}
     method = built(case, backbone=CNN | {"image_size": 64}, prompt=prompt)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    seen = method.placed(method.prepare(pixels)) + method.added()
+    seen = method.transform_input(method.prepare(pixels)) + method.input_prompt()
     assert torch.equal(seen[:, :, 16:48, 16:48], (pixels.float() / 255).double())
     frame = torch.ones(64, 64, dtype=torch.bool)
     frame[16:48, 16:48] = False
@@ -426,7 +432,7 @@ def test_trials_whose_images_are_resized_otherwise_share_no_batches():
 def test_padding_of_a_convolutional_net_is_outside_the_image():
     method = built("vpt, cnn")
     pixels = images(method)
-    seen = method.placed(pixels)
+    seen = method.transform_input(pixels)
     assert seen.shape == (2, 3, 38, 38)
     assert torch.equal(seen[:, :, 3:-3, 3:-3], pixels)
     assert ((seen >= 0) & (seen <= 1)).all()
@@ -608,5 +614,8 @@ def test_images_are_left_as_they_are(case):
     method = built(case)
     pixels = images(method)
     before = pixels.clone()
-    assert torch.equal(method.said(pixels, "features"), method.said(pixels, "features")) or "dropout" in case
+    assert (
+        torch.equal(method.backbone_output(pixels, "features"), method.backbone_output(pixels, "features"))
+        or "dropout" in case
+    )
     assert torch.equal(pixels, before)

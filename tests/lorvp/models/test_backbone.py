@@ -163,13 +163,13 @@ def test_deprecated_names_are_those_that_timm_takes_them_for():
     for old, new in deprecated.items():
         if new.partition(".")[2] and new not in today:
             continue  # timm itself has lost it
-        problem = architectures.problem_of(BackboneConfig(name=old, pretrained=False), known)
+        problem = architectures.find_backbone_problem(BackboneConfig(name=old, pretrained=False), known)
         assert (known.current(old), problem) == (new, None)
 
 
 @pytest.mark.slow
 def test_what_timm_has_is_told_without_torch_and_kept(tmp_path):
-    code = "import sys; from lorvp.models import architectures; known = architectures.known(); "
+    code = "import sys; from lorvp.models import architectures; known = architectures.load_registry(); "
     code += "print(len(known.architectures), 'lorvp_tiny_32' in known.architectures, 'torch' in sys.modules)"
 
     def told(**changes: str) -> str:

@@ -25,7 +25,7 @@ from lorvp.models.speed import (
     SplitConv,
     accelerate,
     fold_batchnorm,
-    said,
+    probe_outputs,
 )
 
 PLAIN = SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False))
@@ -54,7 +54,7 @@ def build(name: str, speed: SpeedConfig) -> Backbone:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(std=0.2)
     backbone = backbone.double()
-    backbone._first = accelerate(backbone.model, speed, backbone.image_size)
+    backbone._split_conv = accelerate(backbone.model, speed, backbone.image_size)
     return backbone
 
 
@@ -222,7 +222,7 @@ def test_where_no_gradients_are_taken_the_backbone_is_the_same(capsys):
         made = Backbone(config, "fp32")
     with torch.no_grad():
         assert [type(m) for m in made.modules()] == [type(m) for m in Backbone(config, "fp32").modules()]
-    assert made._first is not None
+    assert made._split_conv is not None
     assert not capsys.readouterr().out
 
 
@@ -383,13 +383,13 @@ def test_each_family_says_the_same(family, capsys):
     backbone = Backbone(config, "fp32", PLAIN)
     disturb(backbone.model)
     capsys.readouterr()
-    expected = said(backbone.model, backbone.image_size)
+    expected = probe_outputs(backbone.model, backbone.image_size)
     accelerate(backbone.model, SpeedConfig(), backbone.image_size)
     lines = [
         f"speed.{key} is left out: with it the backbone would not say the same" for key in LEFT_OUT.get(family, [])
     ]
     assert capsys.readouterr().out.splitlines() == lines
-    *ours, gradient = said(backbone.model, backbone.image_size)
+    *ours, gradient = probe_outputs(backbone.model, backbone.image_size)
     *theirs, wanted = expected
     assert wanted.norm() > 0
     for mine, plain in zip(ours, theirs, strict=True):
@@ -409,7 +409,7 @@ def attention_and_gradients(attend, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 def test_attention_by_products_errs_no_more_than_torchs(images, monkeypatch):
-    monkeypatch.setattr(AttentionByProducts, "CACHED", images * 4 * 3 * 50 * 50)
+    monkeypatch.setattr(AttentionByProducts, "CACHE_BYTES", images * 4 * 3 * 50 * 50)
     exact = attention_and_gradients(F.scaled_dot_product_attention, torch.float64)
     torchs = attention_and_gradients(F.scaled_dot_product_attention, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
