@@ -93,11 +93,11 @@ def _optimizer_bytes(group: str, parameters: list[torch.nn.Parameter], config: T
     return state_bytes(optimizer)
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hook untyped
+class _LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors made within the block: those alive `now`, and their `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        TorchDispatchMode.__init__(self)
         self.now = self.peak = 0
         self._storages: set[int] = set()
 

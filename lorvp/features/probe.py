@@ -7,6 +7,7 @@ the bias is not regularised. A small C underfits the head, which leaves errors, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def fit(
             total = total + loss
         return total.detach()
 
-    optimizer.step(objective)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    cast(Callable[[Callable[[], torch.Tensor]], torch.Tensor], optimizer.step)(objective)
     weight, bias = weight.detach(), bias.detach()
     return weight, bias - weight @ mean
 

@@ -72,7 +72,7 @@ def load(config: TrialConfig, kept_precision: str | None = None) -> Loaded:
     chosen = precision.choose(config, where, kept_precision)
     backbone = Backbone(config.backbone, chosen, config.backbone_speed, where)
     splits = datasets.load(config.dataset, backbone.image_size)
-    return Loaded(backbone, loader.kept_on_device(splits, where), chosen)
+    return Loaded(backbone, loader.cache_on_device(splits, where), chosen)
 
 
 class Best(TypedDict):

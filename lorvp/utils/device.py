@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -68,7 +68,7 @@ def require_gpu() -> None:
     if torch.cuda.is_available():
         return
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        cast(Callable[[], None], torch.cuda.init)()
         reason = "CUDA counts none"
     except Exception as error:  # torch raises several kinds
         reason = str(error).strip().splitlines()[0].partition(". ")[0]

@@ -222,7 +222,7 @@ def test_where_no_gradients_are_taken_the_backbone_is_the_same(capsys):
         made = Backbone(config, "fp32")
     with torch.no_grad():
         assert [type(m) for m in made.modules()] == [type(m) for m in Backbone(config, "fp32").modules()]
-    assert made._first is not None
+    assert made._split_conv is not None
     assert not capsys.readouterr().out
 
 
