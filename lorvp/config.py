@@ -1,4 +1,4 @@
-"""What a trial is: one frozen, validated `TrialConfig`, the only thing that travels from a sweep to a job.
+"""Define a trial's config: one frozen, validated `TrialConfig`, which is all that a sweep passes to a job.
 
 This module imports no torch, so that the driver of a sweep can read and write configs without it.
 """
@@ -45,7 +45,7 @@ def _methods(method: str) -> str:
 
 
 def absolute(path: Path | str) -> Path:
-    """A path from where the user is, `~` put in. Raises ValueError for no path, or for a home folder that isn't."""
+    """Make a path absolute and expand `~`. Raises ValueError if there is no such home folder."""
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError:
@@ -53,7 +53,7 @@ def absolute(path: Path | str) -> Path:
 
 
 def backbone_name(name: str) -> str:
-    """As it means the same wherever a process runs, and is spelt in one way: folders are absolute."""
+    """Normalise a backbone's name: one spelling of its source, and absolute folders. Raises ValueError."""
     source, colon, rest = name.partition(":")
     source = source.lower().replace("_", "-")
     if not colon:
@@ -70,90 +70,103 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Init = Literal["zero", "normal", "uniform", "xavier", "kaiming"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 VITS = ("vit_", "deit_", "deit3_", "flexivit_", "test_vit", "lorvp_tiny_vit")
-"""What the names of plain vision transformers begin with, timm's and ours."""
+"""Prefixes of the names of plain vision transformers, timm's and ours."""
 SWINS = ("swin_", "test_swin")
 
 
 class Part(BaseModel):
-    """A frozen piece of a config that refuses unknown keys."""
+    """Base class of a frozen part of a config that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneConfig(Part):
-    """A timm model, frozen. Size and input statistics are the model's own unless given."""
+    """Select a frozen timm model. Input size and statistics are the model's own by default."""
 
     name: Annotated[str, AfterValidator(backbone_name)] = Field(
-        description="timm model name, with its pretraining tag; or hf-hub:OWNER/NAME, or local-dir:FOLDER"
+        description="timm model name with its pretraining tag, hf-hub:OWNER/NAME or local-dir:FOLDER"
     )
-    module: AbsolutePath | None = Field(
-        None, description="a Python file of your own that registers the architecture with timm"
+    module: AbsolutePath | None = Field(None, description="your Python file that registers the architecture with timm")
+    pretrained: bool = Field(
+        True, description="load weights, from `checkpoint` or else those that timm names; false: random weights"
     )
-    pretrained: bool = Field(True, description="load weights: from `checkpoint`, else the ones timm names")
-    checkpoint: AbsolutePath | None = Field(None, description="local weights (safetensors or a state dict)")
+    checkpoint: AbsolutePath | None = Field(None, description="file of local weights (safetensors or a state dict)")
     zero_shot: AbsolutePath | None = Field(
-        None, description="of a CLIP image tower: the text tower's weights of source classes (`python -m lorvp.clip`)"
+        None, description="for a CLIP image tower: file of its classes' text embeddings, from `python -m lorvp.clip`"
     )
     kwargs: dict[str, Any] = Field({}, description="keyword arguments for timm.create_model")
-    image_size: PositiveInt | None = Field(None, description="L: side of the input, in pixels")
-    mean: tuple[float, float, float] | None = Field(None, description="input mean, of pixels in [0, 1]")
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(None, description="input deviation")
+    image_size: PositiveInt | None = Field(None, description="L, the side of the input in pixels; default: the model's")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="mean of each colour, for pixels in [0, 1]; default: the model's"
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        None, description="deviation of each colour, for pixels in [0, 1]; default: the model's"
+    )
 
 
 class DatasetConfig(Part):
-    """The downstream data. The validation set is its own, or else split off the training set, stratified and seeded."""
+    """Select the downstream data. If it has no validation set, a stratified, seeded part of train is held out."""
 
     name: Literal["store", "image_folder", "digits"] = Field(
-        description="store: what `python -m lorvp.data prepare` made; image_folder: CLASS/IMAGE; digits: scikit-learn's"
+        description="store: made by `python -m lorvp.data prepare`; image_folder: CLASS/IMAGE; digits: scikit-learn's"
     )
-    root: AbsolutePath | None = Field(None, description="folder of the store, or of the images")
+    root: AbsolutePath | None = Field(None, description="folder of the store or of the images")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1,
-        description="of the training images: those to choose by, where the data has no validation set of its own; "
-        "0: none, train on every image and choose by the test set, under select: test_best_epoch alone",
+        description="fraction of the training images to validate on, if the data has no validation set of its own; "
+        "0: train on every image and choose by the test set, which needs select: test_best_epoch",
     )
     val_images: PositiveInt | None = Field(
         None,
-        description="in place of val_fraction: so many images, drawn by split_seed in the classes' proportions; of the "
-        "data's own validation set so many. With val_from no draw",
+        description="number of validation images, in place of val_fraction, drawn by split_seed in the classes' "
+        "proportions, also from the data's own validation set; with val_from they are not drawn",
     )
     train_images: PositiveInt | None = Field(
         None,
-        description="train on so many of the rest, drawn in the same way; with val_from on the first ones, as VTAB "
-        "does; default: on all",
+        description="number of training images, drawn from the rest in the same way; with val_from the first ones, as "
+        "in VTAB; default: all",
     )
     val_from: NonNegativeInt | None = Field(
         None,
-        description="no draws: the first train_images, and val_images from this position on, in the data's own order; "
-        "800, 200 and 45000 are VTAB's of CIFAR-100",
+        description="draw nothing: train on the first train_images, validate on val_images from this position on, in "
+        "the data's own order; VTAB's CIFAR-100 has train_images 800, val_images 200, val_from 45000",
     )
     train_on_val: bool = Field(
-        False, description="train on both, to the last epoch, as VTAB does at the end; confirm.all_images sets it"
+        False,
+        description="train on the validation images too and keep the last epoch, as VTAB does at the end; set by "
+        "confirm.all_images",
     )
-    split_seed: NonNegativeInt = Field(0, description="of these draws")
-    max_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="keep the first classes only")
+    split_seed: NonNegativeInt = Field(0, description="seed of these draws")
+    max_classes: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="keep only so many classes, the first ones"
+    )
     max_per_class: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="so many training images of a class, drawn; the test set stays whole"
+        None,
+        description="largest number of training images of a class, drawn by split_seed; the test set stays complete",
     )
-    skip_unreadable: bool = Field(False, description="go on without images that can't be read")
-    crop_flip: bool = Field(False, description="train on random crops (224 of 252 px) and mirror images, as published")
-    crop_root: AbsolutePath | None = Field(None, description="store of the same images at the size before the crop")
-    exact: bool = Field(False, description="only images that PIL has resized to L; no resizing on the device")
+    skip_unreadable: bool = Field(False, description="leave out images that can't be read")
+    crop_flip: bool = Field(
+        False, description="train on random crops (224 of 252 px) and mirrored images, as published"
+    )
+    crop_root: AbsolutePath | None = Field(
+        None, description="store of the same images at the size that crops are taken from"
+    )
+    exact: bool = Field(False, description="accept only images that PIL has resized to L; never resize on the device")
 
     @property
     def folder(self) -> Path:
-        """`root`, of a dataset that lies in one."""
+        """`root`, for a dataset that has one."""
         assert self.root is not None  # by _has_root
         return self.root
 
     @property
     def holds_back(self) -> bool:
-        """Whether there are images to choose by, other than the test set's."""
+        """Whether there are validation images apart from the test set."""
         return self.val_images is not None or self.val_fraction > 0
 
     @property
     def title(self) -> str:
-        """What to call it: the folder's name, or its own."""
+        """Name to show: the folder's, or the dataset's."""
         return self.name if self.root is None else self.root.name
 
     @model_validator(mode="after")
@@ -172,117 +185,151 @@ class DatasetConfig(Part):
 
 
 class PromptConfig(Part):
-    """What is added to the resized image in [0, 1] space, before normalisation."""
+    """Configure the prompt that is added to the resized image in [0, 1], before normalisation."""
 
-    kind: Annotated[str, _one_of("prompts")] = Field("low_rank", description="a file of lorvp/prompts")
-    rank: PositiveInt = Field(4, description="r of low_rank")
-    init_b: Init = Field("zero", description="of B, and of prompts that are one tensor")
-    init_a: Init = Field("normal", description="of A")
-    init_std: PositiveFloat = Field(0.01, description="deviation of normal, half-width of uniform")
-    pad: PositiveInt = Field(30, description="width of border, in pixels at L = 224, scaled to other sizes")
-    inner: PositiveInt = Field(
-        128, description="side of the image inside ilm_vp's and autovp's, in pixels at L = 224, scaled to other sizes"
+    kind: Annotated[str, _one_of("prompts")] = Field(
+        "low_rank", description="kind of prompt: the name of a file of lorvp/prompts"
     )
-    scale: Annotated[float, Field(ge=0.1, le=5)] = Field(1.0, description="of autovp: the image's, at the start")
-    learn_scale: bool = Field(True, description="of autovp")
+    rank: PositiveInt = Field(4, description="rank r of low_rank")
+    init_b: Init = Field("zero", description="initial values of B, and of prompts that are one tensor")
+    init_a: Init = Field("normal", description="initial values of A")
+    init_std: PositiveFloat = Field(
+        0.01, description="deviation of normal initial values, or half the width of uniform ones"
+    )
+    pad: PositiveInt = Field(30, description="width of border in pixels at L = 224; scaled to other sizes")
+    inner: PositiveInt = Field(
+        128,
+        description="side of the image in the frame of ilm_vp and autovp, in pixels at L = 224; scaled to other sizes",
+    )
+    scale: Annotated[float, Field(ge=0.1, le=5)] = Field(1.0, description="initial scale of the image in autovp")
+    learn_scale: bool = Field(True, description="learn that scale, in autovp")
 
 
 class TokensConfig(Part):
-    """Tokens that a method adds within the backbone: vpt's prompts, or vqt's queries."""
+    """Configure the tokens that a method adds within the backbone: vpt's prompts, or vqt's queries."""
 
     count: Annotated[int, Field(ge=1, le=200)] = Field(
-        10, description="of a layer; of vpt on a convolutional net, the width of the padding in pixels"
+        10, description="tokens per layer; for vpt on a convolutional net, the width of the padding in pixels"
     )
-    deep: bool = Field(True, description="of vpt: new tokens at every layer, not at the first alone")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the tokens")
-    project: PositiveInt | None = Field(None, description="of vpt: width of the tokens before a linear layer")
+    deep: bool = Field(True, description="for vpt: new tokens at every layer; false: at the first layer only")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout rate of the tokens")
+    project: PositiveInt | None = Field(
+        None, description="for vpt: width of the tokens before a linear layer projects them; default: no projection"
+    )
     group_lasso: NonNegativeFloat = Field(
-        0.0, description="of vqt with keep: penalty on the norm of each feature's weights; 0.0001 as published"
+        0.0, description="for vqt with keep: penalty on the norm of each feature's weights; published: 0.0001"
     )
     keep: Fraction | None = Field(
         None,
-        description="of vqt: share of the features that its head has at the end. A third of the epochs trains queries "
-        "and head; one a new head under group_lasso, which chooses; one a new head on those of the largest weights",
+        description="for vqt: fraction of features (largest weights) that the final head reads. One third of the "
+        "epochs trains queries and head, one a new head under group_lasso, and one a new head on the chosen features",
     )
 
 
 class GaLoreConfig(Part):
-    """Adam on gradients projected to a low rank (Zhao et al. 2024): the backbone's optimizer under method galore."""
+    """Configure GaLore, Adam on low-rank projected gradients (Zhao et al. 2024), the optimizer of method galore."""
 
-    rank: PositiveInt = Field(128, description="of the projected gradients")
-    update_gap: PositiveInt = Field(200, description="steps between two projections' making")
-    scale: PositiveFloat = Field(0.25, description="of the step, when it is projected back")
-    bits: Literal[8, 32] = Field(32, description="of the moments")
-    per_layer: bool = Field(False, description="step on each parameter as soon as it has its gradient, and free that")
+    rank: PositiveInt = Field(128, description="rank of the projected gradients")
+    update_gap: PositiveInt = Field(200, description="steps between two computations of the projection")
+    scale: PositiveFloat = Field(0.25, description="factor of the update when it is projected back")
+    bits: Literal[8, 32] = Field(32, description="bits of each value of the moments")
+    per_layer: bool = Field(
+        False, description="update each parameter as soon as its gradient is computed, and free the gradient"
+    )
 
 
 class OptimizerConfig(Part):
-    """An optimizer for each group of parameters: prompt (of the input), tokens, head and backbone.
+    """Configure the optimizer of each parameter group: prompt (of the input), tokens, head and backbone.
 
-    As published for LoR-VP prompt and head share SGD and its learning rate.
+    By default prompt and head share SGD and its learning rate, as published for LoR-VP.
     """
 
-    name: OptimizerName = Field("sgd", description="of all groups, the prompt's where prompt_name names no other")
-    prompt_name: OptimizerName = Field(default_factory=lambda data: data["name"], description="default: name")
-    lr: PositiveFloat = Field(0.02, description="of the groups that have none of their own")
-    prompt_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
-    tokens_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
-    head_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
-    backbone_lr: PositiveFloat = Field(default_factory=lambda data: data["lr"], description="default: lr")
-    scale_lr: bool = Field(False, description="learning rates are those of a batch of 256, scaled to batch_size")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
-    weight_decay: NonNegativeFloat = Field(1e-4, description="of the groups that have none of their own")
+    name: OptimizerName = Field("sgd", description="optimizer of all groups, except the prompt's if prompt_name is set")
+    prompt_name: OptimizerName = Field(
+        default_factory=lambda data: data["name"], description="optimizer of the prompt; default: name"
+    )
+    lr: PositiveFloat = Field(0.02, description="learning rate of the groups without one of their own")
+    prompt_lr: PositiveFloat = Field(
+        default_factory=lambda data: data["lr"], description="learning rate of the prompt; default: lr"
+    )
+    tokens_lr: PositiveFloat = Field(
+        default_factory=lambda data: data["lr"], description="learning rate of the tokens; default: lr"
+    )
+    head_lr: PositiveFloat = Field(
+        default_factory=lambda data: data["lr"], description="learning rate of the head; default: lr"
+    )
+    backbone_lr: PositiveFloat = Field(
+        default_factory=lambda data: data["lr"], description="learning rate of the backbone; default: lr"
+    )
+    scale_lr: bool = Field(False, description="scale the learning rates by batch_size / 256")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of sgd")
+    weight_decay: NonNegativeFloat = Field(1e-4, description="weight decay of the groups without one of their own")
     prompt_weight_decay: NonNegativeFloat = Field(
-        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+        default_factory=lambda data: data["weight_decay"],
+        description="weight decay of the prompt; default: weight_decay",
     )
     tokens_weight_decay: NonNegativeFloat = Field(
-        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+        default_factory=lambda data: data["weight_decay"],
+        description="weight decay of the tokens; default: weight_decay",
     )
     head_weight_decay: NonNegativeFloat = Field(
-        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+        default_factory=lambda data: data["weight_decay"], description="weight decay of the head; default: weight_decay"
     )
     backbone_weight_decay: NonNegativeFloat = Field(
-        default_factory=lambda data: data["weight_decay"], description="default: weight_decay"
+        default_factory=lambda data: data["weight_decay"],
+        description="weight decay of the backbone; default: weight_decay",
     )
-    clip_grad_norm: PositiveFloat | None = Field(None, description="largest gradient norm, of each group")
+    clip_grad_norm: PositiveFloat | None = Field(
+        None, description="largest gradient norm of each group; default: no clipping"
+    )
     galore: GaLoreConfig = GaLoreConfig()
 
 
 class ScheduleConfig(Part):
-    """The learning rate over a trial: a linear warm-up, then cosine or linear to 0, constant, or down in steps."""
+    """Configure the learning-rate schedule: a linear warm-up, then cosine or linear to 0, constant, or in steps."""
 
     name: Literal["cosine", "linear", "constant", "steps"] = "cosine"
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.72), description="of steps: a tenth from each share of the epochs")
-    warmup_epochs: NonNegativeFloat = Field(0.0, description="over which it grows to its full value")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.72), description="for steps: the fractions of the epochs at which the learning rate is divided by 10"
+    )
+    warmup_epochs: NonNegativeFloat = Field(
+        0.0, description="epochs over which the learning rate grows to its full value"
+    )
 
 
 class Rung(Part):
-    """Epochs at the beginning of a trial that cost less, and tell the search something already."""
+    """Configure cheaper epochs at the start of a trial, whose results the search can already use."""
 
     epochs: PositiveInt
-    image_size: PositiveInt | None = Field(None, description="side of the backbone's input; the prompt grows with it")
-    train_share: Fraction | None = Field(None, description="of the training images, stratified")
+    image_size: PositiveInt | None = Field(
+        None, description="side of the backbone's input in pixels; the prompt is interpolated to it; default: L"
+    )
+    train_share: Fraction | None = Field(None, description="fraction of the training images, stratified; default: all")
 
 
 class SpeedConfig(Part):
-    """Ways to the same result in less time (`lorvp/models/speed.py`), used where they apply."""
+    """Switch optimizations that keep the result (`lorvp/models/speed.py`); each is used where it applies."""
 
-    channels_last: bool = Field(True, description="convolutions on pixels whose colours lie together")
-    fold_batchnorm: bool = Field(True, description="BatchNorm in the convolution before it")
-    split_first_layer: bool = Field(True, description="the prompt through the first layer once a step")
-    class_token_only: bool = Field(True, description="a ViT's last block for the class token alone")
-    attention_by_products: bool = Field(True, description="on a CPU in bf16: attention by matrix products")
-    keep_memory: bool = Field(True, description="on a CPU: what a step frees stays with the process, for the next")
+    channels_last: bool = Field(True, description="run convolutions with channels last in memory")
+    fold_batchnorm: bool = Field(True, description="fold BatchNorm into the convolution before it")
+    split_first_layer: bool = Field(
+        True, description="run the prompt through the first layer once per step, not once per image"
+    )
+    class_token_only: bool = Field(True, description="run a ViT's last block for the class token only")
+    attention_by_products: bool = Field(True, description="on a CPU in bf16: compute attention by matrix products")
+    keep_memory: bool = Field(
+        True, description="on a CPU: keep the memory that a step frees in the process, for the next step"
+    )
 
 
 BEST = "best"
-"""The value of `head_fit` for the C whose head is the best on val, not on train."""
+"""Value of `head_fit` for the C whose head has the best validation accuracy."""
 HOW_FAR = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^(best|[\d.]+%)$"}]}
 
 
 def _how_far(value: Any) -> float | str:
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", value) if isinstance(value, str) else None
-    if value == BEST or (share and 0 < float(share[1]) <= 100):
+    if isinstance(value, str) and (value == BEST or (share and 0 < float(share[1]) <= 100)):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
@@ -290,10 +337,10 @@ def _how_far(value: Any) -> float | str:
 
 
 class TrialConfig(Part):
-    """Everything that decides a trial's result. Equal configs are one trial: see `content_hash`."""
+    """Hold everything that determines a trial's result. Equal configs are one trial: see `content_hash`."""
 
     method: Annotated[str, AfterValidator(_methods)] = Field(
-        "lorvp", description="or lorvp+ and one that works within the backbone, as lorvp+vpt"
+        "lorvp", description="a method, or lorvp+METHOD for one that works within the backbone, such as lorvp+vpt"
     )
     backbone: BackboneConfig
     dataset: DatasetConfig
@@ -301,37 +348,42 @@ class TrialConfig(Part):
     tokens: TokensConfig = TokensConfig()
     label_mapping: Annotated[str, _one_of("mappings")] = Field(
         "lp",
-        description="a source class for each class: rlm at random, flm by frequency, ilm that again before each epoch; "
-        "or a layer that learns: fm on the source logits, lp on the features",
+        description="rlm, flm and ilm pick a source class for each class: at random, by frequency, or by frequency "
+        "again before each epoch; fm and lp learn a linear layer, on the source logits or on the features",
     )
     head_init: Literal["random", "linear_probe"] = Field(
         default_factory=lambda data: "linear_probe" if "lp_ft" in data.get("method", "") else "random",
-        description="of lp and fm. linear_probe: fitted to the images without a prompt, as far as head_fit says; "
-        "default: random; of lp_ft linear_probe",
+        description="initial head of lp and fm. linear_probe: fitted to unprompted images, with the C of head_fit; "
+        "default: random, but linear_probe for method lp_ft",
     )
     # not a union: pydantic would name each of its members in an error
     head_fit: Annotated[Any, AfterValidator(_how_far), WithJsonSchema(HOW_FAR)] = Field(
-        BEST, description="C of that logistic regression; or best: the best on val; or a share of that accuracy: 90%"
+        BEST,
+        description="C of that logistic regression; best: the C with the best val accuracy; 90%: the smallest C that "
+        "reaches that percentage of the best val accuracy",
     )
     ilm: Literal["pass", "streamed"] = Field(
-        "pass", description="counts for ilm: from a pass over the data before each epoch, or from the epoch before"
+        "pass",
+        description="for ilm: count in a pass over the data before each epoch, or streamed, during the epoch before",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    epochs: PositiveInt = Field(20, description="those of rungs included")
-    rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after the other")
+    epochs: PositiveInt = Field(20, description="epochs of the trial, those of rungs included")
+    rungs: tuple[Rung, ...] = Field((), description="cheaper first epochs, one rung after another")
     batch_size: PositiveInt = 256
-    eval_batch_size: PositiveInt = Field(512, description="where no gradient is needed")
+    eval_batch_size: PositiveInt = Field(512, description="batch size where no gradient is needed")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 or fp16 on a GPU, on a CPU what is quicker"
+        "auto", description="auto: on a GPU bf16 if it has it, else fp16; on a CPU the faster of bf16 and fp32"
     )
     speed: SpeedConfig = SpeedConfig()
     select: Literal["val", "test_best_epoch"] = Field(
-        "val", description="val: test read once, at the best val epoch. test_best_epoch: as published, biased"
+        "val",
+        description="val: choose the epoch on val and read the test set once. test_best_epoch: choose on "
+        "test, as published; biased",
     )
-    read_test: bool = Field(True, description="false: a trial that only searches, and never sees the test set")
-    init_seed: NonNegativeInt = Field(0, description="of prompt, head and random mapping")
-    order_seed: NonNegativeInt = Field(0, description="of the order of the data; shared by the trials of a sweep")
+    read_test: bool = Field(True, description="read the test set; false: for trials that only search")
+    init_seed: NonNegativeInt = Field(0, description="seed of the initial prompt, head and random label mapping")
+    order_seed: NonNegativeInt = Field(0, description="seed of the order of the data, shared by the trials of a sweep")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrialConfig:
@@ -358,12 +410,12 @@ class TrialConfig(Part):
         return self
 
     def _method_fits(self) -> None:
-        """Raises ValueError for a method that has no meaning with the rest."""
+        """Raise ValueError for a method that does not go with the other keys."""
         first, *others = self.methods
         if others and (first != "lorvp" or len(others) > 1 or others[0] not in WITHIN):
             known = ", ".join(f"lorvp+{name}" for name in WITHIN)
             raise ValueError(f"method {self.method}: what goes together is {known}")
-        # whose architecture is seen only once it is built passes here
+        # an architecture that is known only once it is built passes here
         hidden = self.backbone.module or ":" in self.backbone.name
         name = VITS[0] if hidden else self.backbone.name
         if "vqt" in self.methods and not name.startswith(VITS):
@@ -392,7 +444,7 @@ class TrialConfig(Part):
             raise ValueError(f"rungs: method {self.method} does not go from one image_size to another")
 
     def _stages_fit(self) -> None:
-        """Raises ValueError for a selection of features (tokens.keep) that can't be carried out."""
+        """Raise ValueError for a selection of features (tokens.keep) that can't be carried out."""
         if "vqt" in self.methods and self.tokens.group_lasso and not self.tokens.keep:
             raise ValueError("tokens.group_lasso chooses the features for tokens.keep, which must be given")
         if self.stages == 1:
@@ -412,31 +464,31 @@ class TrialConfig(Part):
 
     @property
     def stages(self) -> int:
-        """How many trainings follow one another in the trial, each of as many epochs and with the whole schedule."""
+        """Number of the trial's stages, each with an equal number of epochs and the complete schedule."""
         return 3 if "vqt" in self.methods and self.tokens.keep else 1
 
     def stage(self, epoch: int) -> int:
-        """The stage, from 0, that an epoch, counted from 1, belongs to."""
+        """Return the stage (from 0) of an epoch (from 1)."""
         return (epoch - 1) * self.stages // self.epochs
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the label mapping needs the backbone's source classes."""
+        """Whether the label mapping reads the backbone's source logits."""
         return self.label_mapping != "lp"
 
     @property
     def methods(self) -> list[str]:
-        """The files that `method` names."""
+        """Names of the methods that `method` combines."""
         return self.method.split("+")
 
     @property
     def rank(self) -> int | None:
-        """The prompt's, of methods that have one of low rank."""
+        """Rank of the prompt; None for methods without a low-rank prompt."""
         return self.prompt.rank if self.methods[0] == "lorvp" and self.prompt.kind == "low_rank" else None
 
     @property
     def inner(self) -> float | None:
-        """What images are shrunk to, in pixels at L = 224, by methods that put a frame around them."""
+        """Side of the shrunk image, in pixels at L = 224, for methods that put a frame around it; else None."""
         if self.method not in FRAMES:
             return None
         learned = self.method == "ilm_vp" or self.prompt.learn_scale
@@ -444,16 +496,17 @@ class TrialConfig(Part):
 
     @property
     def trains_backbone(self) -> bool:
+        """Whether the method trains the backbone's weights."""
         return bool({"fine_tuning", "lp_ft", "galore"} & set(self.methods))
 
     @property
     def steps_per_layer(self) -> bool:
-        """Whether gradients are gone before the whole of a step could be looked at."""
+        """Whether each gradient is freed before the step has all gradients."""
         return "galore" in self.methods and self.optimizer.galore.per_layer
 
     @property
     def backbone_speed(self) -> SpeedConfig:
-        """`speed`, without the ways that hold for a frozen backbone alone."""
+        """`speed` without the optimizations that need a frozen backbone, if the backbone is trained."""
         if not self.trains_backbone:
             return self.speed
         return self.speed.model_copy(
@@ -461,7 +514,7 @@ class TrialConfig(Part):
         )
 
     def rung(self, epoch: int) -> Rung | None:
-        """The rung that an epoch, counted from 1, belongs to; None for those at full size on all images."""
+        """Return the rung of an epoch (from 1); None for epochs at full size on all images."""
         for rung in self.rungs:
             epoch -= rung.epochs
             if epoch <= 0:
@@ -469,9 +522,9 @@ class TrialConfig(Part):
         return None
 
     def canonical(self) -> dict[str, Any]:
-        """The config as plain JSON values, without the keys that have no effect on this trial's result."""
+        """Return the config as plain JSON values, without the keys that have no effect on the result."""
         values = self.model_dump(mode="json")
-        # what has them by default has them by now
+        # keys that default to these hold the values by now
         unused = ["optimizer.name", "optimizer.lr", "optimizer.weight_decay"]
         groups = {
             "prompt": bool(set(self.methods) - {*WITHIN, "linear_probe"}),
@@ -529,17 +582,17 @@ class TrialConfig(Part):
         return [f"prompt.{key}" for key in unused]
 
     def canonical_json(self) -> str:
-        """One spelling for all equal configs: sorted keys, defaults filled in, no white space."""
+        """Return the JSON that all equal configs share: sorted keys, defaults filled in, no white space."""
         return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
 
     def shares_with(self, other: TrialConfig) -> bool:
-        """Whether a process that has trained one of them has loaded all that the other needs."""
-        if self.trains_backbone or other.trains_backbone:  # and leaves another one behind
+        """Tell whether both trials can use the same loaded backbone and data."""
+        if self.trains_backbone or other.trains_backbone:  # training changes the backbone
             return False
         return all(getattr(self, key) == getattr(other, key) for key in ("backbone", "dataset", "precision", "speed"))
 
     def packs_with(self, other: TrialConfig) -> bool:
-        """Whether they can be trained together, on the same batches."""
+        """Tell whether both trials can be trained together on the same batches."""
         same = ("batch_size", "eval_batch_size", "order_seed")
         random = any(config.tokens.dropout and config.methods[-1] in ("vpt", "vqt") for config in (self, other))
         return (
@@ -550,12 +603,12 @@ class TrialConfig(Part):
         )
 
     def content_hash(self) -> str:
-        """12 hexadecimal digits that equal configs share, whatever order or spelling they were written in."""
+        """Return 12 hexadecimal digits that all equal configs share, whatever their spelling and order of keys."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
 
 
 WITHIN = ("vpt", "vqt", "fine_tuning", "lp_ft", "galore")
-"""Methods that work within the backbone, and leave its input to a prompt."""
+"""Methods that work within the backbone and leave its input to a prompt."""
 FRAMES = ("ilm_vp", "autovp")
 """Methods that put a frame around the image."""
 HEAD_MAPPINGS = ("fm", "lp")

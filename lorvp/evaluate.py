@@ -71,7 +71,7 @@ def evaluate(method: Method, opened: Store, batch_size: int = 512, corruption: C
 def test_images(opened: Store, image_size: int) -> datasets.StoreImages:
     """What a store has to evaluate on. Raises UserError for images that were resized to another size."""
     datasets.check_size(opened, image_size)
-    return datasets.stored(opened, "test" if "test" in opened.splits else "train", image_size)
+    return datasets.store_images(opened, "test" if "test" in opened.splits else "train", image_size)
 
 
 def hits(

@@ -198,7 +198,7 @@ def photos(folder: Path, count: int, size: int) -> tuple[Images, list[Path]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         jpeg(random, path)
     opened = Store.open(prepare.prepare("image_folder", folder / "images", folder, size=size))
-    images = datasets.stored(opened, "train", size)
+    images = datasets.store_images(opened, "train", size)
     return images, [folder / "images" / name for name in images.split.names]
 
 

@@ -1,1 +1,1 @@
-"""From a data set on disk to batches on the device."""
+"""Read datasets, prepare stores, and load batches on the device."""

@@ -1,6 +1,6 @@
-"""python -m lorvp.data prepare NAME --source DIR --out DIR: makes a store; `list`, `info` and `verify` look at stores.
+"""Make and inspect stores: python -m lorvp.data prepare NAME --source DIR --out DIR; also `list`, `info`, `verify`.
 
-It imports no torch: what it takes of memory is for images.
+It imports no torch, to leave the memory to the images.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 def stores(out: Path) -> Iterator[Path]:
+    """Yield the folders of the stores in `out`, sorted by name."""
     return (path.parent for path in sorted(out.glob(f"*/{MANIFEST}")))
 
 
@@ -39,8 +40,7 @@ def prepare_command(
     name: Annotated[str, typer.Option(help="what the store is called; default: NAME")] = "",
     nested: Annotated[bool, typer.Option("--nested", help="of image_folder: every folder in it is a class")] = False,
 ) -> None:
-    """Decodes a dataset once. A call that was interrupted is gone on with by another; a store of something else that is
-    there is refused."""
+    """Decode a dataset once. Run the command again to resume it. A store of something else is never overwritten."""
     if download:
         torchvision_sets.download(dataset, source)
     folder = prepare(dataset, source, out, size, processes, skip_unreadable, partial, encoded, name, nested)
@@ -49,7 +49,7 @@ def prepare_command(
 
 @app.command("list")
 def list_command(out: Annotated[Path, typer.Argument(help="folder of the stores")]) -> None:
-    """Shows the stores in a folder."""
+    """Show the stores in a folder."""
     table = Table(box=None)
     for column in ("store", "size", "classes", "images", "GiB"):
         table.add_column(column, justify="left" if column == "store" else "right")
@@ -66,18 +66,19 @@ def list_command(out: Annotated[Path, typer.Argument(help="folder of the stores"
 
 @app.command("info")
 def info_command(folder: Path) -> None:
-    """Shows what a store holds."""
+    """Show what a store holds."""
     show(folder)
 
 
 @app.command("verify")
 def verify_command(folder: Path) -> None:
-    """Reads every byte of a store and compares it with the checksums."""
+    """Read every byte of a store and compare it with the checksums."""
     store.verify(folder, store.read_manifest(folder))
     console.print(f"{folder}: every file is as it was written")
 
 
 def show(folder: Path) -> None:
+    """Print what the store in `folder` holds. Raises UserError if it is no complete store."""
     opened = store.Store.open(folder)
     description = opened.description
     counts = ", ".join(f"{len(split):,} {name}" for name, split in opened.splits.items())

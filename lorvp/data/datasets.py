@@ -1,7 +1,7 @@
-"""Datasets as uint8 images: read, limited, and split into train, validation and test.
+"""Read datasets as uint8 images, limit them, and split them into train, validation and test.
 
-The splits are lists of rows, stratified and seeded, the same on every machine. Small sets (CIFAR, digits) keep their
-native size and are resized in batch on the device; others are resized once, when they are read or stored.
+The splits are stratified and seeded lists of rows, the same on every machine. Small sets (CIFAR, digits) keep their
+native size and are resized in batches on the device; others are resized once, when they are read or stored.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lorvp.errors import UserError
 
 SPLITS = ("train", "val", "test")
 TEST_FRACTION = 0.2
-"""Share held back for testing, stratified and always the same, where a dataset has no test split of its own."""
+"""Fraction held back for testing if a dataset has no test split of its own; stratified and always the same."""
 IN_MEMORY_BYTES = 4 << 30
-"""Folders that decode to at most this much are decoded once and kept; larger ones are decoded batch by batch."""
+"""Largest decoded size of a folder that is decoded once and kept in memory; larger ones are decoded by batch."""
 _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 _decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
@@ -40,9 +40,9 @@ Indices = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images that lie in memory: pixels (N, 3, H, W) uint8, labels (N,) int64.
+    """Hold images in memory: pixels (N, 3, H, W) uint8, labels (N,) int64.
 
-    Or, in place of pixels, what a backbone says of images: (N, d) float32.
+    In place of pixels it may hold a backbone's outputs, as `lorvp.features.cache.Output` describes them.
     """
 
     pixels: torch.Tensor
@@ -55,25 +55,26 @@ class ArrayImages:
 
     @cached_property
     def digest(self) -> str:
-        """Of what `read` gives, without the labels: equal ones have equal images."""
+        """Digest of the images that `read` returns, without the labels."""
         return self.known_digest or _digest(self.pixels.shape, self.pixels.cpu().contiguous().numpy().data)
 
     def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
-        """The images at `indices` as (len(indices), 3, H, W) uint8, if `pin` in memory that a GPU can copy from."""
+        """Read the images at `indices` as (len(indices), 3, H, W) uint8; with `pin`, into pinned memory."""
         if self.pixels.is_cuda:
             return self.pixels[torch.as_tensor(indices)]
-        # By numpy: torch would start threads for the one that reads ahead, and where there are more than cores OpenMP
-        # has those of the step sleep after each operation. docs/benchmarks.md says what it cost.
+        # NumPy, because torch would start threads for the reader, and with more threads than cores OpenMP puts the
+        # step's threads to sleep after each operation. docs/benchmarks.md says what that costs.
         chosen = torch.from_numpy(self.pixels.numpy()[indices])
         return chosen.pin_memory() if pin else chosen
 
     def subset(self, indices: np.ndarray) -> ArrayImages:
+        """Return the images at `indices`, in that order."""
         return ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self.class_names)
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files, decoded and resized to (size, size) when they are read; labels (N,) int64."""
+    """Hold paths of image files, which are decoded and resized to (size, size) when read; labels (N,) int64."""
 
     paths: np.ndarray
     labels: np.ndarray
@@ -85,22 +86,23 @@ class FolderImages:
 
     @cached_property
     def digest(self) -> str:
-        """As `ArrayImages.digest`, by the files' names, sizes and times."""
-        found = [path.stat() for path in self.paths]
-        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, found, strict=True)]
+        """Digest of the files' names, sizes and modification times."""
+        stats = [path.stat() for path in self.paths]
+        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, stats, strict=True)]
         return _digest(self.size, repr(files).encode())
 
     def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
-        """As `ArrayImages.read`. Raises UserError for an unreadable file."""
-        return _decoded((self.paths[i] for i in indices), len(indices), self.size, pin)
+        """Read images as `ArrayImages.read` does. Raises UserError for an unreadable file."""
+        return _decode_batch((self.paths[i] for i in indices), len(indices), self.size, pin)
 
     def subset(self, indices: np.ndarray) -> FolderImages:
+        """Return the images at `indices`, in that order."""
         return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
 
 
 @dataclass(frozen=True)
 class StoreImages:
-    """Rows of a prepared store at (size, size), read from the disk's cache when needed; labels (N,) int64."""
+    """Hold rows of a prepared store at (size, size), which are memory-mapped; labels (N,) int64."""
 
     split: store.Split
     rows: np.ndarray
@@ -113,19 +115,20 @@ class StoreImages:
 
     @cached_property
     def digest(self) -> str:
-        """As `ArrayImages.digest`, by the store's checksums."""
+        """Digest of the store's checksums and the rows."""
         return _digest((self.size, [part.checksum for part in self.split.files.parts]), self.rows.data)
 
     def read(self, indices: Indices, pin: bool = False) -> torch.Tensor:
-        """As `ArrayImages.read`, in the order of memory that the images are stored in; encoded ones are decoded."""
+        """Read images as `ArrayImages.read` does, with channels last in memory; encoded images are decoded."""
         rows = self.rows[indices]
         if self.split.image_size is None:
-            return _decoded(map(self.split.encoded, rows), len(rows), self.size, pin)
-        pixels, batch = _batch(len(rows), self.size, pin)
+            return _decode_batch(map(self.split.encoded, rows), len(rows), self.size, pin)
+        pixels, batch = _empty_batch(len(rows), self.size, pin)
         self.split.read(rows, out=pixels)
         return batch
 
     def subset(self, indices: np.ndarray) -> StoreImages:
+        """Return the images at `indices`, in that order."""
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
 
@@ -133,20 +136,20 @@ Images = ArrayImages | FolderImages | StoreImages
 
 
 def _digest(about: object, content: bytes | memoryview) -> str:
-    seen = hashlib.blake2b(repr(about).encode(), digest_size=16)
-    seen.update(content)
-    return seen.hexdigest()
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    digest.update(content)
+    return digest.hexdigest()
 
 
-def _batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]:
-    """Room for a batch, to be filled as (length, size, size, 3), and the batch as (length, 3, size, size)."""
-    room = torch.empty((length, size, size, 3), dtype=torch.uint8, pin_memory=pin)
-    return room.numpy(), room.permute(0, 3, 1, 2)
+def _empty_batch(length: int, size: int, pin: bool) -> tuple[np.ndarray, torch.Tensor]:
+    """Allocate a batch; return it as (length, size, size, 3) to be filled, and as (length, 3, size, size)."""
+    buffer = torch.empty((length, size, size, 3), dtype=torch.uint8, pin_memory=pin)
+    return buffer.numpy(), buffer.permute(0, 3, 1, 2)
 
 
-def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -> torch.Tensor:
-    """A batch of encoded images, decoded side by side."""
-    pixels, batch = _batch(length, size, pin)
+def _decode_batch(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -> torch.Tensor:
+    """Decode a batch of encoded images in parallel."""
+    pixels, batch = _empty_batch(length, size, pin)
     for place, image in enumerate(_decoders.map(lambda file: decode(file, size), files)):
         pixels[place] = image
     return batch
@@ -154,12 +157,11 @@ def _decoded(files: Iterable[Path | bytes], length: int, size: int, pin: bool) -
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a dataset; `val` is its own, or else split off the training images, stratified and seeded.
+    """Hold the three splits of a dataset.
 
-    With `val_fraction: 0` nothing is split off, and `val` is the test set.
-
-    Under `train_on_val` the images of `val` are the last of `train`, too.
-    Where random crops are asked for, `train` has images of the size that they are taken from.
+    `val` is the dataset's own validation set, or a stratified and seeded part of the training images. With
+    `val_fraction: 0` nothing is split off, and `val` is the test set. Under `train_on_val` the images of `val` are also
+    the last ones of `train`. With random crops, `train` has images of the size that the crops are taken from.
     """
 
     train: Images
@@ -168,24 +170,25 @@ class Splits:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
         return self.train.class_names
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A dataset as it comes: not every one has images of its own to choose and to test by."""
+    """Hold the splits that a dataset comes with; it may have no validation or test images of its own."""
 
     train: Images
     val: Images | None = None
     test: Images | None = None
 
-    def each(self, change: Callable[[Images], Images]) -> Parts:
-        """Those that there are, changed alike."""
+    def map(self, change: Callable[[Images], Images]) -> Parts:
+        """Apply `change` to every split that exists."""
         return Parts(change(self.train), self.val and change(self.val), self.test and change(self.test))
 
 
 def image_folder(folder: Path, size: int) -> FolderImages:
-    """The images of `folder`/CLASS/*, classes in sorted order. Raises UserError for a missing or an empty folder."""
+    """Read `folder`/CLASS/*, with the classes in sorted order. Raises UserError for a missing or an empty folder."""
     return _files(*folders.class_folders(folder), size)
 
 
@@ -195,9 +198,9 @@ def _files(class_names: Sequence[str], rows: Rows, size: int) -> FolderImages:
 
 
 def load(config: DatasetConfig, image_size: int) -> Splits:
-    """The dataset that `config` names, ready to train on; image folders at `image_size`, others at their own size.
+    """Load the dataset that `config` names: image folders at `image_size`, other datasets at their own size.
 
-    Raises UserError when it isn't there, is too small, or holds images that can't be read and may not be skipped.
+    Raises UserError if it is missing, too small, or holds unreadable images that may not be skipped.
     """
     parts = _read(config, image_size)
     train, test = parts.train, parts.test
@@ -209,7 +212,7 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
         trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
         return Splits(trained_on.subset(kept), test, test)
     source = train if parts.val is None else parts.val
-    kept, held_back = _chosen(config, train.labels, None if parts.val is None else parts.val.labels)
+    kept, held_back = _split_indices(config, train.labels, None if parts.val is None else parts.val.labels)
     val = source.subset(held_back)
     if not len(val):
         raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
@@ -221,11 +224,11 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
     return Splits(trained_on.subset(kept), val, test)
 
 
-def _chosen(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which images to train and to choose by: indices of those with `labels`, and of those or of the `own` ones of a
-    validation set.
+def _split_indices(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the images to train on and of those to validate on.
 
-    Raises UserError when there are not so many.
+    The latter index the `own` labels of a validation set if there is one, else `labels`. Raises UserError if there are
+    too few images.
     """
     every, seed = np.arange(len(labels)), config.split_seed
     if config.val_from is not None:
@@ -254,20 +257,20 @@ def _chosen(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -
 
 
 def crop_size(image_size: int) -> int:
-    """Side of the image that random crops of `image_size` are taken from: 252 for 224, as published."""
+    """Return the side of the image that random crops of `image_size` are taken from: 252 for 224, as published."""
     return round(image_size * 252 / 224)
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (rest, held back), both sorted: `fraction` of each class, at least one where a class has two."""
+    """Hold back `fraction` of each class, at least one image if a class has two; return sorted (rest, held back)."""
     counts = np.bincount(labels)
     return _hold_back(labels, np.minimum(np.maximum(1, np.round(fraction * counts)), counts - 1), seed)
 
 
 def stratified_sample(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (rest, held back), both sorted: `count` images, in the classes' own proportions to the nearest image.
+    """Hold back `count` images in the classes' proportions, to the nearest image; return sorted (rest, held back).
 
-    Raises UserError when there are not so many.
+    Raises UserError if there are fewer images.
     """
     if count > len(labels):
         raise UserError(f"dataset: {count} images are asked for, and there are {len(labels)}")
@@ -279,7 +282,7 @@ def stratified_sample(labels: np.ndarray, count: int, seed: int) -> tuple[np.nda
 
 
 def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (rest, held back), both sorted: `take[label]` of each class."""
+    """Hold back `take[label]` images of each class; return sorted (rest, held back)."""
     mixed = shuffle.permutation(len(labels), seed)
     by_class = mixed[np.argsort(labels[mixed], kind="stable")]
     counts = np.bincount(labels)
@@ -289,13 +292,13 @@ def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndar
 
 
 def _read(config: DatasetConfig, image_size: int) -> Parts:
-    """The images to train, to choose and to test on, without those that are not wanted or can't be read.
+    """Read the splits without unwanted or unreadable images.
 
-    There is always a test set; `max_per_class` does not make it smaller.
+    The result always has a test set; `max_per_class` does not make it smaller.
     """
     parts = LOADERS[config.name](config, image_size)
     if config.max_classes is not None:
-        parts = parts.each(partial(_of_classes, count=config.max_classes))
+        parts = parts.map(partial(_first_classes, count=config.max_classes))
     train, test = parts.train, parts.test
     if test is None:
         rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
@@ -303,11 +306,11 @@ def _read(config: DatasetConfig, image_size: int) -> Parts:
     if config.max_per_class is not None:
         take = np.minimum(np.bincount(train.labels), config.max_per_class)
         train = train.subset(_hold_back(train.labels, take, config.split_seed)[1])
-    return Parts(train, parts.val, test).each(partial(_readable, skip_unreadable=config.skip_unreadable))
+    return Parts(train, parts.val, test).map(partial(_readable, skip_unreadable=config.skip_unreadable))
 
 
 def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Images:
-    """The images of `train` at the size that crops are taken from; those of native size as they are."""
+    """Return the images of `train` at the size that crops are taken from; those of native size stay as they are."""
     large = crop_size(image_size)
     if config.name == "digits":
         return train
@@ -323,17 +326,17 @@ def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Image
     return crops
 
 
-def _of_classes(images: Images, count: int) -> Images:
-    """Those of the first `count` classes."""
+def _first_classes(images: Images, count: int) -> Images:
+    """Return the images of the first `count` classes."""
     chosen = images.subset(np.flatnonzero(images.labels < count))
     return replace(chosen, class_names=images.class_names[:count])
 
 
 def _readable(folder: Images, skip_unreadable: bool) -> Images:
-    """Of files those that can be read, decoded into memory where they fit; other images as they are.
+    """Keep the files that can be read, and decode them into memory if they fit; return other images as they are.
 
-    A folder too large to keep is checked by each file's header and end marker: that finds what is empty, truncated
-    or no image, without decoding it all before every trial.
+    For a folder too large for memory each file's header and end marker are checked. That finds files that are empty,
+    truncated or no images, without decoding all of them before every trial.
     """
     if not isinstance(folder, FolderImages):
         return folder
@@ -351,17 +354,18 @@ def _readable(folder: Images, skip_unreadable: bool) -> Images:
         return None
 
     problems = list(_decoders.map(problem, range(len(folder))))
-    found = [p for p in problems if p]
+    unreadable = [p for p in problems if p]
     good = np.array([i for i, p in enumerate(problems) if not p], dtype=np.int64)
-    if found:
-        listing = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    if unreadable:
+        count = len(unreadable)
+        listing = "; ".join(unreadable[:3]) + (f"; and {count - 3} more" if count > 3 else "")
         if not skip_unreadable:
-            raise UserError(f"{len(found)} unreadable images: {listing}. Set dataset.skip_unreadable: true to go on")
-        print(f"skipping {len(found)} unreadable images: {listing}", flush=True)
+            raise UserError(f"{count} unreadable images: {listing}. Set dataset.skip_unreadable: true to go on")
+        print(f"skipping {count} unreadable images: {listing}", flush=True)
         if len(np.unique(folder.labels[good])) < len(folder.class_names):
             raise UserError(f"a class has no readable image left: {listing}")
     images = folder if pixels is None else ArrayImages(pixels, folder.labels, folder.class_names)
-    return images.subset(good) if found else images
+    return images.subset(good) if unreadable else images
 
 
 def _check_header(path: Path) -> None:
@@ -378,7 +382,7 @@ def _check_header(path: Path) -> None:
 
 
 def _image_folder(config: DatasetConfig, image_size: int) -> Parts:
-    """As `folders.image_folder` finds it; says what it leaves out."""
+    """Read an image folder as `folders.image_folder` finds it, and print what is left out."""
     source = folders.image_folder(config.folder)
     for remark in source.remarks(config.folder):
         print(remark, flush=True)
@@ -386,8 +390,8 @@ def _image_folder(config: DatasetConfig, image_size: int) -> Parts:
 
 
 def _digits(config: DatasetConfig, image_size: int) -> Parts:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; it has no test split of its own."""
-    # read beside the package: importing scikit-learn would take longer than the quickstart's first epoch
+    """Read scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0..16; they have no test split of their own."""
+    # read from the package's file: importing scikit-learn would take longer than the quickstart's first epoch
     spec = importlib.util.find_spec("sklearn")
     assert spec is not None
     assert spec.origin is not None
@@ -398,31 +402,31 @@ def _digits(config: DatasetConfig, image_size: int) -> Parts:
 
 
 def _store(config: DatasetConfig, image_size: int) -> Parts:
-    """A store that `python -m lorvp.data prepare` has made; of images resized then only at that size."""
+    """Open a store made by `python -m lorvp.data prepare`; resized images are available at their stored size only."""
     opened = store.Store.open(config.folder)
     check_size(opened, image_size, config.exact)
     if "train" not in opened.splits:
         raise UserError(f"{config.root}: {opened.description.dataset} has no images to train on, only to evaluate on")
-    return Parts(**{split: stored(opened, split, image_size) for split in SPLITS if split in opened.splits})
+    return Parts(**{split: store_images(opened, split, image_size) for split in SPLITS if split in opened.splits})
 
 
 def check_size(opened: store.Store, image_size: int, exact: bool = False, wanted: str = "the backbone takes") -> None:
-    """Raises UserError for images that were resized to another size; with `exact`, also for others of another size."""
+    """Raise UserError for images resized to another size; with `exact`, also for native images of another size."""
     description = opened.description
     if description.image_size in (None, image_size) or (description.native and not exact):
         return
     wanted = "dataset.exact needs" if description.native else wanted
     folder = opened.folder.with_name(f"{description.dataset}-{image_size}")
-    found = f"stored at {description.image_size} px, and {wanted} {image_size}"
-    raise UserError(f"{opened.folder}: {found}: {store.how_to_make(folder)}")
+    mismatch = f"stored at {description.image_size} px, and {wanted} {image_size}"
+    raise UserError(f"{opened.folder}: {mismatch}: {store.how_to_make(folder)}")
 
 
-def stored(opened: store.Store, split: str, image_size: int) -> StoreImages:
-    """All images of one split of a store, encoded ones at `image_size`."""
+def store_images(opened: store.Store, split: str, image_size: int) -> StoreImages:
+    """Return all images of one split of a store; encoded ones are decoded to `image_size`."""
     rows, description = opened.splits[split], opened.description
     size = description.image_size or image_size
     return StoreImages(rows, np.arange(len(rows)), rows.labels, description.class_names, size)
 
 
 LOADERS = {"store": _store, "image_folder": _image_folder, "digits": _digits}
-"""name -> (config, image size) -> its parts. A dataset is a function here and a name in DatasetConfig."""
+"""Functions from (config, image size) to a dataset's parts, by the name in DatasetConfig."""

@@ -1,4 +1,4 @@
-"""From an image file to pixels, exactly as published: RGB, bilinear with antialias, aspect squashed, no crop."""
+"""Decode image files to pixels as published: RGB, bilinear with antialias, aspect ratio ignored, no crop."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from PIL import Image
 from lorvp.errors import UserError
 
 DEEP = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
-"""Modes of 16-bit greys, which PIL would clip to white where torchvision's loader gives them to it."""
+"""Modes of 16-bit grey images, which PIL's conversion to RGB would clip to white."""
 
 
 def transform(size: int) -> str:
-    """What `decode` does, for a store's description: PIL's own result depends on its version."""
+    """Describe what `decode` does, with PIL's version, on which its result depends; stores keep this text."""
     return f"PIL {PIL.__version__} bilinear with antialias to {size}x{size}, aspect squashed, uint8"
 
 
 def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -> np.ndarray:
-    """An encoded image as (size, size, 3) uint8 RGB; of an animation the first frame; EXIF rotation not applied.
+    """Decode an image to (size, size, 3) uint8 RGB: an animation's first frame, EXIF rotation not applied.
 
-    Without `resize` the image must have that size. Raises UserError naming the file, or `name`, when it can't be read.
+    Without `resize` the image must have that size. Raises UserError naming the file, or `name`, if it can't be read.
     """
     try:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
@@ -42,5 +42,5 @@ def decode(file: Path | bytes, size: int, resize: bool = True, name: str = "") -
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 as (size, size, 3), as `decode` resizes them."""
+    """Resize pixels (H, W, 3) uint8 to (size, size, 3) as `decode` does."""
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))

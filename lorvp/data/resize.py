@@ -1,7 +1,7 @@
-"""Resizing batches of uint8 images, as PIL does it, on whatever device they are.
+"""Resize batches of uint8 images on any device, as PIL does.
 
-The published way resizes each image with PIL: bilinear with antialias, first along the rows, then along the columns,
-each pass in integers of 22 bits, rounded to uint8. In the same integers a batch on a GPU comes out equal, to the bit.
+The published code resizes each image with PIL: bilinear with antialias, first along the rows, then along the columns,
+each pass in fixed point with 22 bits, rounded to uint8. The same arithmetic on a GPU gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch.nn import functional as F
 
 PRECISION_BITS = 22
-"""Of a weight (Pillow's src/libImaging/Resample.c: 32 bits, without 8 for the pixel and 2 for the sum)."""
+"""Fraction bits of a weight (Pillow's src/libImaging/Resample.c: 32 bits less 8 for the pixel and 2 for the sum)."""
 
 
 def resize(images: torch.Tensor, size: int, exact: bool = False) -> torch.Tensor:
-    """(N, C, H, W) uint8 to (N, C, size, size) uint8, aspect squashed.
+    """Resize images (N, C, H, W) uint8 to (N, C, size, size) uint8, ignoring the aspect ratio.
 
-    On other devices than the CPU square images come out equal to PIL's, bit for bit; of others Pillow may take the
-    columns first, which makes 1 level. The CPU takes torch's own kernel, a hundred times faster there, unless `exact`
-    is asked for: from 28 and 32 to 224 pixels it is equal, too, else within 2 levels.
+    On GPUs the result for square images equals PIL's bit for bit; for others Pillow may resize the columns first, which
+    changes values by 1 level. On the CPU torch's own kernel is used, which is a hundred times faster there: it equals
+    PIL's result from 28 and 32 to 224 pixels, and is within 2 levels otherwise. `exact` avoids it.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -31,7 +31,7 @@ def resize(images: torch.Tensor, size: int, exact: bool = False) -> torch.Tensor
 
 
 def _pass(images: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """Resizes one dimension: each output pixel is the weighted sum of a few neighbours, tap by tap."""
+    """Resize one dimension: each output pixel is the weighted sum of a few neighbours, one tap at a time."""
     length = images.shape[dim]
     if length == size:
         return images
@@ -45,14 +45,14 @@ def _pass(images: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _taps(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each output pixel the first input pixel, (size,) int64, and the weights from there on, (taps, size) int32."""
+    """Return each output pixel's first input pixel, (size,) int64, and its weights from there, (taps, size) int32."""
     scale = length / size
     support = max(scale, 1.0)
     centers = (np.arange(size) + 0.5) * scale
     first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
     last = np.minimum((centers + support + 0.5).astype(np.int64), length)
     places = first + np.arange((last - first).max())[:, None]
-    # multiplied by the inverse where one would divide, as Pillow does: the last bit of a weight counts
+    # Pillow multiplies by the inverse in place of dividing; the last bit of a weight depends on it
     weights = np.maximum(1 - np.abs((places - centers + 0.5) * (1 / support)), 0) * (places < last)
     fixed = np.floor(weights * (1 / weights.sum(0)) * (1 << PRECISION_BITS) + 0.5).astype(np.int32)
     return torch.from_numpy(first).to(device), torch.from_numpy(fixed).to(device)

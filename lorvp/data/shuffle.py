@@ -1,6 +1,6 @@
-"""Orders and draws that are functions of seeds alone, the same on every machine and with every version of NumPy.
+"""Compute permutations and draws from seeds alone, the same on every machine and with every version of NumPy.
 
-NumPy may change what its generators give from one version to the next; a mixing function of 64-bit integers can't.
+NumPy's generators may change from one version to the next; a mixing function of 64-bit integers does not.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import numpy as np
 
 
 def permutation(length: int, *seeds: int) -> np.ndarray:
-    """The numbers 0 to length - 1 in an order that `seeds` decide: (length,) int64."""
+    """Permute the numbers 0 to length - 1 in an order that `seeds` determine: (length,) int64."""
     return np.argsort(hashes(np.arange(length), *seeds), kind="stable")
 
 
 def uniform(numbers: np.ndarray, width: int, *seeds: int) -> np.ndarray:
-    """`width` draws from [0, 1) for each of `numbers`: (len(numbers), width) float64."""
+    """Draw `width` numbers from [0, 1) for each of `numbers`: (len(numbers), width) float64."""
     cells = numbers[:, None] * width + np.arange(width)
     return (hashes(cells.ravel(), *seeds) >> np.uint64(11)).reshape(cells.shape) * 2.0**-53
 
 
 def hashes(numbers: np.ndarray, *seeds: int) -> np.ndarray:
-    """A uniform uint64 for each of `numbers` (Steele et al. 2014, splitmix64)."""
+    """Hash each of `numbers` with `seeds` to a uniform uint64 (Steele et al. 2014, splitmix64)."""
     state = np.zeros(len(numbers), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for value in (*seeds, numbers):

@@ -97,7 +97,7 @@ class _LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors made within the block: those alive `now`, and their `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        TorchDispatchMode.__init__(self)
         self.now = self.peak = 0
         self._storages: set[int] = set()
 

@@ -54,4 +54,4 @@ def load(config: TrialConfig, kept_precision: str | None = None) -> SharedResour
     chosen = precision.choose(config, device, kept_precision)
     backbone = Backbone(config.backbone, chosen, config.backbone_speed, device)
     splits = datasets.load(config.dataset, backbone.image_size)
-    return SharedResources(backbone, loader.kept_on_device(splits, device), chosen)
+    return SharedResources(backbone, loader.cache_on_device(splits, device), chosen)

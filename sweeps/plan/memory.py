@@ -95,7 +95,7 @@ def _bytes(config: TrialConfig, gpus: int, gpu_bytes: float) -> dict[str, float]
 
 def dataset_on_gpu(config: TrialConfig, gpu_bytes: float) -> tuple[int | None, int]:
     """Classes, None where they aren't known, and the bytes of the images that will be kept on the GPU."""
-    from lorvp.data.loader import DEVICE_SHARE
+    from lorvp.data.loader import DEVICE_FRACTION
 
     if config.dataset.name != "store" or config.dataset.root is None:
         return None, 0
@@ -105,4 +105,4 @@ def dataset_on_gpu(config: TrialConfig, gpu_bytes: float) -> tuple[int | None, i
         return None, 0
     rows = sum(split.index.rows for split in manifest.splits.values())
     size = rows * 3 * (manifest.description.image_size or 0) ** 2
-    return len(manifest.description.class_names), size if size <= DEVICE_SHARE * gpu_bytes else 0
+    return len(manifest.description.class_names), size if size <= DEVICE_FRACTION * gpu_bytes else 0

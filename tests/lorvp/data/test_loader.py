@@ -95,7 +95,7 @@ def test_every_image_once(processes):
 def test_kept_in_one_tensor_is_the_same(image_root):
     splits = datasets.load(DatasetConfig(name="image_folder", root=image_root, val_fraction=0.25), 16)
     for images in (splits.train, arrays(9)):
-        kept = loader.on_device(images, torch.device("cpu"), at_once=4)
+        kept = loader.copy_to_device(images, torch.device("cpu"), at_once=4)
         order = np.random.default_rng(0).permutation(len(images))
         assert torch.equal(kept.read(order), images.read(order))
         assert kept.read(order).stride() == images.read(order).stride()

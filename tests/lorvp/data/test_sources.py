@@ -36,7 +36,7 @@ def test_real_photos_are_what_torchvision_reads(imagenette, tmp_path):
     assert {split: len(rows) for split, rows in opened.splits.items()} == {"train": 2000, "test": 500}
     resize = transforms.Compose([transforms.Resize((160, 160)), transforms.PILToTensor()])
     expected = torchvision.datasets.ImageFolder(folder / "val", resize)
-    kept = datasets.stored(opened, "test", 160)
+    kept = datasets.store_images(opened, "test", 160)
     assert kept.labels.tolist() == expected.targets
     for pixels, (image, _) in zip(kept.read(np.arange(500)), expected, strict=True):
         assert torch.equal(pixels, image)
@@ -206,7 +206,7 @@ def test_hugging_face(tmp_path, layout, kept_encoded, monkeypatch):
     assert kept.labels.tolist() == [0, 1, 2] * 4
     assert kept.names[:2] == ["train/0", "11.png"]
     expected = np.stack([decode.decode(encoded(value), 16) for value in range(10, 22)])
-    read = datasets.stored(opened, "train", 16).read(np.arange(12)).permute(0, 2, 3, 1).numpy()
+    read = datasets.store_images(opened, "train", 16).read(np.arange(12)).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(read, expected)
 
 

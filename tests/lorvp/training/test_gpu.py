@@ -55,7 +55,7 @@ def test_batches_arrive_as_they_were_sent(image_root, tmp_path, kept):
     folder = make("image_folder", image_root, tmp_path, size=64).folder
     splits = datasets.load(DatasetConfig(name="store", root=folder, val_fraction=0.25), 64)
     device = torch.device("cuda")
-    there = loader.kept_on_device(splits, device, share=0.5 if kept else 0.0)
+    there = loader.cache_on_device(splits, device, fraction=0.5 if kept else 0.0)
     assert isinstance(there.train, datasets.ArrayImages) == kept
     for epoch in range(20):
         order = loader.epoch_order(len(splits.train), 0, epoch)
