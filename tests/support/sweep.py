@@ -204,10 +204,10 @@ class Sweep:
         runs = self.runs()
         parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         assert len(parents) == 1
-        assert Counter(run.data.tags["lorvp.training.trainer"] for run in runs if run not in parents) == Counter(
+        assert Counter(run.data.tags["lorvp.trial"] for run in runs if run not in parents) == Counter(
             trial.name for trial in folders
         )
-        by_name = {run.data.tags.get("lorvp.training.trainer"): run for run in runs}
+        by_name = {run.data.tags.get("lorvp.trial"): run for run in runs}
         for trial in folders:
             run = by_name[trial.name]
             epochs = [result["epoch"] for result in trial.results()]

@@ -148,7 +148,7 @@ def test_confirmation_killed_resumed_and_made_longer(tmp_path):
         read = [result["test_top1"] is not None for result in trial.results()]
         assert read == [False] * (trial.config.epochs - 1) + [True]
     runs = [run.data.tags for run in sweep.runs()]
-    tags = {run["lorvp.training.trainer"]: run["stage"] for run in runs if "lorvp.training.trainer" in run}
+    tags = {run["lorvp.trial"]: run["stage"] for run in runs if "lorvp.trial" in run}
     assert tags == {trial.name: stage for stage, trials in stages().items() for trial in trials}
     rows = pq.read_table(sweep.path / "results.parquet").to_pylist()
     assert {row["trial"]: row["stage"] for row in rows} == tags
