@@ -38,7 +38,7 @@ from lorvp.config import TrialConfig
 from lorvp.utils.files import create, link_or_copy, read_line, write_json
 
 NEWS, RESULTS = "news", "results.jsonl"
-ROOM_BYTES = 1 << 20
+PROBE_BYTES = 1 << 20
 AUTO = "auto"
 """In place of a number of trials that are trained together: as many as pay, which a job measures."""
 
@@ -61,7 +61,7 @@ class Cause(StrEnum):
     LOST = "job lost"
 
 
-ON_NODE = f"{Cause.NODE_FAILURE} on "
+NODE_FAILURE_PREFIX = f"{Cause.NODE_FAILURE} on "
 """How a line of a log begins in which a job says that its node, whose name follows, is not in order."""
 
 
@@ -91,7 +91,7 @@ CANNOT_START = (
 """How SLURM's reasons begin for a job to wait that time alone does not end: an impossible request, drained nodes."""
 
 
-ENDS = {
+END_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
 }
@@ -126,7 +126,7 @@ class JobState:
     @property
     def alive(self) -> bool:
         """Whether it runs or may run again: in any state that is no end, one that we have never heard of among them."""
-        return self.state not in ENDS
+        return self.state not in END_STATES
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,15 @@ class Attempt:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._ring()
+        self._notify()
 
     def end(self, state: State, reason: str = "", cause: Cause | None = None) -> None:
         values = {"state": state, "reason": reason, "cause": cause, "time": time.time()}
         write_json(self.path / "end.json", values)
-        self._ring()
+        self._notify()
 
-    def _ring(self) -> None:
-        ring(self.path.parent.parent)
+    def _notify(self) -> None:
+        notify(self.path.parent.parent)
 
     def ended(self) -> End | None:
         values = _read_json(self.path / "end.json")
@@ -231,8 +231,8 @@ class TrialFolder:
         """All trials under `trials`, oldest request first."""
         names = os.listdir(trials) if trials.is_dir() else []
         configs = [trials / name / "config.json" for name in names]
-        there = [(path.stat().st_mtime_ns, path) for path in configs if path.exists()]
-        return [cls(path.parent) for _, path in sorted(there)]
+        requests = [(path.stat().st_mtime_ns, path) for path in configs if path.exists()]
+        return [cls(path.parent) for _, path in sorted(requests)]
 
     @cached_property
     def config(self) -> TrialConfig:
@@ -248,23 +248,23 @@ class TrialFolder:
         attempts = self.path / "attempts"
         attempts.mkdir(exist_ok=True)
         while True:
-            before = self.newest()
-            number = int(before.path.name) + 1 if before else 1
+            previous = self.newest()
+            number = int(previous.path.name) + 1 if previous else 1
             draft = Path(tempfile.mkdtemp(prefix=".claim-", dir=attempts))
             draft.chmod(0o755)
             started = {"host": socket.gethostname(), "process": os.getpid(), "time": time.time()}
             write_json(draft / "started.json", started)
-            if before:
-                if before.checkpoint.exists():
-                    link_or_copy(before.checkpoint, draft / before.checkpoint.name)
-                if results := before.results():
+            if previous:
+                if previous.checkpoint.exists():
+                    link_or_copy(previous.checkpoint, draft / previous.checkpoint.name)
+                if results := previous.results():
                     (draft / RESULTS).write_text("".join(json.dumps(result) + "\n" for result in results))
             try:
                 draft.rename(attempts / f"{number:04}")
             except OSError:  # another job took this number meanwhile; the folder is never empty, so none replaces it
                 shutil.rmtree(draft)
                 continue
-            ring(self.path)
+            notify(self.path)
             return Attempt(attempts / f"{number:04}")
 
     def results(self) -> list[dict[str, Any]]:
@@ -281,7 +281,7 @@ class TrialFolder:
         """Whether its disk takes another file."""
         try:
             with tempfile.TemporaryFile(dir=self.path) as file:
-                file.write(bytes(ROOM_BYTES))
+                file.write(bytes(PROBE_BYTES))
         except OSError:
             return False
         return True
@@ -300,32 +300,32 @@ class TrialFolder:
         job = self.job()
         return job["id"] if job else None
 
-    def asked_at(self) -> float | None:
+    def submitted_at(self) -> float | None:
         """Unix time at which its newest job was noted, by the disk's clock; None before the first."""
         try:
             return (self.path / "job.json").stat().st_mtime
         except FileNotFoundError:
             return None
 
-    def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
-        before = self.job()
-        submissions = before["submissions"] + 1 if before else 1
+    def record_job(self, job_id: str, log: Path, place: int = 1) -> None:
+        previous = self.job()
+        submissions = previous["submissions"] + 1 if previous else 1
         path = os.path.relpath(log, self._sweep)  # the sweep's folder may be moved
         values = {"id": job_id, "log": path, "place": place, "submissions": submissions, "time": time.time()}
         write_json(self.path / "job.json", values)
 
-    def hand_over(self, following: TrialFolder | None) -> bool:
+    def assign_next(self, following: TrialFolder | None) -> bool:
         """Tells this trial's job which one to take next, or that there is none.
 
         False if that was said before: by the driver, or by the job when it left.
         """
         return create(self.path / "next", following.name if following else "")
 
-    def handed_over(self) -> str | None:
+    def assigned_next(self) -> str | None:
         """The name of the trial that follows in the same job, empty if there is none; None while nobody has said."""
         return read_line(self.path / "next")
 
-    def clear_handed_over(self) -> None:
+    def clear_assigned_next(self) -> None:
         (self.path / "next").unlink(missing_ok=True)
 
     def stop(self, reason: StopReason) -> None:
@@ -353,7 +353,7 @@ class TrialFolder:
         return job is not None and Path(job["log"]).exists()
 
 
-def ring(trial: Path) -> None:
+def notify(trial: Path) -> None:
     """Say that there is something new in a trial's folder, so that who follows it need not look at anything else.
 
     A byte is appended, since a file's size shows every change, where times may be too coarse to.
@@ -367,7 +367,7 @@ def ring(trial: Path) -> None:
             os.utime(news)
 
 
-def look_afresh(folder: Path) -> None:
+def refresh_listing(folder: Path) -> None:
     """Have a network disk ask again what is in a folder, of which it may remember for a minute what was there before.
 
     NFS does so when a folder is opened to be listed, and then forgets that it has not found a name in it.

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import submitit
 
-from cluster.folder import AUTO, ON_NODE, Attempt, Cause, State, StopReason, TrialFolder, pack_file
-from cluster.torch_stub import leave_out_compiler
+from cluster.folder import AUTO, NODE_FAILURE_PREFIX, Attempt, Cause, State, StopReason, TrialFolder, pack_file
+from cluster.torch_stub import stub_out_compiler
 from lorvp.errors import TrialFailed, UserError
 from lorvp.utils.files import create, give_libraries_caches, read_line, write_json
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 ANY_GPU = "any"
 """Of a job whose GPUs the cluster chooses."""
-HAND_OVER_SECONDS = 30.0
+NEXT_TRIAL_SECONDS = 30.0
 """How long a job that has finished a trial waits to be handed the next: the search needs a second or two."""
-HAND_OVER_POLL = 0.1
-FULL = (errno.ENOSPC, errno.EDQUOT)
+NEXT_TRIAL_POLL = 0.1
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 """What a disk says that takes no more, of anybody or of this user."""
 
 
-ELSEWHERE = (Cause.DISK_FULL, Cause.NODE_FAILURE)
+RETRIED_CAUSES = (Cause.DISK_FULL, Cause.NODE_FAILURE)
 """Causes that another place, or the same one later, may not have."""
 
 
@@ -49,7 +49,7 @@ class TrialJob:
 
     def __call__(self, folder: Path, threads: int, trials: int, pack: int | str, gpus: str = "") -> None:
         """`run`, on the GPUs that the cluster gives the job (`ANY_GPU`) or on those of CUDA's names, if any."""
-        leave_out_compiler()
+        stub_out_compiler()
         give_libraries_caches()
         if gpus not in ("", ANY_GPU):
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # as text: submitit takes numbers only
@@ -63,7 +63,7 @@ class Fenced(Exception):
     """Another job has started on the trial since: this one has nothing more to say."""
 
 
-class Requeue:
+class RequeueHandler:
     """submitit's handler requeues a job on the spot, wherever it is; this one waits for `carry_out`.
 
     So the job gets to the end of its step, when the trial's state is whole and in its checkpoint. It does so at SIGTERM
@@ -71,19 +71,19 @@ class Requeue:
     """
 
     def __init__(self) -> None:
-        self.asked_for = self.terminated = False
+        self.requested = self.terminated = False
         handler = signal.getsignal(signal.SIGUSR2)
         self._handler = handler if callable(handler) else None
         if self._handler:
             signal.signal(signal.SIGUSR2, self._note)
             signal.signal(signal.SIGTERM, self._leave)
 
-    def carry_out(self) -> None:
+    def requeue(self) -> None:
         if self._handler:
             self._handler(signal.SIGUSR2, None)
 
     def _note(self, signum: int, frame: object) -> None:
-        self.asked_for = True
+        self.requested = True
 
     def _leave(self, signum: int, frame: object) -> None:
         self.terminated = True
@@ -103,38 +103,42 @@ def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_
     from lorvp.utils import device
 
     torch.set_num_threads(threads)
-    requeue = Requeue()
+    requeue = RequeueHandler()
     first = TrialFolder(folder)
 
     def leaving() -> bool:
-        return requeue.asked_for or requeue.terminated
+        return requeue.requested or requeue.terminated
 
     failed: Exception | None
     try:
         if needs_gpu:
             device.require_gpu()
-        failed = one_by_one(first, trials, leaving) if pack == 1 else together(first, leaving, measure=pack == AUTO)
+        failed = (
+            train_one_by_one(first, trials, leaving)
+            if pack == 1
+            else train_together(first, leaving, measure=pack == AUTO)
+        )
     except Fenced:
         return
     except device.NoGpu as error:
         failed = error
-        print(on_node(error), flush=True)
+        print(node_failure_line(error), flush=True)
     except Exception as error:
         failed = error
     else:
-        if requeue.asked_for and any(not trial.ended() and not trial.stop_reason() for trial in handed(first)):
-            requeue.carry_out()
+        if requeue.requested and any(not trial.ended() and not trial.stop_reason() for trial in job_trials(first)):
+            requeue.requeue()
     if failed is not None:
-        if cause_of(failed) in ELSEWHERE:
+        if cause_of(failed) in RETRIED_CAUSES:
             sys.exit(1)  # without a traceback: the line that the driver looks for is among the log's last
         raise failed
 
 
-def handed(first: TrialFolder) -> list[TrialFolder]:
+def job_trials(first: TrialFolder) -> list[TrialFolder]:
     """The trials that are this job's: the one that it was submitted with, and all that were handed over to it since."""
     trials = [first]
     for trial in trials:  # which grows meanwhile
-        name = trial.handed_over()
+        name = trial.assigned_next()
         if name:
             following = TrialFolder(trial.path.parent / name)
             if following.job_id == first.job_id:  # else it was given to another job while this one was away
@@ -142,7 +146,7 @@ def handed(first: TrialFolder) -> list[TrialFolder]:
     return trials
 
 
-def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> TrialFailed | None:
+def train_one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> TrialFailed | None:
     """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
     import torch
 
@@ -150,7 +154,7 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
 
     shared: SharedResources | None = None  # stays in memory for all trials of the job
     failed: TrialFailed | None = None
-    for trial in taken(first, trials, leaving):
+    for trial in assigned_trials(first, trials, leaving):
         run = Run(trial, leaving)
         try:
             shared = shared or load(trial)
@@ -165,71 +169,74 @@ def one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> 
             failed = error
         except Exception as error:
             with suppress(OSError):
-                trial.hand_over(None)  # this process may be in no state to take another
+                trial.assign_next(None)  # this process may be in no state to take another
             run.fail(error)
             raise
     return failed
 
 
-def together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
-    """Trains this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
+def train_together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
+    """Train this job's trials on the same batches; new ones join between two epochs.
+
+    Return the last failure, if any.
+    """
     from lorvp.result import EpochResult
     from lorvp.training import loop
     from lorvp.training.trainer import Trainer
 
     shared: SharedResources | None = None
-    begun: set[str] = set()
-    runs: dict[Trainer, Run] = {}
+    started: set[str] = set()
+    recorders: dict[Trainer, Run] = {}
     failed: Exception | None = None
 
-    def begin(trial: TrialFolder) -> list[Trainer]:
+    def start(trial: TrialFolder) -> list[Trainer]:
         nonlocal shared, failed
-        begun.add(trial.name)
+        started.add(trial.name)
         run = Run(trial, leaving)
         try:
             if shared is None:
                 shared = load(trial)
                 if measure:
-                    note_pack(trial, lambda: loop.best_pack(trial.config, shared))
+                    record_pack(trial, lambda: loop.best_pack(trial.config, shared))
             trainer = Trainer(trial.config, shared, **run.options())
         except Exception as error:
             with suppress(Fenced):
                 run.fail(error)
             failed = error
             return []
-        runs[trainer] = run
+        recorders[trainer] = run
         return [trainer]
 
     def join(running: int) -> list[Trainer]:
-        deadline = time.monotonic() + HAND_OVER_SECONDS
+        deadline = time.monotonic() + NEXT_TRIAL_SECONDS
         while True:
-            mine = handed(first)
-            new = [trial for trial in mine if trial.name not in begun and not trial.ended()]
+            assigned = job_trials(first)
+            new = [trial for trial in assigned if trial.name not in started and not trial.ended()]
             if leaving():
                 return []
             if new or running:
-                return [each for trial in new for each in begin(trial)]
+                return [trainer for trial in new for trainer in start(trial)]
             if time.monotonic() > deadline:
-                for trial in mine:
-                    trial.hand_over(None)  # from now on it is too late
-                if len(handed(first)) == len(mine):
+                for trial in assigned:
+                    trial.assign_next(None)  # from now on it is too late
+                if len(job_trials(first)) == len(assigned):
                     return []
-            time.sleep(HAND_OVER_POLL)
+            time.sleep(NEXT_TRIAL_POLL)
 
     for trainer, event in loop.train_together(join):
         with suppress(Fenced):  # another job has this trial now; the others stay
             if isinstance(event, loop.Failed):
                 failed = event.error
-                runs[trainer].fail(event.error)
+                recorders[trainer].fail(event.error)
             elif isinstance(event, EpochResult):
-                runs[trainer].record(event)
+                recorders[trainer].record(event)
             else:
-                runs[trainer].end()
+                recorders[trainer].end()
     return failed
 
 
 def load(trial: TrialFolder) -> SharedResources:
-    """Reads what the job's trials share, and says what they run on."""
+    """Read what the job's trials share, and print what they run on."""
     from lorvp.training import precision, shared
 
     config, path = trial.config, precision.file(trial.path.parent, trial.config)
@@ -240,27 +247,27 @@ def load(trial: TrialFolder) -> SharedResources:
     return resources
 
 
-def note_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
+def record_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
     """Has it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
     path = pack_file(trial.path.parent)
     if not path.exists():
-        pack = measure()
-        print(f"{pack} trials at a time", flush=True)
-        write_json(path, pack)
+        pack_size = measure()
+        print(f"{pack_size} trials at a time", flush=True)
+        write_json(path, pack_size)
 
 
-def taken(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Iterator[TrialFolder]:
+def assigned_trials(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Iterator[TrialFolder]:
     """The trials that this job has to train, as they are handed over; those that have ended are passed over."""
     for place in range(1, trials + 1):
         if not trial.ended():
             yield trial
         if not trial.ended() or place == trials:
             return
-        deadline = time.monotonic() + HAND_OVER_SECONDS
-        while trial.handed_over() is None and not leaving() and time.monotonic() < deadline:
-            time.sleep(HAND_OVER_POLL)
-        trial.hand_over(None)  # from now on it is too late
-        name = trial.handed_over()
+        deadline = time.monotonic() + NEXT_TRIAL_SECONDS
+        while trial.assigned_next() is None and not leaving() and time.monotonic() < deadline:
+            time.sleep(NEXT_TRIAL_POLL)
+        trial.assign_next(None)  # from now on it is too late
+        name = trial.assigned_next()
         if not name:
             return
         following = TrialFolder(trial.path.parent / name)
@@ -320,7 +327,7 @@ def record_failure(attempt: Attempt, error: Exception) -> None:
     if cause == Cause.DISK_FULL:
         print(f"{Cause.DISK_FULL}: {error}", flush=True)  # the log is all that can be written
     elif cause == Cause.NODE_FAILURE:
-        print(on_node(error), flush=True)
+        print(node_failure_line(error), flush=True)
     elif isinstance(error, TrialFailed | UserError):
         attempt.end(State.FAILED, str(error), cause)
     else:
@@ -335,18 +342,20 @@ def cause_of(error: Exception) -> Cause:
         return Cause.BAD_INPUT
     from lorvp.utils.device import exception_chain, is_gpu_fault, is_out_of_memory
 
-    for each in exception_chain(error):
-        text = str(each).lower()
-        if getattr(each, "errno", None) in FULL or any(os.strerror(number).lower() in text for number in FULL):
+    for link in exception_chain(error):
+        text = str(link).lower()
+        if getattr(link, "errno", None) in FULL_DISK_ERRNOS or any(
+            os.strerror(number).lower() in text for number in FULL_DISK_ERRNOS
+        ):
             return Cause.DISK_FULL
-        if is_out_of_memory(each):
+        if is_out_of_memory(link):
             return Cause.OUT_OF_MEMORY
-        if is_gpu_fault(each):
+        if is_gpu_fault(link):
             return Cause.NODE_FAILURE
     return Cause.EXCEPTION
 
 
-def on_node(error: Exception) -> str:
+def node_failure_line(error: Exception) -> str:
     """The line of the log by which the driver learns which node is not in order."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return f"{ON_NODE}{name}: {str(error).strip().splitlines()[0]}"
+    return f"{NODE_FAILURE_PREFIX}{name}: {str(error).strip().splitlines()[0]}"

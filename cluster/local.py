@@ -46,7 +46,7 @@ class LocalCluster:
             executor = submitit.LocalExecutor(self.folder, python=self.python)
             executor.update_parameters(timeout_min=UNLIMITED_MINUTES, gpus_per_node=0, stderr_to_stdout=True)
             submitted = executor.submit(TrialJob(), trial.path, self.threads, self.trials_per_job, self.pack, gpu)
-            trial.submitted(submitted.job_id, submitted.paths.stdout)
+            trial.record_job(submitted.job_id, submitted.paths.stdout)
             if gpu:
                 self._gpu_of[submitted.job_id] = gpu
 
@@ -87,9 +87,9 @@ class LocalCluster:
 
 def _counted_by_cuda() -> int:
     """How many GPUs torch can use, asked in a process of its own: one that has CUDA can't be forked."""
-    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    return int(completed.stdout.split()[-1]) if completed.returncode == 0 else 0
 
 
 def _process(job_id: str) -> psutil.Process | None:

@@ -65,8 +65,8 @@ class Profile(Part):
     @property
     def asks_for_gpus(self) -> bool:
         """Say whether a job is given GPUs: by `gres`, or by one of sbatch's own options."""
-        asked = [self.gres or "", *(f"{key}={value}" for key, value in self.sbatch.items())]
-        return any(re.match(r"gpu(:|$)|gpus(-per-\w+)?=|gres=(.*,)?gpu|tres-per-\w+=.*gpu", text) for text in asked)
+        options = [self.gres or "", *(f"{key}={value}" for key, value in self.sbatch.items())]
+        return any(re.match(r"gpu(:|$)|gpus(-per-\w+)?=|gres=(.*,)?gpu|tres-per-\w+=.*gpu", text) for text in options)
 
     @property
     def gpus(self) -> int:

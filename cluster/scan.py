@@ -20,15 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder, look_afresh
+from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder, refresh_listing
 from lorvp.config import TrialConfig
 
-SHORTEST, LONGEST = 0.5, 30.0
+MIN_POLL, MAX_POLL = 0.5, 30.0
 """Seconds between two looks at a trial."""
 NEVER = math.inf
 STALE_SECONDS = 60.0
 """For how long a network disk may show what was there before: NFS's longest, unless it is mounted otherwise."""
-PART = 0.1
+POLL_FRACTION = 0.1
 """Of the last epoch's time, the part after which a trial is looked at again."""
 
 
@@ -38,12 +38,12 @@ class FollowedTrial(TrialFolder):
     The driver is the only writer of `job.json`, so what it has written last is what is there.
     """
 
-    def __init__(self, path: Path, woken: Callable[[FollowedTrial], None]) -> None:
+    def __init__(self, path: Path, on_wake: Callable[[FollowedTrial], None]) -> None:
         super().__init__(path)
         self.due = NEVER
         """When to look next, by time.monotonic; what was planned before is void."""
-        self._woken = woken
-        look_afresh(path)
+        self._on_wake = on_wake
+        refresh_listing(path)
         self._job = super().job()
         self._results: list[dict[str, Any]] = []
         self._end: End | None = None
@@ -51,18 +51,18 @@ class FollowedTrial(TrialFolder):
         self._attempt = 0
         self._offset = 0  # bytes of the results read so far
         self._signature: tuple[int, int] | None = None
-        self._since = time.monotonic()  # of the last news
+        self._last_news = time.monotonic()  # of the last news
         self._unread = True
-        self._rang = self._since  # when the file of news was last seen to grow
-        self._of_nothing = 0  # its bytes that nothing came of: an attempt's that a newer one had replaced
+        self._last_growth = self._last_news  # when the file of news was last seen to grow
+        self._void_bytes = 0  # its bytes that nothing came of: an attempt's that a newer one had replaced
         self._missing = False
         self._in_doubt_since: float | None = None
 
     def job(self) -> dict[str, Any] | None:
         return self._job
 
-    def submitted(self, job_id: str, log: Path, place: int = 1) -> None:
-        super().submitted(job_id, log, place)
+    def record_job(self, job_id: str, log: Path, place: int = 1) -> None:
+        super().record_job(job_id, log, place)
         self._job = super().job()
         self._in_doubt_since = None
         self.wake()
@@ -86,35 +86,35 @@ class FollowedTrial(TrialFolder):
     def wake(self) -> None:
         """Have it read at the next look, whether its job has rung or not."""
         self._unread = True
-        self._since = time.monotonic()
-        self._woken(self)
+        self._last_news = time.monotonic()
+        self._on_wake(self)
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Look whether there is something new, and read it. Raises OSError where the disk does."""
         unread, self._unread = self._unread, False
         try:
             signature = _signature(self.path / NEWS)
             if signature == self._signature and signature is not None and not unread and not self._missing:
                 return False
-            found = self._read()
-            if signature and self._lacks(signature[0]) > 0:
-                self._look_afresh()
-                found |= self._read()
+            changed = self._read_new()
+            if signature and self._missing_count(signature[0]) > 0:
+                self._refresh_listings()
+                changed |= self._read_new()
         except BaseException:
             self._unread = True
             raise
         if signature != self._signature:
-            self._rang = time.monotonic()
+            self._last_growth = time.monotonic()
         self._signature = signature
         if signature:
-            self._count(signature[0])
+            self._update_missing(signature[0])
         if self._missing:
             self._end = None  # which counts once all is there that was written before it
-        if found:
-            self._since = time.monotonic()
-        return found or unread
+        if changed:
+            self._last_news = time.monotonic()
+        return changed or unread
 
-    def _read(self) -> bool:
+    def _read_new(self) -> bool:
         """Read what was recorded since the last look; whether that is anything."""
         attempts, number = self.path / "attempts", self._attempt
         while (attempts / f"{number + 1:04}").exists():
@@ -123,7 +123,7 @@ class FollowedTrial(TrialFolder):
             return False
         attempt = Attempt(attempts / f"{number:04}")
         end = attempt.ended()  # before the results: what was recorded before the end is read below
-        found = number != self._attempt or end != self._end
+        changed = number != self._attempt or end != self._end
         if number != self._attempt:  # it begins with a copy of what the one before had recorded
             self._attempt, self._offset, self._results = number, 0, []
         try:
@@ -132,38 +132,38 @@ class FollowedTrial(TrialFolder):
                 text = file.read()
         except FileNotFoundError:
             text = b""
-        whole = text[: text.rfind(b"\n") + 1]
-        self._results += [json.loads(line) for line in whole.splitlines()]
-        self._offset += len(whole)
+        complete_lines = text[: text.rfind(b"\n") + 1]
+        self._results += [json.loads(line) for line in complete_lines.splitlines()]
+        self._offset += len(complete_lines)
         self._end = end
-        return found or bool(whole)
+        return changed or bool(complete_lines)
 
-    def _lacks(self, rings: int) -> int:
+    def _missing_count(self, notifications: int) -> int:
         """How much has been rung for and not been found, apart from what nothing came of."""
-        return rings - self._attempt - len(self._results) - (self._end is not None) - self._of_nothing
+        return notifications - self._attempt - len(self._results) - (self._end is not None) - self._void_bytes
 
-    def _count(self, rings: int) -> None:
-        lacks = self._lacks(rings)
-        if lacks < 0 or time.monotonic() > self._rang + STALE_SECONDS:
-            self._of_nothing = max(0, self._of_nothing + lacks)  # a job writes first, then it rings
-        self._missing = self._lacks(rings) > 0
+    def _update_missing(self, notifications: int) -> None:
+        missing = self._missing_count(notifications)
+        if missing < 0 or time.monotonic() > self._last_growth + STALE_SECONDS:
+            self._void_bytes = max(0, self._void_bytes + missing)  # a job writes first, then it rings
+        self._missing = self._missing_count(notifications) > 0
 
-    def _look_afresh(self) -> None:
-        look_afresh(self.path)
+    def _refresh_listings(self) -> None:
+        refresh_listing(self.path)
         if newest := self.newest():
-            look_afresh(newest.path)
+            refresh_listing(newest.path)
 
     def may_have_ended(self) -> bool:
         """Say whether there is an end in its folder, or may be one that this machine does not see yet.
 
         For who finds its job gone, in any thread: what that has done is not to be done again.
         """
-        self._look_afresh()
+        self._refresh_listings()
         folder, newest = TrialFolder(self.path), self.newest()
         if folder.ended():
             return True
-        found = int(newest.path.name) + len(newest.results()) if newest else 0
-        if _size(self.path / NEWS) - found <= self._of_nothing:
+        recorded = int(newest.path.name) + len(newest.results()) if newest else 0
+        if _size(self.path / NEWS) - recorded <= self._void_bytes:
             return False
         if self._in_doubt_since is None:
             self._in_doubt_since = time.monotonic()
@@ -171,15 +171,15 @@ class FollowedTrial(TrialFolder):
 
     def wait(self) -> float:
         """Seconds until the next look."""
-        elapsed = time.monotonic() - self._since
+        elapsed = time.monotonic() - self._last_news
         last = self._results[-1] if self._results else None
         if last is None or self._stopping or len(self._results) == self.config.epochs:
-            return _within(PART * elapsed)  # its start, or its end, may come at any time
+            return _clamp(POLL_FRACTION * elapsed)  # its start, or its end, may come at any time
         seconds: float = last["seconds"]
-        pause = _within(PART * seconds)
+        pause = _clamp(POLL_FRACTION * seconds)
         if elapsed < seconds:
-            return min(pause, max(SHORTEST, seconds - elapsed))
-        return SHORTEST if elapsed < seconds + pause else pause
+            return min(pause, max(MIN_POLL, seconds - elapsed))
+        return MIN_POLL if elapsed < seconds + pause else pause
 
 
 class Scan:
@@ -206,7 +206,7 @@ class Scan:
                 return self._open[name]
             trial = self._add(TrialFolder.request(self._trials, config).path)
             trial.config = config
-            trial.look()
+            trial.poll()
             if trial.ended():  # that was news before
                 del self._open[name]
             return trial
@@ -226,19 +226,19 @@ class Scan:
         """Have `listener` told of each trial with news, in the thread that looks."""
         self._listeners.append(listener)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look at the trials that are due. Raises the last error, of a trial or a listener, once all have been told."""
-        news, trouble = self._look()
+        news, last_error = self._poll_due()
         for trial in news:
             for listener in self._listeners:
                 try:
                     listener(trial)
                 except Exception as error:  # a screen that is gone costs nobody else the news
-                    trouble = error
-        if trouble:
-            raise trouble
+                    last_error = error
+        if last_error:
+            raise last_error
 
-    def _look(self) -> tuple[list[FollowedTrial], Exception | None]:
+    def _poll_due(self) -> tuple[list[FollowedTrial], Exception | None]:
         with self._lock:
             self.changed.clear()
             now = time.monotonic()
@@ -249,32 +249,32 @@ class Scan:
                     trial.due = NEVER
                     due.append(trial)
             news: list[FollowedTrial] = []
-            trouble: Exception | None = None
+            last_error: Exception | None = None
             for trial in due:
-                pause = SHORTEST
+                pause = MIN_POLL
                 try:
-                    if trial.look():
+                    if trial.poll():
                         news.append(trial)
                     pause = trial.wait()
                 except Exception as error:  # a shared disk has its moods, and gives back what nobody has written
-                    trouble = error
+                    last_error = error
                 if trial.ended():
                     del self._open[trial.name]
                     self._just_ended.append(trial)
                 else:
                     self._plan(trial, now + pause)
-            return news, trouble
+            return news, last_error
 
-    def look_at_all(self) -> None:
+    def poll_all(self) -> None:
         """Look at every open trial, whatever was planned. Raises what `look` raises."""
         for trial in self.open():
             trial.wake()
-        self.look()
+        self.poll()
 
-    def until_due(self) -> float:
+    def seconds_until_due(self) -> float:
         """Seconds until the next look at a trial is due."""
         with self._lock:
-            return max(0.0, self._schedule[0][0] - time.monotonic()) if self._schedule else LONGEST
+            return max(0.0, self._schedule[0][0] - time.monotonic()) if self._schedule else MAX_POLL
 
     def _add(self, path: Path) -> FollowedTrial:
         trial = FollowedTrial(path, self._wake)
@@ -296,8 +296,8 @@ class Scan:
         heapq.heappush(self._schedule, (due, next(self._order), trial))
 
 
-def _within(seconds: float) -> float:
-    return min(LONGEST, max(SHORTEST, seconds))
+def _clamp(seconds: float) -> float:
+    return min(MAX_POLL, max(MIN_POLL, seconds))
 
 
 def _size(path: Path) -> int:
@@ -312,7 +312,7 @@ def _size(path: Path) -> int:
 def _signature(path: Path) -> tuple[int, int] | None:
     """A file's size and time of change; None where there is none."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns

@@ -22,9 +22,9 @@ from cluster.job import ANY_GPU, TrialJob
 from cluster.profile import Profile, SbatchOptions
 from lorvp.utils.files import replacing, write_json
 
-FIRST_POLL, LAST_POLL = 2.0, 30.0
+MIN_POLL, MAX_POLL = 2.0, 30.0
 """Seconds between two questions to the controller: the first while something changes, growing to the last."""
-MISSES = 2
+MAX_MISSES = 2
 """Answers in a row in which nobody knows of a job, after which it counts as gone."""
 UNLISTED = JobState("UNKNOWN", "squeue does not list it")
 """What is known of a job before that: it may live."""
@@ -33,13 +33,13 @@ MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
 """Of sbatch's, which exclude each other."""
 
 
-def _sbatch_in_time(executor: submitit.SlurmExecutor, submission_file_path: Path) -> list[str]:
+def _sbatch_with_limit(executor: submitit.SlurmExecutor, submission_file_path: Path) -> list[str]:
     """submitit's command, with the environment and the time limit that submitit does not give it."""
-    return [*slurm_commands.prefix(), "sbatch", str(submission_file_path)]
+    return [*slurm_commands.command_prefix(), "sbatch", str(submission_file_path)]
 
 
 # Set in the class itself, since submitit submits an array by a new executor, which is none of a class of ours.
-setattr(submitit.SlurmExecutor, "_make_submission_command", _sbatch_in_time)  # noqa: B010  mypy's words on the other way
+setattr(submitit.SlurmExecutor, "_make_submission_command", _sbatch_with_limit)  # noqa: B010  mypy's words on the other way
 
 
 class SlurmCluster:
@@ -60,12 +60,12 @@ class SlurmCluster:
         self.max_submissions = 1 + profile.requeues
         self.name = sweep_name(sweep_id)
         self._states: dict[str, JobState] = {}
-        self._past: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
+        self._ended_states: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
         self._missed: Counter[str] = Counter()
         self._accounting = True
-        self._pause = FIRST_POLL
-        self._next_question = 0.0
-        slurm_commands.keep(profile.slurm_variables)
+        self._pause = MIN_POLL
+        self._next_query = 0.0
+        slurm_commands.show_variables(profile.slurm_variables)
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
@@ -75,21 +75,21 @@ class SlurmCluster:
         taken until then are noted.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        chunk = min(self.profile.array_chunk, max_array_size())
-        waiting = [trials[start : start + chunk] for start in range(0, len(trials), chunk)]
+        chunk_size = min(self.profile.array_chunk, max_array_size())
+        waiting = [trials[start : start + chunk_size] for start in range(0, len(trials), chunk_size)]
         while waiting:
-            part = waiting.pop(0)
+            chunk = waiting.pop(0)
             try:
-                self._submit_array(part, exclude)
+                self._submit_array(chunk, exclude)
             except FailedJobError as error:
                 if getattr(error.__cause__, "returncode", None) == slurm_commands.TIMED_OUT:
                     raise OSError(slurm_commands.NO_ANSWER.format("sbatch", slurm_commands.LIMIT)) from None
-                if len(part) == 1:
-                    raise OSError(_words(str(error))) from error
-                half = (len(part) + 1) // 2
-                waiting[:0] = [part[:half], part[half:]]
+                if len(chunk) == 1:
+                    raise OSError(_sbatch_errors(str(error))) from error
+                half = (len(chunk) + 1) // 2
+                waiting[:0] = [chunk[:half], chunk[half:]]
             finally:
-                self._pause, self._next_question = FIRST_POLL, 0.0
+                self._pause, self._next_query = MIN_POLL, 0.0
 
     def _submit_array(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         # Written first: a driver that is killed before it has noted the ids finds the jobs by this name.
@@ -107,7 +107,7 @@ class SlurmCluster:
                 intent.unlink()  # sbatch has said no; where it said nothing, the jobs may be there
             raise
         for trial, job in zip(trials, jobs, strict=True):
-            self._note(trial, job.job_id)
+            self._record_job(trial, job.job_id)
         intent.unlink()
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
@@ -116,15 +116,15 @@ class SlurmCluster:
         intents = list(self.folder.glob(f"{self.name}-*.json"))
         jobs = slurm_commands.rows(3, *SQUEUE, f"--user={os.getuid()}", "--format=%i|%j|%k") if intents else []
         for intent in intents:
-            asked_for = json.loads(intent.read_text())
+            names = json.loads(intent.read_text())
             for job_id, job_name, comment in jobs:
                 if intent.stem in (job_name, comment):
                     _, _, index = job_id.partition("_")
-                    trial = by_name.get(asked_for[int(index or 0)])
+                    trial = by_name.get(names[int(index or 0)])
                     if trial:
-                        self._give_work(trial, job_id)
-                        self._note(trial, job_id)
-                        self._next_question = 0.0  # the answer that is kept may be older than the job
+                        self._write_job_pickle(trial, job_id)
+                        self._record_job(trial, job_id)
+                        self._next_query = 0.0  # the answer that is kept may be older than the job
             intent.unlink(missing_ok=True)
 
     def _arguments(self, trial: TrialFolder) -> tuple[Path, int, int, int | str, str]:
@@ -133,78 +133,78 @@ class SlurmCluster:
         needs_gpu = self.profile.asks_for_gpus and not self.profile.allow_cpu
         return trial.path, threads, self.trials_per_job, self.pack, ANY_GPU if needs_gpu else ""
 
-    def _note(self, trial: TrialFolder, job_id: str) -> None:
-        trial.submitted(job_id, self.folder / f"{job_id}_0_log.out")
+    def _record_job(self, trial: TrialFolder, job_id: str) -> None:
+        trial.record_job(job_id, self.folder / f"{job_id}_0_log.out")
 
-    def _give_work(self, trial: TrialFolder, job_id: str) -> None:
+    def _write_job_pickle(self, trial: TrialFolder, job_id: str) -> None:
         """Writes down what a job does that was submitted, where submitit has not come to that."""
         path = JobPaths(self.folder, job_id).submitted_pickle
         if not path.exists():
-            work = DelayedSubmission(TrialJob(), *self._arguments(trial))
-            work.set_timeout(self.profile.time_limit_minutes, self.profile.requeues)
+            submission = DelayedSubmission(TrialJob(), *self._arguments(trial))
+            submission.set_timeout(self.profile.time_limit_minutes, self.profile.requeues)
             with replacing(path) as temporary:
-                work.dump(temporary)
+                submission.dump(temporary)
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """What SLURM last said of each job; those that nobody knows any longer are left out.
 
         A job that squeue does not list is asked for by its id, then of accounting; what either calls alive is.
         """
-        if time.monotonic() >= self._next_question:
-            of_user = self._ask_squeue(f"--user={os.getuid()}")
+        if time.monotonic() >= self._next_query:
+            of_user = self._query_squeue(f"--user={os.getuid()}")
             states = {job_id: of_user[job_id] for job_id in job_ids if job_id in of_user}
-            missing = [job_id for job_id in job_ids if job_id not in states and job_id not in self._past]
+            missing = [job_id for job_id in job_ids if job_id not in states and job_id not in self._ended_states]
             if missing:
-                states |= self._ask_by_id(missing)
-                states |= self._ask_accounting([job_id for job_id in missing if job_id not in states])
-            unknown = [job_id for job_id in missing if job_id not in states and job_id not in self._past]
+                states |= self._query_by_id(missing)
+                states |= self._query_accounting([job_id for job_id in missing if job_id not in states])
+            unknown = [job_id for job_id in missing if job_id not in states and job_id not in self._ended_states]
             self._missed = Counter({job_id: self._missed[job_id] + 1 for job_id in unknown})
-            states |= {job_id: UNLISTED for job_id in unknown if self._missed[job_id] < MISSES}
-            self._pause = FIRST_POLL if states != self._states else min(1.5 * self._pause, LAST_POLL)
+            states |= {job_id: UNLISTED for job_id in unknown if self._missed[job_id] < MAX_MISSES}
+            self._pause = MIN_POLL if states != self._states else min(1.5 * self._pause, MAX_POLL)
             self._states = states
-            self._next_question = time.monotonic() + self._pause
-        known = self._past | self._states
+            self._next_query = time.monotonic() + self._pause
+        known = self._ended_states | self._states
         return {job_id: known[job_id] for job_id in job_ids if job_id in known}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         if job_ids:
             slurm_commands.run("scancel", "--quiet", *job_ids)
-            self._next_question = 0.0
+            self._next_query = 0.0
 
-    def _ask_squeue(self, whose: str) -> dict[str, JobState]:
+    def _query_squeue(self, selection: str) -> dict[str, JobState]:
         """Raises OSError when the controller doesn't answer."""
-        said = slurm_commands.rows(4, *SQUEUE, whose, "--format=%i|%T|%r|%N")
-        return {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in said}
+        rows = slurm_commands.rows(4, *SQUEUE, selection, "--format=%i|%T|%r|%N")
+        return {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in rows}
 
-    def _ask_by_id(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+    def _query_by_id(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         try:
-            return self._ask_squeue(f"--jobs={','.join(job_ids)}")
+            return self._query_squeue(f"--jobs={','.join(job_ids)}")
         except OSError as error:
             if "Invalid job id" in str(error):
                 return {}
             raise
 
-    def _ask_accounting(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+    def _query_accounting(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """What the site's account calls alive, where it keeps one; how the others ended goes to `_past`."""
         if not (job_ids and self._accounting):
             return {}
         columns = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList"]
         try:
-            said = slurm_commands.rows(3, "sacct", *columns, f"--jobs={','.join(job_ids)}")
+            rows = slurm_commands.rows(3, "sacct", *columns, f"--jobs={','.join(job_ids)}")
         except OSError:
             self._accounting = False
             return {}
         # a state may be `CANCELLED by 0`
-        found = {job_id: JobState(state.split()[0], node=node) for job_id, state, node in said}
-        self._past |= {job_id: state for job_id, state in found.items() if not state.alive}
-        return {job_id: state for job_id, state in found.items() if state.alive}
+        states = {job_id: JobState(state.split()[0], node=node) for job_id, state, node in rows}
+        self._ended_states |= {job_id: state for job_id, state in states.items() if not state.alive}
+        return {job_id: state for job_id, state in states.items() if state.alive}
 
 
-def _words(said: str) -> str:
+def _sbatch_errors(output: str) -> str:
     """What sbatch says in its own lines, if it has any, of all that was printed."""
-    lines = [line.strip() for line in said.strip().splitlines()]
-    own = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
-    return f"sbatch: {'; '.join(dict.fromkeys(own))}" if own else "".join(lines[-1:])
+    lines = [line.strip() for line in output.strip().splitlines()]
+    errors = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
+    return f"sbatch: {'; '.join(dict.fromkeys(errors))}" if errors else "".join(lines[-1:])
 
 
 def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
@@ -230,14 +230,14 @@ def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "comment": name, **profile.sbatch},
     }
-    _leave_memory_to(profile.sbatch, parameters)
+    _drop_memory_default(profile.sbatch, parameters)
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def _leave_memory_to(theirs: SbatchOptions, ours: dict[str, Any]) -> None:
+def _drop_memory_default(user_options: SbatchOptions, parameters: dict[str, Any]) -> None:
     """Take out how much memory we would ask for where the user does so, in whichever way."""
-    if MEMORY_OPTIONS & theirs.keys():
-        del ours["mem"]
+    if MEMORY_OPTIONS & user_options.keys():
+        del parameters["mem"]
 
 
 def sbatch_file(profile: Profile, sweep: Path) -> str:
@@ -268,13 +268,13 @@ def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Seque
         "open-mode": "append",
         "requeue": True,
     }
-    _leave_memory_to(driver.sbatch, options)
+    _drop_memory_default(driver.sbatch, options)
     options |= driver.sbatch
     command = ["sbatch", "--parsable"]
     command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
     lines = [*profile.setup, f"exec {snapshot.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
-    slurm_commands.keep(profile.slurm_variables)
-    job_id = slurm_commands.job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
+    slurm_commands.show_variables(profile.slurm_variables)
+    job_id = slurm_commands.parse_job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
     return job_id, Path(str(log).replace("%j", job_id))
 
 

@@ -12,38 +12,38 @@ LIMIT = 30
 NO_ANSWER = "{} did not answer within {} s"
 TIMED_OUT = 124
 """The exit code of `timeout` for a command that it ended."""
-OF_SLURM = re.compile("(SBATCH|SALLOC|SQUEUE|SACCT|SCANCEL|SCONTROL|SINFO|SRUN|SLURM)_")
+SLURM_VARIABLES = re.compile("(SBATCH|SALLOC|SQUEUE|SACCT|SCANCEL|SCONTROL|SINFO|SRUN|SLURM)_")
 """Variables by which a shell, or the allocation that the driver runs in, changes what these commands do and print."""
-_kept = {"SLURM_CONF"}
+_visible = {"SLURM_CONF"}
 
 
-def keep(variables: Iterable[str]) -> None:
+def show_variables(variables: Iterable[str]) -> None:
     """Have SLURM's commands see these variables of SLURM's from now on, as the site's profile asks."""
-    _kept.update(variables)
+    _visible.update(variables)
 
 
-def left_out() -> list[str]:
+def hidden_variables() -> list[str]:
     """Name the variables of this process that SLURM's commands do not see."""
-    return [name for name in os.environ if OF_SLURM.match(name) and name not in _kept]
+    return [name for name in os.environ if SLURM_VARIABLES.match(name) and name not in _visible]
 
 
-def prefix() -> list[str]:
+def command_prefix() -> list[str]:
     """Give what goes before a command that somebody else calls: the environment and the time limit that `run` sets."""
-    return ["env", *(f"--unset={name}" for name in left_out()), "timeout", "--kill-after=5", str(LIMIT)]
+    return ["env", *(f"--unset={name}" for name in hidden_variables()), "timeout", "--kill-after=5", str(LIMIT)]
 
 
 def run(*command: str) -> str:
     """Give what a command prints. Raises OSError with its own words when it fails or doesn't answer."""
-    hidden = left_out()
+    hidden = hidden_variables()
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise OSError(NO_ANSWER.format(command[0], LIMIT)) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
-    return done.stdout
+    if completed.returncode:
+        lines = (completed.stderr or completed.stdout).strip().splitlines()
+        raise OSError(f"{command[0]}: {lines[-1] if lines else f'exit code {completed.returncode}'}")
+    return completed.stdout
 
 
 def rows(columns: int, *command: str) -> list[list[str]]:
@@ -52,9 +52,9 @@ def rows(columns: int, *command: str) -> list[list[str]]:
     return [line for line in lines if len(line) == columns]
 
 
-def job_id(said: str) -> str:
+def parse_job_id(output: str) -> str:
     """Find the id that `sbatch --parsable` printed, after whatever a site prints. Raises OSError if there is none."""
-    found = [match[1] for line in said.splitlines() if (match := re.fullmatch(r"(\d+)(;\S*)?", line.strip()))]
-    if not found:
-        raise OSError(f"sbatch: no job id in {said.strip()!r}")
-    return found[-1]
+    ids = [match[1] for line in output.splitlines() if (match := re.fullmatch(r"(\d+)(;\S*)?", line.strip()))]
+    if not ids:
+        raise OSError(f"sbatch: no job id in {output.strip()!r}")
+    return ids[-1]

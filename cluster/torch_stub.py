@@ -24,16 +24,16 @@ class _StandIn(types.ModuleType):
         return False
 
     def __getattr__(self, name: str) -> Any:
-        of_a_package = name == "__path__" and self.__name__ == NAMES[0]  # by which its submodules are found
-        if name.startswith("__") and not of_a_package:  # what Python asks of any module
+        asks_for_submodules = name == "__path__" and self.__name__ == NAMES[0]  # by which its submodules are found
+        if name.startswith("__") and not asks_for_submodules:  # what Python asks of any module
             raise AttributeError(name)
-        for each in NAMES:
-            if isinstance(sys.modules.get(each), _StandIn):
-                del sys.modules[each]
+        for module_name in NAMES:
+            if isinstance(sys.modules.get(module_name), _StandIn):
+                del sys.modules[module_name]
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def leave_out_compiler() -> None:
+def stub_out_compiler() -> None:
     """To be called before torch is imported, by a process that compiles nothing."""
     for name in NAMES:
         sys.modules.setdefault(name, _StandIn(name))

@@ -43,7 +43,7 @@ RATES = (0.02, 0.1, 0.3, 1.0, 3.0)
 RANKS = (1, 4, 8, 16)
 MAPPINGS = ("rlm", "flm", "ilm", "fm", "lp")
 HEAD_RATE = 0.1
-WITHIN = 0.2
+TOLERANCE = 0.2
 """Points of val accuracy."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -78,7 +78,7 @@ def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) 
 
 
 @dataclass
-class Found:
+class SearchCost:
     """How far a search had come: CPU-seconds and the best val accuracy at each improvement, and where the time went."""
 
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -100,19 +100,19 @@ class Found:
 class Clock:
     """Adds the CPU time of a block to one of the parts of a search."""
 
-    def __init__(self, found: Found, part: str) -> None:
-        self.found, self.part = found, part
+    def __init__(self, found: SearchCost, part: str) -> None:
+        self.cost, self.part = found, part
 
     def __enter__(self) -> None:
         self.start = time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.found.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
+        self.cost.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
 
 
-def grid(spec: Spec, loaded: SharedResources, seed: int) -> Found:
+def run_grid(spec: Spec, loaded: SharedResources, seed: int) -> SearchCost:
     """Every cell by the published loop."""
-    found = Found()
+    found = SearchCost()
     config = spec.trial_config(spec.example())
     plain = Backbone(config.backbone, "fp32", SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False)))
     train, val = (
@@ -136,12 +136,12 @@ def grid(spec: Spec, loaded: SharedResources, seed: int) -> Found:
     return found
 
 
-class Reached(Exception):
+class GoalReached(Exception):
     """A trial is as good as was asked for."""
 
 
 @dataclass(eq=False)
-class Turn:
+class InterleavedTrial:
     """A trial that has its turn now and then."""
 
     config: TrialConfig
@@ -156,47 +156,47 @@ class Turn:
         """None: what the search gives up gets no further turn, and it is through with what had its last epoch."""
 
 
-class InTurns:
+class InterleavedTrials:
     """Trains the trials that a search asks for in this process, an epoch of each in turns, until one reaches `goal`."""
 
     def __init__(self, loaded: SharedResources, goal: float) -> None:
-        self.found = Found()
+        self.cost = SearchCost()
         self._loaded, self._goal = loaded, goal
-        self._live: deque[Turn] = deque()
+        self._live: deque[InterleavedTrial] = deque()
         self._asked = 0
 
-    def request(self, config: TrialConfig) -> Turn:
+    def request(self, config: TrialConfig) -> InterleavedTrial:
         self._asked += 1
-        self._live.append(Turn(config, config.content_hash(), loop.train(config, shared=self._loaded)))
+        self._live.append(InterleavedTrial(config, config.content_hash(), loop.train(config, shared=self._loaded)))
         return self._live[-1]
 
-    def give_up(self, trial: Turn) -> None:
+    def give_up(self, trial: InterleavedTrial) -> None:
         self._live.remove(trial)
 
     def wait(self) -> list[str]:
         """Train one epoch. Raises Reached when that is as good as was asked for."""
         trial = self._live.popleft()
-        with Clock(self.found, "training and validation" if trial.recorded else "first epochs, with the cache"):
+        with Clock(self.cost, "training and validation" if trial.recorded else "first epochs, with the cache"):
             result = next(trial.epochs)
         trial.recorded.append(asdict(result))
         if result.epoch < trial.config.epochs:
             self._live.append(trial)
-        best = self.found
+        best = self.cost
         best.note(result.val_top1)
         progress(f"ours: trial {self._asked}, best {best.best:.2f} % of {self._goal:.2f} %, {best.total:.0f} s")
         if best.best >= self._goal:
-            raise Reached
+            raise GoalReached
         return [trial.name]
 
 
-def ours(spec: Spec, loaded: SharedResources, goal: float) -> Found:
+def run_ours(spec: Spec, loaded: SharedResources, goal: float) -> SearchCost:
     """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
-    trials, failure = InTurns(loaded, goal), Failure()
-    with suppress(Reached):
+    trials, failure = InterleavedTrials(loaded, goal), Failure()
+    with suppress(GoalReached):
         SweepController(spec, SpecSearch(spec), make_scheduler(spec), trials, failure).run()
     if failure.error:
         raise failure.error
-    return trials.found
+    return trials.cost
 
 
 def progress(line: str) -> None:
@@ -226,22 +226,24 @@ def main(
         spec = make_spec(dataset, epochs, batch_size, seed)
         loaded = load(spec.trial_config(spec.example()))
         with feature_cache.temporary_cache():  # so that the cache is empty, and filling it is counted
-            theirs = grid(spec, loaded, seed)
-            goal = theirs.best - WITHIN
-            found = ours(spec, loaded, goal)
-        ratios.append(theirs.total / found.total)
-        parts["published"] += theirs.seconds
-        parts["ours"] += found.seconds
-        reached = "" if found.best >= goal else ", NOT reached"
+            grid_cost = run_grid(spec, loaded, seed)
+            goal = grid_cost.best - TOLERANCE
+            our_cost = run_ours(spec, loaded, goal)
+        ratios.append(grid_cost.total / our_cost.total)
+        parts["published"] += grid_cost.seconds
+        parts["ours"] += our_cost.seconds
+        reached = "" if our_cost.best >= goal else ", NOT reached"
         console.print(
-            f"seed {seed}: grid {theirs.total:.0f} s, best {theirs.best:.2f} %; ours {found.total:.1f} s to "
-            f"{found.best:.2f} %{reached}; ratio {ratios[-1]:.1f}",
+            f"seed {seed}: grid {grid_cost.total:.0f} s, best {grid_cost.best:.2f} %; ours {our_cost.total:.1f} s to "
+            f"{our_cost.best:.2f} %{reached}; ratio {ratios[-1]:.1f}",
             highlight=False,
         )
     console.print(f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})", highlight=False)
-    for way, seconds in parts.items():
-        shares = ", ".join(f"{part} {100 * taken / seconds.total():.0f} %" for part, taken in seconds.most_common())
-        console.print(f"{way}: {shares}", highlight=False)
+    for name, seconds in parts.items():
+        fractions = ", ".join(
+            f"{part} {100 * part_seconds / seconds.total():.0f} %" for part, part_seconds in seconds.most_common()
+        )
+        console.print(f"{name}: {fractions}", highlight=False)
 
 
 if __name__ == "__main__":

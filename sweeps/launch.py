@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cluster import profile as profiles
-from cluster.relay import Relay, make_cluster
+from cluster.job_manager import JobManager, make_cluster
 from cluster.slurm import sbatch_file, submit_driver
 from cluster.snapshot import snapshot
 from lorvp import __version__
@@ -27,7 +27,7 @@ from sweeps import lock
 from sweeps.folder import RECORD, read_record
 from sweeps.plan.memory import memory_line
 from sweeps.run import status
-from sweeps.run.ending import EXIT_INTERRUPTED, Ending
+from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 from sweeps.tracking.retry import first_line
@@ -84,16 +84,16 @@ def main(
         if dry_run:
             show_plan(spec)
             if not no_estimate:
-                console.print(estimated(spec), highlight=False, markup=False)
+                console.print(estimate_line(spec), highlight=False, markup=False)
             return
         if show_status or cancel or follow:
-            relay = make_relay(spec, read_record(spec.folder)["id"])
+            manager = make_job_manager(spec, read_record(spec.folder)["id"])
             if follow:
                 status.follow(spec, follow, console)
                 return
             if cancel:
-                console.print(f"{status.cancel(spec, relay)} trials left unfinished; --resume goes on with them")
-            console.print(status.table(spec, relay))
+                console.print(f"{status.cancel(spec, manager)} trials left unfinished; --resume goes on with them")
+            console.print(status.table(spec, manager))
             return
         check_inputs(spec)
         with sweep_folder(spec, resume) as sweep_id:
@@ -102,12 +102,12 @@ def main(
                 start_detached(spec, sweep_id, file, options)
                 return
             give_libraries_caches()
-            ending = Ending()
+            signals = SignalHandler()
             # Imported here: a spec that is refused shall not wait for Ray and Optuna.
-            from sweeps.run.driver import carry_out
+            from sweeps.run import driver
 
-            relay, text = make_relay(spec, sweep_id), file.read_text()
-            code = carry_out(spec, sweep_id, text, relay, ending, leave_running, console)
+            manager, text = make_job_manager(spec, sweep_id), file.read_text()
+            code = driver.run(spec, sweep_id, text, manager, signals, leave_running, console)
     except UserError as error:
         cli.print_error(error)
         raise typer.Exit(EXIT_BAD_INPUT) from None
@@ -161,7 +161,7 @@ def show_plan(spec: Spec) -> None:
         console.print(sbatch_file(profile, spec.folder), markup=False, highlight=False, soft_wrap=True)
 
 
-def estimated(spec: Spec) -> str:
+def estimate_line(spec: Spec) -> str:
     """What the sweep will take, in a line; or why that can't be told: no data, no weights, or another error."""
     try:
         check_inputs(spec)
@@ -194,14 +194,14 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
     """The sweep's folder, new or resumed, locked for this driver; gives the sweep's id."""
     values = spec.model_dump(mode="json", by_alias=True)
     if resume:
-        before = read_record(spec.folder)
-        check_same_sweep(spec, before["spec"], values)
+        recorded = read_record(spec.folder)
+        check_same_sweep(spec, recorded["spec"], values)
     elif (spec.folder / RECORD).exists():
         raise UserError(
             f"{spec.folder}: this sweep was started before; --resume goes on with it, --set name=NAME starts another"
         )
     with ExitStack() as stack:
-        made = not spec.folder.exists()
+        created = not spec.folder.exists()
         try:
             spec.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.held(spec.folder))
@@ -209,18 +209,18 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
             raise UserError(f"{spec.folder}: another driver runs this sweep: {other}") from None
         except OSError as error:
             raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
-        sweep_id = before["id"] if resume else uuid.uuid4().hex
+        sweep_id = recorded["id"] if resume else uuid.uuid4().hex
         write_json(spec.folder / RECORD, {"id": sweep_id, "spec": values})
         try:
             yield sweep_id
         except Exception:
             begun = (spec.folder / status.DRIVER_JOB).exists() or (spec.trials.is_dir() and any(spec.trials.iterdir()))
             if not resume and not begun:
-                take_back(spec, made)
+                undo_start(spec, created)
             raise
 
 
-def take_back(spec: Spec, made: bool) -> None:
+def undo_start(spec: Spec, made: bool) -> None:
     """Remove the folder of a sweep that never began; of one that was there before, what a driver has put into it."""
     if made:
         shutil.rmtree(spec.folder, ignore_errors=True)
@@ -232,10 +232,10 @@ def take_back(spec: Spec, made: bool) -> None:
         spec.output.rmdir()
 
 
-def make_relay(spec: Spec, sweep_id: str) -> Relay:
+def make_job_manager(spec: Spec, sweep_id: str) -> JobManager:
     profile = profiles.load(spec.cluster)
     snapshot(spec.folder / "code", spec.modules())
-    return Relay(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent, spec.pack))
+    return JobManager(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent, spec.pack))
 
 
 def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:

@@ -87,8 +87,8 @@ def holder(sweep: Path) -> Holder | None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             return _read(sweep / LOCK)
-        found = _read(sweep / ALIVE)
-        return found if found and not _dead(sweep, found) else None
+        driver = _read(sweep / ALIVE)
+        return driver if driver and not _dead(sweep, driver) else None
     return None
 
 

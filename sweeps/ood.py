@@ -47,7 +47,7 @@ console = cli.make_console()
 
 
 @dataclass(frozen=True)
-class Set:
+class OodSet:
     """Images to evaluate on."""
 
     where: Path
@@ -57,43 +57,43 @@ class Set:
     """Those that they are evaluated under, too."""
 
 
-def sets_of(config: DatasetConfig, method: Method, paths: Iterable[Path], corrupt: bool) -> list[Set]:
+def ood_sets(config: DatasetConfig, method: Method, paths: Iterable[Path], corrupt: bool) -> list[OodSet]:
     """A trial's own test images and those of the stores at `paths`. Raises UserError for what a bundle can't take."""
     own = datasets.load(config, method.backbone.image_size).test
-    first = Set(Path(config.root or config.name), own, CORRUPTIONS if corrupt else [])
-    return [first, *(Set(path, opened(path, method), []) for path in paths)]
+    first = OodSet(Path(config.root or config.name), own, CORRUPTIONS if corrupt else [])
+    return [first, *(OodSet(path, open_images(path, method), []) for path in paths)]
 
 
-def opened(path: Path, method: Method) -> datasets.Images:
+def open_images(path: Path, method: Method) -> datasets.Images:
     """The images of a store. Raises UserError where their size or their classes are not those of the bundle."""
     images = evaluate.test_images(Store.open(path), method.backbone.image_size)
     evaluate.class_index(images.class_names, method.class_names, path)
     return images
 
 
-def beside(config: DatasetConfig, method: Method) -> list[Path]:
+def find_ood_sets(config: DatasetConfig, method: Method) -> list[Path]:
     """The OOD sets of a store's dataset that lie in the same folder, one store of each; says which don't fit."""
     if config.name != "store" or config.root is None:
         return []
     family = Store.open(config.root).description.dataset + "-"
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     problems: dict[str, UserError] = {}
     for path in stores(config.root.parent):
         store = Store.open(path)
         dataset = store.description.dataset
-        if dataset.startswith(family) and "train" not in store.splits and dataset not in found:
+        if dataset.startswith(family) and "train" not in store.splits and dataset not in paths:
             try:
-                opened(path, method)
-                found[dataset] = path
+                open_images(path, method)
+                paths[dataset] = path
             except UserError as error:
                 problems[dataset] = error
-    for dataset in problems.keys() - found.keys():
+    for dataset in problems.keys() - paths.keys():
         console.print(f"left out: {problems[dataset]}", style="yellow", highlight=False, markup=False)
-    return list(found.values())
+    return list(paths.values())
 
 
-def evaluated(
-    entry: Entry, method: Method, sets: Iterable[Set], batch_size: int
+def evaluate_sets(
+    entry: Entry, method: Method, sets: Iterable[OodSet], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """A row for each set, and for each corruption of it; and which of its images were right."""
     digest = bundle_format.describe(entry.bundle)["sha256"]
@@ -113,8 +113,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table(box=None)
     for column in ("data", "corruption", "images", "classes", "best top-1 %", "control top-1 %", "difference"):
         shown.add_column(column, justify="left" if column in ("data", "corruption") else "right")
-    for (data, corruption), found in by_set.items():
-        best, control = found["best"], found.get("control")
+    for (data, corruption), by_model in by_set.items():
+        best, control = by_model["best"], by_model.get("control")
         difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(best[key] for key in DIFFERENCE)) if control else "-"
         cells = [f"{best['images']:,}", str(best["classes"]), top1(best), top1(control) if control else "-", difference]
         shown.add_row(data, corruption, *cells)
@@ -128,7 +128,7 @@ def top1(row: dict[str, Any]) -> str:
 @app.command()
 def command(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep that has ended")],
-    given: Annotated[
+    data: Annotated[
         list[Path],
         typer.Option("--data", metavar="STORE", help="an OOD set; may be repeated. Default: those beside the data"),
     ] = [],  # noqa: B006  typer's own form
@@ -143,15 +143,17 @@ def command(
     methods = {
         model: bundle.load(entry.bundle, device, entry.trial.config.backbone.module) for model, entry in entries.items()
     }
-    paths = given or beside(entries["best"].trial.config.dataset, methods["best"])
+    paths = data or find_ood_sets(entries["best"].trial.config.dataset, methods["best"])
     sets = {
-        model: sets_of(entry.trial.config.dataset, methods[model], paths, corruptions)
+        model: ood_sets(entry.trial.config.dataset, methods[model], paths, corruptions)
         for model, entry in entries.items()
     }
-    found = {model: list(evaluated(entry, methods[model], sets[model], batch_size)) for model, entry in entries.items()}
-    for (row, ours), (_, theirs) in zip(found["best"], found.get("control", [])):  # noqa: B905  there may be no control
-        row |= dict(zip(DIFFERENCE, evaluate.paired_difference(ours, theirs), strict=True))
-    rows = [{"model": model} | row for model, of_model in found.items() for row, _ in of_model]
+    evaluations = {
+        model: list(evaluate_sets(entry, methods[model], sets[model], batch_size)) for model, entry in entries.items()
+    }
+    for (row, best_hits), (_, control_hits) in zip(evaluations["best"], evaluations.get("control", [])):  # noqa: B905  there may be no control
+        row |= dict(zip(DIFFERENCE, evaluate.paired_difference(best_hits, control_hits), strict=True))
+    rows = [{"model": model} | row for model, of_model in evaluations.items() for row, _ in of_model]
     with replacing(sweep / OOD) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
     console.print(table(rows))

@@ -59,30 +59,30 @@ def profile_schema() -> dict[str, Any]:
 
 def _parts_of_trial(model: type[Part]) -> set[str]:
     """The models that a config has as the value of a key."""
-    found = set()
+    names = set()
     for field in model.model_fields.values():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            found |= {field.annotation.__name__} | _parts_of_trial(field.annotation)
-    return found
+            names |= {field.annotation.__name__} | _parts_of_trial(field.annotation)
+    return names
 
 
-def text(schema: dict[str, Any]) -> str:
+def to_json(schema: dict[str, Any]) -> str:
     return json.dumps(schema, indent=1, default=str) + "\n"
 
 
-def written() -> dict[Path, str]:
+def generated_files() -> dict[Path, str]:
     """Every file that is made here, as it must be."""
     spec, profile = spec_schema(), profile_schema()
     return {
-        SPEC_SCHEMA: text(spec),
-        PROFILE_SCHEMA: text(profile),
+        SPEC_SCHEMA: to_json(spec),
+        PROFILE_SCHEMA: to_json(profile),
         REFERENCE: reference.page(spec, trial_schema(), profile),
     }
 
 
 def main() -> None:
     """Writes the schemas to where the YAML files look for them, and the page that says the same."""
-    for path, content in written().items():
+    for path, content in generated_files().items():
         with replacing(path) as temporary:
             temporary.write_text(content)
 

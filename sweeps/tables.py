@@ -37,36 +37,36 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
     named = dict(zip(("network", "pre-training", "dataset", "method"), result.key, strict=True))
     return (
         named
-        | {"LR": rates(result.lrs())}
+        | {"LR": learning_rates_cell(result.lrs())}
         | {"mapping": config.label_mapping, "rank": number(config.rank)}
         | {"epochs": str(config.epochs), "batch": str(config.batch_size)}
         | {"top-1": str(result.top1), "n": str(len(result.row.entries))}
         | {"control": str(result.control_top1 or "-"), "difference": str(difference or "-")}
-        | {name: on_set(result.ood.get(name)) for name in ood}
-        | {"published": beside(known, config)}
+        | {name: ood_cell(result.ood.get(name)) for name in ood}
+        | {"published": published_cell(known, config)}
         | {"protocol": protocol(result)}
     )
 
 
-def beside(known: Published | None, config: TrialConfig) -> str:
+def published_cell(known: Published | None, config: TrialConfig) -> str:
     """A published figure, and in brackets what is known to differ."""
     if known is None:
         return "unknown"
-    unlike = known.unlike(config)
+    unlike = known.differs_by(config)
     return f"{known.top1:.1f}" + (f" ({unlike})" if unlike else "")
 
 
-def rates(lrs: dict[str, float]) -> str:
+def learning_rates_cell(lrs: dict[str, float]) -> str:
     """One number where all groups share it, as published; none of a head that was fitted."""
     if len(set(lrs.values())) == 1:
         return number(next(iter(lrs.values())))
     return ", ".join(f"{group} {number(lr)}" for group, lr in lrs.items()) or "-"
 
 
-def on_set(found: dict[str, float] | None) -> str:
-    if not found:
+def ood_cell(top1: dict[str, float] | None) -> str:
+    if not top1:
         return "-"
-    return f"{found['best']:.2f}" + (f" ({found['control']:.2f})" if "control" in found else "")
+    return f"{top1['best']:.2f}" + (f" ({top1['control']:.2f})" if "control" in top1 else "")
 
 
 def protocol(result: Result) -> str:
@@ -97,15 +97,15 @@ def command(
 ) -> None:
     """Gathers the results of sweeps into the rows of a paper's table."""
     known = published()
-    found = sorted((result for folder in sweeps for result in results(folder)), key=lambda result: result.key)
-    ood = list(dict.fromkeys(name for result in found for name in result.ood))
-    theirs = [result.published(known) for result in found]
-    rows = [cells(result, their, ood) for result, their in zip(found, theirs, strict=True)]
-    cited = {their.source for their in theirs if their}
+    rows_found = sorted((result for folder in sweeps for result in results(folder)), key=lambda result: result.key)
+    ood = list(dict.fromkeys(name for result in rows_found for name in result.ood))
+    published_rows = [result.published(known) for result in rows_found]
+    rows = [cells(result, published_row, ood) for result, published_row in zip(rows_found, published_rows, strict=True)]
+    cited = {published_row.source for published_row in published_rows if published_row}
     records = [
-        result.record(their)
+        result.record(published_row)
         | {f"ood.{name}.{model}": top1 for name, models in result.ood.items() for model, top1 in models.items()}
-        for result, their in zip(found, theirs, strict=True)
+        for result, published_row in zip(rows_found, published_rows, strict=True)
     ]
     columns = [(f"ood.{name}.{model}", pa.float64()) for name in ood for model in ("best", "control")]
     out.mkdir(parents=True, exist_ok=True)

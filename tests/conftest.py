@@ -37,7 +37,7 @@ LONGEST = (
     *("test_slurm_faults.py", "test_docs.py", "test_speed.py", "test_sweep.py", "test_slurm.py"),
     *("test_sweep_faults.py", "test_spec_fuzz.py", "test_slurm_drivers.py", "test_browser.py", "test_driver.py"),
     *("test_methods.py", "test_pipeline.py", "test_training.py", "test_packed.py", "test_backbone.py"),
-    *("test_export.py", "test_relay.py", "test_store.py", "test_adding.py", "test_report.py", "test_registry.py"),
+    *("test_export.py", "test_job_manager.py", "test_store.py", "test_adding.py", "test_report.py", "test_registry.py"),
 )
 
 

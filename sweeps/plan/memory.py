@@ -23,36 +23,38 @@ def memory_line(spec: Spec) -> str:
     profile = profiles.load(spec.cluster)
     gpu_bytes = USABLE * 1e9 * (profile.gpu_memory_gb or 0)
     try:
-        trials = [(config, point, _bytes(config, profile.gpus, gpu_bytes)) for config, point in _largest(spec)]
-        config, point, taken = max(trials, key=lambda trial: max(trial[2].values()))
-        too_large = [key for key in PHASES if taken[key] > gpu_bytes > 0]
+        trials = [(config, point, _peak_bytes(config, profile.gpus, gpu_bytes)) for config, point in _largest(spec)]
+        config, point, peak_bytes = max(trials, key=lambda trial: max(trial[2].values()))
+        too_large = [key for key in PHASES if peak_bytes[key] > gpu_bytes > 0]
         smallest = config.model_copy(update=dict.fromkeys(PHASES, profile.gpus))
-        least = _bytes(smallest, profile.gpus, gpu_bytes) if too_large else {}
+        smallest_bytes = _peak_bytes(smallest, profile.gpus, gpu_bytes) if too_large else {}
     except Exception as error:  # timm's models are many, and some do what fake tensors can't
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return f"peak GPU memory: can't be predicted: {reason[0]}"
 
-    key = max(taken, key=lambda key: taken[key])
+    key = max(peak_bytes, key=lambda key: peak_bytes[key])
     where = "".join(f", {name} {value}" for name, value in point.items() if name not in PHASES)
     precision = "16-bit" if config.precision == "auto" else config.precision
     over = f" over {profile.gpus} GPUs" if profile.gpus > 1 else ""
-    line = f"peak GPU memory: about {_gb(taken[key])} in {PHASES[key]} at batch {getattr(config, key)}{over}{where}"
-    line += f" ({precision})"
+    line = f"peak GPU memory: about {_format_gb(peak_bytes[key])} in {PHASES[key]} at batch {getattr(config, key)}"
+    line += f"{over}{where} ({precision})"
     if not profile.gpu_memory_gb:
         return line
     gpu = f"the {profile.gpu_memory_gb:g} GB of profile {spec.cluster}"
     if not too_large:
         return f"{line}, fits {gpu}"
-    would = []
+    suggestions = []
     for key in too_large:
         # Each moment of a step takes a + b * batch, so their maximum lies below the line from one image to this batch.
-        each = (taken[key] - least[key]) / max(getattr(config, key) - profile.gpus, 1)
-        fitting = int((gpu_bytes - least[key]) / each) + profile.gpus if gpu_bytes > least[key] else 0
-        would.append(f"{key} {fitting // 8 * 8 or fitting} would" if fitting else f"no {key} would")
-    return f"{line}, does NOT fit {gpu} ({1 - USABLE:.0%} of it is left to CUDA); {', '.join(would)}"
+        per_image = (peak_bytes[key] - smallest_bytes[key]) / max(getattr(config, key) - profile.gpus, 1)
+        fitting = (
+            int((gpu_bytes - smallest_bytes[key]) / per_image) + profile.gpus if gpu_bytes > smallest_bytes[key] else 0
+        )
+        suggestions.append(f"{key} {fitting // 8 * 8 or fitting} would" if fitting else f"no {key} would")
+    return f"{line}, does NOT fit {gpu} ({1 - USABLE:.0%} of it is left to CUDA); {', '.join(suggestions)}"
 
 
-def _gb(size: float) -> str:
+def _format_gb(size: float) -> str:
     return f"{size / 1e9:.{1 if size > 1e9 else 2}f} GB"
 
 
@@ -81,7 +83,7 @@ def _largest(spec: Spec) -> list[tuple[TrialConfig, dict[str, Scalar]]]:
     return largest
 
 
-def _bytes(config: TrialConfig, gpus: int, gpu_bytes: float) -> dict[str, float]:
+def _peak_bytes(config: TrialConfig, gpus: int, gpu_bytes: float) -> dict[str, float]:
     """What the trial takes on each of its GPUs, by batch size. Raises UserError for a backbone that can't be built."""
     from lorvp.estimate.memory import predict  # here, for torch takes seconds to import
 

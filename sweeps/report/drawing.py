@@ -95,7 +95,7 @@ def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]
     figure.colorbar(mappable, ax=plots, label=label, ticks=ticks, format="{x:g}")
 
 
-def of_accuracies(plot: Axes, drawn: list[float], control: float | None, label: str) -> None:
+def finish_accuracy_plot(plot: Axes, drawn: list[float], control: float | None, label: str) -> None:
     """Completes a plot with these accuracies upright: the control as a line across, and a legend beside it."""
     if control is not None:
         plot.axhline(control, color=CONTROL, linestyle="-.", label=f"control, {control:.2f} %")

@@ -10,7 +10,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from sweeps.report.drawing import CONTROL, GREY, INK, LINES, MARKERS, SMALL, legend_beside, of_accuracies, one_plot
+from sweeps.report.drawing import (
+    CONTROL,
+    GREY,
+    INK,
+    LINES,
+    MARKERS,
+    SMALL,
+    finish_accuracy_plot,
+    legend_beside,
+    one_plot,
+)
 
 # isort: split
 # after sweeps.report.drawing, which minds an MPLBACKEND that matplotlib refuses
@@ -25,8 +35,7 @@ from cluster.folder import State
 from lorvp.bundle.format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.report.space_figures import heat_map, importance, parallel
-from sweeps.results.comparison import FIGURES as COMPARED
-from sweeps.results.comparison import Comparison, val_top1
+from sweeps.results.comparison import METRICS, Comparison, val_top1
 from sweeps.results.leaderboard import Entry, number
 from sweeps.results.outcome import Outcome
 from sweeps.spec.model import Scalar, Spec
@@ -51,7 +60,7 @@ STYLES: dict[State | None, dict[str, Any]] = {
 """Of a trial's learning curve, by how it ended."""
 
 
-class Part(NamedTuple):
+class Section(NamedTuple):
     title: str
     make: Callable[[Outcome], Figure | Table | None]
     caption: str
@@ -84,7 +93,7 @@ def failures(outcome: Outcome) -> Table | None:
 
 def curves(outcome: Outcome) -> Figure | None:
     """Val top-1 by epoch, a line for each trial of the search."""
-    entries = [entry for entry in outcome.board.searched() if entry.results]
+    entries = [entry for entry in outcome.board.search_entries() if entry.results]
     if not entries:
         return None
     figure, plot = one_plot(9, 5)
@@ -108,7 +117,7 @@ def curves(outcome: Outcome) -> Figure | None:
         plot.axvspan(0.5, rung + 0.5, color="black", alpha=0.06, label="at a rung: smaller images or fewer")
     plot.set_xlabel("epoch")
     plot.xaxis.set_major_locator(MaxNLocator(integer=True))
-    of_accuracies(plot, [result["val_top1"] for result in results], _control(outcome), "val top-1 (%)")
+    finish_accuracy_plot(plot, [result["val_top1"] for result in results], _control(outcome), "val top-1 (%)")
     return figure
 
 
@@ -124,7 +133,7 @@ def _control(outcome: Outcome) -> float | None:
 
 def budget(outcome: Outcome) -> Figure | None:
     """The best val top-1 so far by the seconds that the search had taken; a line for each share of it."""
-    spec, steps = outcome.spec, _spent(outcome)
+    spec, steps = outcome.spec, _best_by_seconds(outcome)
     if not steps:
         return None
     figure, plot = one_plot(9, 4.5)
@@ -136,18 +145,18 @@ def budget(outcome: Outcome) -> Figure | None:
         plot.step(seconds, top1, where="post", label=label, markersize=5, **style)
     plot.set_xlabel(f"{_device(spec)[1]} of the search, all its trials together")
     drawn = [best for points in steps.values() for _, best in points]
-    of_accuracies(plot, drawn, _control(outcome), "best val top-1 so far (%)")
+    finish_accuracy_plot(plot, drawn, _control(outcome), "best val top-1 so far (%)")
     return figure
 
 
-def _spent(outcome: Outcome) -> dict[Scalar, list[tuple[float, float]]]:
+def _best_by_seconds(outcome: Outcome) -> dict[Scalar, list[tuple[float, float]]]:
     """For each share of the search, after each of its epochs: the seconds of all until then, and the best val top-1 of
     a trial that came to finish. Trials that were packed share their epochs' seconds.
     """
-    spec, found = outcome.spec, {}
+    spec, steps = outcome.spec, {}
     gpus = _device(spec)[0]
-    for value in spec.shares():
-        entries = [entry for entry in outcome.board.searched() if spec.share(entry.trial.config) == value]
+    for value in spec.arms():
+        entries = [entry for entry in outcome.board.search_entries() if spec.arm(entry.trial.config) == value]
         epochs = sorted(((r["time"], r, entry) for entry in entries for r in entry.results), key=lambda epoch: epoch[0])
         seconds, best, points = 0.0, 0.0, []
         for _, result, entry in epochs:
@@ -157,8 +166,8 @@ def _spent(outcome: Outcome) -> dict[Scalar, list[tuple[float, float]]]:
             if best:
                 points.append((seconds, best))
         if points:
-            found[value] = points
-    return found
+            steps[value] = points
+    return steps
 
 
 def _device(spec: Spec) -> tuple[int, str]:
@@ -177,7 +186,7 @@ def gain(outcome: Outcome) -> Figure | None:
     if outcome.comparison:
         return _confirmed_gain(outcome.comparison)
     control = _control(outcome)
-    finished = [entry for entry in outcome.board.searched() if entry.finished]
+    finished = [entry for entry in outcome.board.search_entries() if entry.finished]
     if control is None or not finished:
         return None
     gains = sorted(((val_top1(entry) - control, entry.trial.name) for entry in finished), reverse=True)
@@ -210,7 +219,7 @@ def _confirmed_gain(comparison: Comparison) -> Figure | None:
     if not rows:
         return None
     figure, plot = one_plot(max(6, 2 + 1.2 * len(rows)), 4.5)
-    for (name, figured), style, aside in zip(COMPARED.items(), SPLITS, (-0.1, 0.1), strict=True):
+    for (name, figured), style, aside in zip(METRICS.items(), SPLITS, (-0.1, 0.1), strict=True):
         found = [row.difference(control, figured) for row in rows]
         for place, each in enumerate(found):
             if each is None:
@@ -232,7 +241,7 @@ def _confirmed_gain(comparison: Comparison) -> Figure | None:
 
 def prompts(outcome: Outcome) -> Figure | None:
     """The prompts of the best trials: as pictures, by singular values, and on an image."""
-    finished = [entry for entry in [outcome.best(), *outcome.board.searched()] if entry and entry.finished]
+    finished = [entry for entry in [outcome.best(), *outcome.board.search_entries()] if entry and entry.finished]
     best = list({entry.trial.name: entry for entry in finished}.values())[:PROMPTS]
     read = [(entry, *_prompt(entry.bundle)) for entry in best]
     if all(spectrum is None for _, spectrum, _ in read):
@@ -290,49 +299,49 @@ def _picture(plot: Axes, path: Path, what: str) -> None:
 
 
 NOTHING = "No trial of the search has a result."
-PARTS = {
-    "leaderboard": Part(
+SECTIONS = {
+    "leaderboard": Section(
         "Leaderboard",
         leaderboard,
         f"The best {MOST_ROWS} trials of the search, finished ones first, and the control; results.parquet has every "
         "epoch of all.",
         NOTHING,
     ),
-    "confirmation": Part(
+    "confirmation": Section(
         "Confirmation",
         confirmation,
         "The best configs trained again under each seed: mean ± sd, with n trials.",
         "This sweep has no confirmation: each figure here is of one seed, and the best is in part the luckiest.",
     ),
-    "gain": Part(
+    "gain": Section(
         "Gain over the control",
         gain,
         "Points of top-1 beyond the control: of each trial that finished (val); where there is a confirmation, the "
         "mean over seeds with its 95 % t interval.",
         "There is no control that finished, or nothing to hold against it.",
     ),
-    "heat_map": Part(
+    "heat_map": Section(
         "Learning rate and rank",
         heat_map,
         "In each cell the best val top-1, of the trials in brackets. With a star: none of them finished, so that is "
         "what they had reached when they ended. 'none': without this axis.",
         "The space has neither a learning rate nor a rank, or no trial has a result.",
     ),
-    "curves": Part(
+    "curves": Section(
         "Learning curves",
         curves,
         "Val top-1 after each epoch of the search's trials; a cross is where a trial failed. Once 90 % is reached, "
         "each half of the error takes as much room.",
         NOTHING,
     ),
-    "parallel": Part(
+    "parallel": Section(
         "Parallel coordinates",
         parallel,
         "Each line is a trial of the search, darker and thicker the better; dotted ones did not finish. 'none': "
         "without this axis.",
         NOTHING,
     ),
-    "importance": Part(
+    "importance": Section(
         "Importance of each axis",
         importance,
         "How much of the differences between the trials of the search that finished each axis explains by itself "
@@ -340,20 +349,20 @@ PARTS = {
         "among these. Of few trials, or of a search that soon turned to good values, it says little.",
         "Too few trials finished to tell (4 are needed), or all did as well.",
     ),
-    "budget": Part(
+    "budget": Section(
         "Accuracy against time",
         budget,
         "The best val top-1 so far of the trials that came to finish, by the seconds of all epochs of the search until "
         "then; the control's are not counted, and packed trials share theirs.",
         NOTHING,
     ),
-    "prompts": Part(
+    "prompts": Section(
         "The best prompts",
         prompts,
         "The prompts of the best trials, their singular values in each colour, and an image without and with them.",
         "None of the best trials' bundles says anything of a prompt on the image: their methods have none, or they "
         "were written by an older version.",
     ),
-    "failures": Part("Failures", failures, "Every trial that failed, by cause.", "No trial failed."),
+    "failures": Section("Failures", failures, "Every trial that failed, by cause.", "No trial failed."),
 }
 """What the report holds, in its order, by the name of its picture."""

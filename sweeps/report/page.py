@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lorvp.utils.files import replacing
 from sweeps.report.drawing import picture_of, png
-from sweeps.report.figures import PARTS
+from sweeps.report.figures import SECTIONS
 from sweeps.results.leaderboard import MARKS, Leaderboard
 from sweeps.results.outcome import Outcome
 
@@ -28,18 +28,18 @@ def write(outcome: Outcome) -> Path:
     folder, sections = outcome.spec.folder, []
     with replacing(folder / PICTURES) as temporary:
         temporary.mkdir()
-        for name, part in PARTS.items():
-            made = part.make(outcome)
-            section: dict[str, Any] = {
+        for name, section in SECTIONS.items():
+            made = section.make(outcome)
+            content: dict[str, Any] = {
                 "name": name,
-                "title": part.title,
-                "text": part.caption if made else part.otherwise,
+                "title": section.title,
+                "text": section.caption if made else section.otherwise,
             }
             if made:
                 picture = png(picture_of(made) if isinstance(made, Table) else made)
                 (temporary / f"{name}.png").write_bytes(picture)
-                section |= _shown(made) if isinstance(made, Table) else {"picture": base64.b64encode(picture).decode()}
-            sections.append({"picture": None, "table": None} | section)
+                content |= _shown(made) if isinstance(made, Table) else {"picture": base64.b64encode(picture).decode()}
+            sections.append({"picture": None, "table": None} | content)
     path = folder / REPORT
     with replacing(path) as temporary:
         temporary.write_text(_page(outcome, sections))
@@ -58,7 +58,7 @@ def _page(outcome: Outcome, sections: list[dict[str, Any]]) -> str:
         name=outcome.spec.name,
         when=_when(outcome.board),
         trials=_trials(outcome.board),
-        verdict=[*outcome.verdict(), *outcome.board.trust()],
+        verdict=[*outcome.verdict(), *outcome.board.rung_correlation()],
         spec=json.dumps(spec, indent=2),
         sections=sections,
     )

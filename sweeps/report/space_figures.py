@@ -54,14 +54,14 @@ class Scale:
     logarithm where these are a decade or more apart. A trial that has not the axis has None there.
     """
 
-    def __init__(self, axis: Axis, found: Iterable[Scalar]) -> None:
-        values, found = axis.values(), list(found)
+    def __init__(self, axis: Axis, trial_values: Iterable[Scalar]) -> None:
+        values, trial_values = axis.values(), list(trial_values)
         self._listed: list[Scalar] | None = None
         if values is not None and (axis.choice is not None or len(values) <= MOST_VALUES):
-            self._listed = list(dict.fromkeys([*values, *(value for value in found if value is not None)]))
+            self._listed = list(dict.fromkeys([*values, *(value for value in trial_values if value is not None)]))
             if all(isinstance(value, int | float) for value in self._listed):
                 self._listed.sort()
-        self._absent = None in found and None not in (self._listed or ())
+        self._absent = None in trial_values and None not in (self._listed or ())
         if self._listed is None:
             self._low, self._high = axis.bounds
             self._log = self._low > 0 and self._high >= 10 * self._low
@@ -117,7 +117,7 @@ def scale(spec: Spec, name: str, entries: Iterable[Entry]) -> Scale:
 
 def heat_map(outcome: Outcome) -> Figure | None:
     """The best val accuracy by learning rate and rank, a panel for each label mapping."""
-    spec, entries = outcome.spec, [entry for entry in outcome.board.searched() if entry.results]
+    spec, entries = outcome.spec, [entry for entry in outcome.board.search_entries() if entry.results]
     rank, rate = (next((name for name in names if name in spec.space), "") for names in (RANKS, RATES))
     if not (rank or rate) or not entries:
         return None
@@ -133,8 +133,8 @@ def heat_map(outcome: Outcome) -> Figure | None:
     width, height = max(2.6, 0.75 * len(across.cells())), 1 + 0.5 * len(upright.cells())
     figure = Figure((1.2 + columns * width, 0.6 + rows * height), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).ravel()
-    for plot, (mapping, found) in zip(plots, sorted(panels.items()), strict=False):
-        _panel(plot, found, (len(upright.cells()), len(across.cells())), colours)
+    for plot, (mapping, trials_by_cell) in zip(plots, sorted(panels.items()), strict=False):
+        _panel(plot, trials_by_cell, (len(upright.cells()), len(across.cells())), colours)
         plot.set_title(mapping, fontsize=10)
         plot.set_xlabel(rate, fontsize=SMALL)
         plot.set_ylabel(rank, fontsize=SMALL)
@@ -146,9 +146,9 @@ def heat_map(outcome: Outcome) -> Figure | None:
     return figure
 
 
-def _panel(plot: Axes, found: dict[Cell, list[Entry]], shape: Cell, colours: Normalize) -> None:
+def _panel(plot: Axes, trials_by_cell: dict[Cell, list[Entry]], shape: Cell, colours: Normalize) -> None:
     values = np.full(shape, np.nan)
-    for (row, column), trials in found.items():
+    for (row, column), trials in trials_by_cell.items():
         best = values[row, column] = _best_of(trials)
         star = "" if any(entry.finished for entry in trials) else "*"
         ink = ink_on(DARKER_IS_BETTER(np.atleast_1d(colours(best)))[0])
@@ -164,7 +164,7 @@ def _best_of(trials: list[Entry]) -> float:
 
 def parallel(outcome: Outcome) -> Figure | None:
     """A line for each trial through its values on the axes, to its objective."""
-    spec, entries = outcome.spec, [entry for entry in outcome.board.searched() if entry.results]
+    spec, entries = outcome.spec, [entry for entry in outcome.board.search_entries() if entry.results]
     finished = [entry for entry in reversed(entries) if entry.finished]  # the best last, on top
     if not finished:
         return None
@@ -202,15 +202,15 @@ def parallel(outcome: Outcome) -> Figure | None:
 
 def importance(outcome: Outcome) -> Figure | None:
     """How much of the finished trials' differences each axis explains."""
-    entries = [entry for entry in outcome.board.searched() if entry.finished]
-    found = importances(outcome.spec, entries)
-    if not found:
+    entries = [entry for entry in outcome.board.search_entries() if entry.finished]
+    fractions = importances(outcome.spec, entries)
+    if not fractions:
         return None
     names = outcome.spec.short_names()
-    counts = {name: sum(name in entry.params for entry in entries) for name in found}
+    counts = {name: sum(name in entry.params for entry in entries) for name in fractions}
     labels = [f"{names[name]} ({count} trials)" for name, count in counts.items()]
-    figure, plot = one_plot(7, 1.2 + 0.35 * len(found))
-    bars = plot.barh(labels, list(found.values()), color=INK)
+    figure, plot = one_plot(7, 1.2 + 0.35 * len(fractions))
+    bars = plot.barh(labels, list(fractions.values()), color=INK)
     plot.bar_label(bars, fmt="%.2f", padding=3, fontsize=SMALL)
     plot.invert_yaxis()
     plot.set(xlim=(0, 1.1), xlabel=f"share of the variance of {outcome.spec.objective}")
@@ -227,16 +227,16 @@ def importances(spec: Spec, entries: list[Entry]) -> dict[str, float]:
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name in spec.space:
         groups[tuple(i for i, entry in enumerate(entries) if name in entry.params)].append(name)
-    found: dict[str, float] = {}
-    for places, names in groups.items():
-        having = [entries[i] for i in places]
-        if len(having) >= FEWEST and len({entry.score(spec) for entry in having}) > 1:
-            shares = _shares(spec, having)
-            found |= {name: float(shares[name]) for name in names}
-    return dict(sorted(found.items(), key=lambda one: -one[1]))
+    fractions_by_axis: dict[str, float] = {}
+    for indices, names in groups.items():
+        entries_with_axes = [entries[i] for i in indices]
+        if len(entries_with_axes) >= FEWEST and len({entry.score(spec) for entry in entries_with_axes}) > 1:
+            fractions = _variance_fractions(spec, entries_with_axes)
+            fractions_by_axis |= {name: float(fractions[name]) for name in names}
+    return dict(sorted(fractions_by_axis.items(), key=lambda one: -one[1]))
 
 
-def _shares(spec: Spec, entries: list[Entry]) -> dict[str, float]:
+def _variance_fractions(spec: Spec, entries: list[Entry]) -> dict[str, float]:
     """Of the axes that all these trials have."""
     import optuna  # which takes seconds to import
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances

@@ -19,11 +19,11 @@ from sweeps.results.leaderboard import Bias, Entry, Leaderboard, number
 from sweeps.spec.model import Scalar, Spec
 
 CONFIDENCE = 0.95
-PUBLISHED = (
+PUBLISHED_BIAS = (
     "the test figures are optimistic: each is that of the best epoch on the test set itself "
     "(select: test_best_epoch, the published protocol)"
 )
-LEARNED = "the val figures are of images that were trained on (confirm.all_images): they measure nothing"
+VAL_TRAINED_ON = "the val figures are of images that were trained on (confirm.all_images): they measure nothing"
 MAY_BE_NONE = "the difference may be none: its 95 % interval includes zero"
 
 
@@ -61,8 +61,8 @@ def val_top1(entry: Entry) -> float:
     return entry.best()["val_top1"]
 
 
-Figure = Callable[[Entry], float | None]
-FIGURES: dict[str, Figure] = {"val": val_top1, "test": Entry.test_top1}
+Metric = Callable[[Entry], float | None]
+METRICS: dict[str, Metric] = {"val": val_top1, "test": Entry.test_top1}
 """In percent."""
 
 
@@ -88,29 +88,31 @@ class Row:
     def complete(self) -> bool:
         return len(self.by_seed) == len(self.choice.seeds)
 
-    def spread(self, figure: Figure) -> Spread | None:
+    def spread(self, metric: Metric) -> Spread | None:
         """None where no trial finished."""
-        values = [value for entry in self.entries if (value := figure(entry)) is not None]
+        values = [value for entry in self.entries if (value := metric(entry)) is not None]
         if not values:
             return None
         seedless = len(set(self.choice.seeds.values())) == 1
         return Spread(fmean(values), stdev(values) if len(values) > 1 else 0.0 if seedless else None)
 
-    def difference(self, control: Row, figure: Figure) -> Difference | None:
+    def difference(self, control: Row, metric: Metric) -> Difference | None:
         """None without a seed that both have finished under."""
         seeds = self.by_seed.keys() & control.by_seed.keys()
         pairs = {(self.by_seed[seed].trial.name, control.by_seed[seed].trial.name): seed for seed in seeds}
-        values = [(figure(self.by_seed[seed]), figure(control.by_seed[seed])) for seed in pairs.values()]
-        apart = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
-        return paired(apart) if apart else None
+        values = [(metric(self.by_seed[seed]), metric(control.by_seed[seed])) for seed in pairs.values()]
+        differences = [
+            best - control_value for best, control_value in values if best is not None and control_value is not None
+        ]
+        return paired_difference(differences) if differences else None
 
-    def last(self, key: str) -> list[Any]:
+    def last_values(self, key: str) -> list[Any]:
         """What the trials' last epochs have under `key`."""
         return [entry.results[-1][key] for entry in self.entries]
 
     def parameters(self, *groups: str) -> int | None:
         """How many numbers of these groups were trained; None where there are none."""
-        trained = self.last("parameters")[0] if self.entries else {}
+        trained = self.last_values("parameters")[0] if self.entries else {}
         return sum(trained.get(group, 0) for group in groups) or None
 
     def peak_memory_mib(self) -> float | None:
@@ -133,13 +135,13 @@ class Comparison:
         spec, entries = board.spec, {entry.trial.name: entry for entry in board.entries}
         rows = []
         for choice in choices:
-            found = entries[choice.trial]
-            value = found.params.get(spec.search.equal or "") if choice.control else spec.share(found.trial.config)
+            entry = entries[choice.trial]
+            value = entry.params.get(spec.search.equal or "") if choice.control else spec.arm(entry.trial.config)
             by_seed = {seed: entries[name] for seed, name in choice.seeds.items() if entries[name].finished}
-            searched = board.searched(choice.control)
+            search_entries = board.search_entries(choice.control)
             if not choice.control:
-                searched = [entry for entry in searched if spec.share(entry.trial.config) == value]
-            rows.append(Row(choice, value, by_seed, sum(map(seconds, searched)), found.score(spec)))
+                search_entries = [entry for entry in search_entries if spec.arm(entry.trial.config) == value]
+            rows.append(Row(choice, value, by_seed, sum(map(seconds, search_entries)), entry.score(spec)))
         return cls(spec, rows)
 
     @property
@@ -168,11 +170,11 @@ class Comparison:
         best, control = self.best_row(), self.control
         if best is None:
             return ["no trial was confirmed: there is no best prompt"]
-        lines = [LEARNED] * self.spec.all_images + [f"best config {self._figures(best)}"]
+        lines = [VAL_TRAINED_ON] * self.spec.all_images + [f"best config {self._metrics_text(best)}"]
         if control is None:
             lines += ["the control was not confirmed"] if self.spec.control is not None else []
             return lines + self._bias(best)
-        lines.append(f"control {self._figures(control)}")
+        lines.append(f"control {self._metrics_text(control)}")
         for row in self.rows:
             if not row.choice.control:
                 lines += self._differences(row, control)
@@ -183,33 +185,37 @@ class Comparison:
         entries = [entry for row in self.rows for entry in row.entries]
         if all(entry.trial.config.select == "val" for entry in entries):
             return []
-        bias, honest = Bias.of(entries), best.spread(Entry.test_at_best_val)
-        lines = [PUBLISHED] + [str(bias)] * (bias is not None)
-        lines.append(f"{self._called(best)} at the epochs that are best on val: test top-1 {honest} %")
-        if found := self.control and best.difference(self.control, Entry.test_at_best_val):
-            lines[-1] += f", less the control {found} points"
+        bias, at_best_val = Bias.of(entries), best.spread(Entry.test_at_best_val)
+        lines = [PUBLISHED_BIAS] + [str(bias)] * (bias is not None)
+        lines.append(f"{self._label(best)} at the epochs that are best on val: test top-1 {at_best_val} %")
+        if difference := self.control and best.difference(self.control, Entry.test_at_best_val):
+            lines[-1] += f", less the control {difference} points"
         return lines
 
-    def _figures(self, row: Row) -> str:
-        val, test = (row.spread(figure) for figure in FIGURES.values())
+    def _metrics_text(self, row: Row) -> str:
+        val, test = (row.spread(metric) for metric in METRICS.values())
         n = len(row.entries)
         many = f"mean ± sd of {n} seeds" if n > 1 else "one trial: no seed is used" if row.complete else "one trial"
-        return f"{self._called(row)}: val top-1 {val} %, test top-1 {test} % ({many})"
+        return f"{self._label(row)}: val top-1 {val} %, test top-1 {test} % ({many})"
 
     def _differences(self, row: Row, control: Row) -> list[str]:
-        differences = {name: row.difference(control, figure) for name, figure in FIGURES.items()}
-        found = {name: each for name, each in differences.items() if each is not None}
-        if len(found) < len(differences):
-            return [f"{self._called(row)} and the control: no seed under which both finished"]
-        pairs = found["val"].pairs
-        how = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
-        line = f"{self._called(row)} less the control: val {found['val']}, test {found['test']} points ({how})"
+        differences = {name: row.difference(control, metric) for name, metric in METRICS.items()}
+        known = {name: difference for name, difference in differences.items() if difference is not None}
+        if len(known) < len(differences):
+            return [f"{self._label(row)} and the control: no seed under which both finished"]
+        pairs = known["val"].pairs
+        interval = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
+        line = f"{self._label(row)} less the control: val {known['val']}, test {known['test']} points ({interval})"
         return [
             line,
-            *(f"{row.choice.trial}, {name}: {MAY_BE_NONE}" for name, each in found.items() if each.may_be_none),
+            *(
+                f"{row.choice.trial}, {name}: {MAY_BE_NONE}"
+                for name, difference in known.items()
+                if difference.may_be_none
+            ),
         ]
 
-    def _called(self, row: Row) -> str:
+    def _label(self, row: Row) -> str:
         equal = self.spec.search.equal
         return f"{row.choice.trial} ({equal} {row.value})" if row.value is not None else row.choice.trial
 
@@ -218,22 +224,22 @@ class Comparison:
         records = []
         for row in self.rows:
             record: dict[str, Any] = {"trial": row.choice.trial, "control": row.choice.control, "n": len(row.entries)}
-            for name, figure in FIGURES.items():
-                spread = row.spread(figure)
+            for name, metric in METRICS.items():
+                spread = row.spread(metric)
                 record[f"{name}_top1"], record[f"{name}_top1_sd"] = (spread.mean, spread.sd) if spread else (None, None)
                 control = None if row.choice.control else self.control
-                found = row.difference(control, figure) if control else None
+                difference = row.difference(control, metric) if control else None
                 for key in ("mean", "low", "high"):
-                    record[f"{name}_difference_{key}"] = getattr(found, key) if found else None
-            honest = row.spread(Entry.test_at_best_val)
+                    record[f"{name}_difference_{key}"] = getattr(difference, key) if difference else None
+            at_best_val = row.spread(Entry.test_at_best_val)
             record |= {
-                "test_at_best_val": honest.mean if honest else None,
+                "test_at_best_val": at_best_val.mean if at_best_val else None,
                 "parameters_prompt": row.parameters("prompt", "tokens"),
                 "parameters_head": row.parameters("head"),
                 "parameters_backbone": row.parameters("backbone"),
                 "peak_memory_mib": row.peak_memory_mib(),
                 "seconds": row.seconds(),
-                "optimizer_state_mib": max(row.last("optimizer_state_mib"), default=None),
+                "optimizer_state_mib": max(row.last_values("optimizer_state_mib"), default=None),
                 "search_seconds": row.search_seconds,
             }
             records.append(record)
@@ -241,16 +247,16 @@ class Comparison:
 
     def cells(self) -> list[dict[str, str]]:
         """The rows as they are shown, by column."""
-        shown = []
+        columns = []
         for row, record in zip(self.rows, self.records(), strict=True):
             equal = (
                 {self.spec.short_names()[self.spec.search.equal]: number(row.value)} if self.spec.search.equal else {}
             )
-            figures = {f"{name} top-1": str(row.spread(figure) or "-") for name, figure in FIGURES.items()}
-            shown.append(
+            metrics = {f"{name} top-1": str(row.spread(metric) or "-") for name, metric in METRICS.items()}
+            columns.append(
                 equal
                 | {"trial": row.choice.trial + (" (control)" if row.choice.control else "")}
-                | figures
+                | metrics
                 | {"n": str(record["n"])}
                 | {f"{group} params": number(record[f"parameters_{group}"]) for group in ("prompt", "head", "backbone")}
                 | {"peak MiB": number(record["peak_memory_mib"]), "seconds": number(record["seconds"])}
@@ -259,7 +265,7 @@ class Comparison:
                     "search seconds": number(record["search_seconds"]),
                 }
             )
-        return shown
+        return columns
 
     def table(self) -> Table:
         seeds = ", ".join(map(str, self.spec.seeds))
@@ -295,9 +301,9 @@ class Comparison:
 SCHEMA = pa.schema(
     [("trial", pa.string()), ("control", pa.bool_()), ("n", pa.int64())]
     + [
-        (f"{name}_{figure}", pa.float64())
-        for name in FIGURES
-        for figure in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
+        (f"{name}_{metric}", pa.float64())
+        for name in METRICS
+        for metric in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
     ]
     + [("test_at_best_val", pa.float64())]
     + [(f"parameters_{group}", pa.int64()) for group in ("prompt", "head", "backbone")]
@@ -310,7 +316,7 @@ def seconds(entry: Entry) -> float:
     return sum(result["seconds"] for result in entry.results)
 
 
-def paired(values: Sequence[float]) -> Difference:
+def paired_difference(values: Sequence[float]) -> Difference:
     """The mean of differences between pairs, with its t interval where there are two of them or more."""
     from scipy.stats import t  # which takes a second to import
 

@@ -36,11 +36,11 @@ def choose(spec: Spec) -> list[Choice]:
     no trial of the search finished.
     """
     board = Leaderboard.read(spec)
-    finished = [entry for entry in board.searched() if entry.finished]
+    finished = [entry for entry in board.search_entries() if entry.finished]
     choices: list[Choice] = []
-    for value in spec.shares():
-        of_value = (entry for entry in finished if spec.share(entry.trial.config) == value)
-        choices += islice(_different(spec, of_value), spec.top)
+    for arm in spec.arms():
+        of_arm = (entry for entry in finished if spec.arm(entry.trial.config) == arm)
+        choices += islice(_different(spec, of_arm), spec.top)
     if choices and (control := board.best(control=True)):
         choices += _different(spec, [control])
     values = {"search": _extent(spec), "chosen": [asdict(choice) for choice in choices]}
@@ -78,10 +78,10 @@ def _extent(spec: Spec) -> dict[str, float | None]:
 
 def _different(spec: Spec, entries: Iterable[Entry]) -> Iterator[Choice]:
     """A choice for each config; those that differ only in a seed are one to confirm."""
-    seen = []
+    known = []
     for entry in entries:
         config = entry.trial.config
         seeds = {seed: spec.confirmed(config, seed).content_hash() for seed in spec.seeds}
-        if seeds not in seen:
-            seen.append(seeds)
+        if seeds not in known:
+            known.append(seeds)
             yield Choice(entry.trial.name, entry.control, seeds)

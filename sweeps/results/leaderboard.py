@@ -37,7 +37,7 @@ class Entry:
         return self.end is not None and self.end.state == State.FINISHED
 
     @property
-    def whole(self) -> list[dict[str, Any]]:
+    def full_fidelity(self) -> list[dict[str, Any]]:
         """The epochs at full size on all images; of a trial that never got there, those of its rungs."""
         return [result for result in self.results if result["whole"]] or self.results
 
@@ -48,8 +48,8 @@ class Entry:
         """
         protocol = self.trial.config.select
         if protocol == "val" and self.trial.config.dataset.train_on_val:
-            return self.whole[-1]
-        return max(self.whole, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
+            return self.full_fidelity[-1]
+        return max(self.full_fidelity, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
 
     def score(self, spec: Spec, epoch: int | None = None) -> float:
         """The objective's best value, larger is better; with `epoch`, as the search saw it then."""
@@ -73,7 +73,7 @@ class Entry:
             return None
         if self.trial.config.select == "val":
             return self.test_top1()
-        return max(self.whole, key=lambda result: result["val_top1"])["test_top1"]
+        return max(self.full_fidelity, key=lambda result: result["val_top1"])["test_top1"]
 
     def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
@@ -98,13 +98,13 @@ class Bias:
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Bias | None:
         """Of those that finished under that protocol and had several epochs to choose from; None if there are none."""
-        figures = [
+        pairs = [
             (entry.test_top1(), entry.test_at_best_val())
             for entry in entries
-            if entry.finished and entry.trial.config.select == "test_best_epoch" and len(entry.whole) > 1
+            if entry.finished and entry.trial.config.select == "test_best_epoch" and len(entry.full_fidelity) > 1
         ]
-        found = [best - honest for best, honest in figures if best is not None and honest is not None]
-        return cls(fmean(found), min(found), max(found), len(found)) if found else None
+        differences = [best - honest for best, honest in pairs if best is not None and honest is not None]
+        return cls(fmean(differences), min(differences), max(differences), len(differences)) if differences else None
 
     def __str__(self) -> str:
         return (
@@ -138,18 +138,18 @@ class Leaderboard:
 
         return cls(spec, sorted(entries, key=order))
 
-    def searched(self, control: bool = False) -> list[Entry]:
+    def search_entries(self, control: bool = False) -> list[Entry]:
         """The trials of the search itself, or of its control; not those that confirm them."""
         return [entry for entry in self.entries if entry.stage == Stage.SEARCH and entry.control == control]
 
     def best(self, control: bool = False) -> Entry | None:
         """The best finished trial of the search, or of the control."""
-        return next((entry for entry in self.searched(control) if entry.finished), None)
+        return next((entry for entry in self.search_entries(control) if entry.finished), None)
 
     def table(self, rows: int = 10) -> Table:
         """The first `rows` trials, and the control."""
-        search = self.searched()
-        shown = [*search, *self.searched(control=True)]
+        search = self.search_entries()
+        shown = [*search, *self.search_entries(control=True)]
         published = any(entry.trial.config.select != "val" for entry in shown)
         test = "test top-1 (best test epoch)" if published else "test top-1"
         table = Table(title=f"{self.spec.name}: {len(shown)} trials", title_justify="left", box=None)
@@ -177,39 +177,39 @@ class Leaderboard:
         best, control = self.best(), self.best(control=True)
         if best is None:
             return ["no trial finished: there is no best prompt"]
-        lines = [f"best trial {best.trial.name}: {self._figures(best)}"]
+        lines = [f"best trial {best.trial.name}: {self._metrics_text(best)}"]
         if control is None:
             return lines + self._missing_control()
-        lines.append(f"control {control.trial.name}: {self._figures(control)}")
+        lines.append(f"control {control.trial.name}: {self._metrics_text(control)}")
         val = best.best()["val_top1"] - control.best()["val_top1"]
-        ours, theirs = best.test_top1(), control.test_top1()
-        test = "" if ours is None or theirs is None else f", test {ours - theirs:+.2f}"
+        best_test, control_test = best.test_top1(), control.test_top1()
+        test = "" if best_test is None or control_test is None else f", test {best_test - control_test:+.2f}"
         lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
         if not best.trial.config.dataset.holds_back:
             lines.append(NO_VAL)
-        bias = Bias.of(self.searched())
+        bias = Bias.of(self.search_entries())
         return lines + [str(bias)] * (bias is not None)
 
     def _missing_control(self) -> list[str]:
         """Say that there is nothing to hold the best trial against, and why; nothing where the spec wants none."""
         if self.spec.control is None:
             return []
-        ends = [entry.end for entry in self.searched(control=True) if entry.end is not None]
+        ends = [entry.end for entry in self.search_entries(control=True) if entry.end is not None]
         why = next((f"{end.cause or end.state}: {end.reason}".rstrip(": ") for end in ends), "none has run to its end")
         return [f"the control is missing ({why}): how much the prompt gains is not known"]
 
-    def trust(self) -> list[str]:
+    def rung_correlation(self) -> list[str]:
         """How far the trials' order at each milestone was that at their end, in words."""
-        finished = [entry for entry in self.searched() if entry.finished]
-        last = [entry.score(self.spec) for entry in finished]
-        found = []
+        finished = [entry for entry in self.search_entries() if entry.finished]
+        final = [entry.score(self.spec) for entry in finished]
+        correlations = []
         for epoch in self.spec.milestones():
-            then = [entry.score(self.spec, epoch) for entry in finished]
-            if len(set(then)) > 2 and len(set(last)) > 2:
-                found.append(f"epoch {epoch} {rank_correlation(then, last):.2f}")
-        if not found:
+            at_epoch = [entry.score(self.spec, epoch) for entry in finished]
+            if len(set(at_epoch)) > 2 and len(set(final)) > 2:
+                correlations.append(f"epoch {epoch} {rank_correlation(at_epoch, final):.2f}")
+        if not correlations:
             return []
-        return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(found)}"]
+        return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(correlations)}"]
 
     def failures(self) -> list[str]:
         """What failed and why: each cause with its trials."""
@@ -220,7 +220,7 @@ class Leaderboard:
         lines = [f"{name}: {end.cause}: {end.reason}" for name, end in failed]
         return [f"failed: {summary}", *lines] if failed else []
 
-    def _figures(self, entry: Entry) -> str:
+    def _metrics_text(self, entry: Entry) -> str:
         label = "test top-1" if entry.trial.config.select == "val" else "test top-1 at the best test epoch (published)"
         val, test = entry.best()["val_top1"], entry.test_top1()
         return f"val top-1 {val:.2f} %, {label} {test:.2f} %" if test is not None else f"val top-1 {val:.2f} %"

@@ -42,11 +42,11 @@ class Outcome:
             key = ".".join(map(str, explain(error, TrialConfig)[0]))
             raise UserError(f"{folder}: a trial's {key} is not this version's; read it with the one it is of") from None
         choices = confirm.chosen(spec) if spec.confirm else None
-        found = cls(sweep_id, spec, board, Comparison.of(board, choices) if choices is not None else None)
-        if found.best() is None:
+        outcome = cls(sweep_id, spec, board, Comparison.of(board, choices) if choices is not None else None)
+        if outcome.best() is None:
             failed = "; ".join(board.failures()[:2]) or "python sweeps/launch.py SPEC --resume goes on with it"
             raise UserError(f"{folder}: no trial finished ({failed})")
-        return found
+        return outcome
 
     def best(self) -> Entry | None:
         """The trial whose prompt is the best: of those that confirm, where there are any."""

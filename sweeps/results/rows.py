@@ -21,7 +21,7 @@ from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Entry
 from sweeps.results.outcome import Outcome
 
-FIGURES = Path(__file__).parent / "published.yaml"
+PUBLISHED_PATH = Path(__file__).parent / "published.yaml"
 OOD = "ood.parquet"
 CORRUPTED = "corrupted"
 """What the mean over all corruptions is called among the OOD sets."""
@@ -50,27 +50,27 @@ class Published(Part):
     def key(self) -> Key:
         return self.network, self.pretraining, self.dataset, self.method, self.prompt, self.label_mapping
 
-    def unlike(self, config: TrialConfig) -> str:
+    def differs_by(self, config: TrialConfig) -> str:
         """How it was obtained otherwise than by a trial of `config`, in words; empty where nothing is known of it."""
         epochs = f"{self.epochs} epochs" if self.epochs not in (None, config.epochs) else None
         return "; ".join(word for word in (epochs, self.note) if word)
 
 
-class PublishedFigures(Part):
+class PublishedResults(Part):
     figures: list[Published]
 
     @model_validator(mode="after")
-    def _has_each_once(self) -> PublishedFigures:
-        keys = [figure.key for figure in self.figures]
+    def _has_each_once(self) -> PublishedResults:
+        keys = [result.key for result in self.figures]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"figures names {', '.join(part for part in twice if part)} twice")
         return self
 
 
-def published(path: Path = FIGURES) -> dict[Key, Published]:
+def published(path: Path = PUBLISHED_PATH) -> dict[Key, Published]:
     """The published figures by what they are of. Raises UserError for a key that is wrong."""
-    return {figure.key: figure for figure in YamlFile(path).validate(PublishedFigures).figures}
+    return {result.key: result for result in YamlFile(path).validate(PublishedResults).figures}
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,18 @@ class Result:
         config = self.entry.trial.config
         return *network(config.backbone), dataset(config.dataset), config.method
 
-    def published(self, figures: dict[Key, Published]) -> Published | None:
+    def published(self, published_by_key: dict[Key, Published]) -> Published | None:
         """The figure for the same method, prompt, label mapping, network, pre-training and dataset, if there is one."""
         config = self.entry.trial.config
         name, *rest = self.key
         kind = config.prompt.kind if config.methods[0] == "lorvp" else None
         networks = [name] + ["clip"] * ("_clip_" in name)
-        keys = [(each, *rest, kind, mapping) for each in networks for mapping in (config.label_mapping, None)]
-        return next((figures[key] for key in keys if key in figures), None)
+        keys = [
+            (network_name, *rest, kind, mapping)
+            for network_name in networks
+            for mapping in (config.label_mapping, None)
+        ]
+        return next((published_by_key[key] for key in keys if key in published_by_key), None)
 
     @property
     def select(self) -> str:
@@ -142,7 +146,7 @@ class Result:
             | {"control_top1": control.mean if control else None, "control_top1_sd": control.sd if control else None}
             | {f"difference_{end}": getattr(difference, end) if difference else None for end in ("mean", "low", "high")}
             | {"published_top1": known.top1 if known else None, "published_source": known.source if known else None}
-            | {"published_differs": known.unlike(config) if known else None}
+            | {"published_differs": known.differs_by(config) if known else None}
             | {"sweep": self.sweep, "trial": self.row.choice.trial}
         )
 
@@ -166,35 +170,33 @@ def results(folder: Path) -> Iterator[Result]:
     Raises UserError for a folder that Outcome can't read, and for trials that never read the test set.
     """
     outcome = Outcome.read(folder)
-    comparison = outcome.comparison or searched(outcome)
+    comparison = outcome.comparison or unconfirmed(outcome)
     ood = read_ood(folder)
-    for value in outcome.spec.shares():
-        share = replace(comparison, rows=[row for row in comparison.rows if row.value == value])
-        row = share.best_row()
+    for value in outcome.spec.arms():
+        arm = replace(comparison, rows=[row for row in comparison.rows if row.value == value])
+        row = arm.best_row()
         if row is None:
             continue
         if None in (entry.test_top1() for entry in row.entries):
             raise UserError(
                 f"{folder}: its trials never read the test set (trial.read_test): nothing to put in a table"
             )
-        seen = {entry.trial.name for entry in row.entries}
-        sets = ood if any(each["trial"] in seen for each in ood) else []
-        yield Result(str(folder), row, comparison.control, outcome.comparison is not None, by_set(sets, row))
+        names = {entry.trial.name for entry in row.entries}
+        sets = ood if any(ood_row["trial"] in names for ood_row in ood) else []
+        yield Result(str(folder), row, comparison.control, outcome.comparison is not None, ood_top1(sets, row))
 
 
-def searched(outcome: Outcome) -> Comparison:
+def unconfirmed(outcome: Outcome) -> Comparison:
     """The best trial of each share of a search that nothing confirms, and of its control, as rows of one seed."""
     spec, board = outcome.spec, outcome.board
-    finished = [entry for entry in board.searched() if entry.finished]
-    bests = [
-        (value, next((e for e in finished if spec.share(e.trial.config) == value), None)) for value in spec.shares()
-    ]
-    rows = [one(entry, value, False) for value, entry in bests if entry is not None]
+    finished = [entry for entry in board.search_entries() if entry.finished]
+    bests = [(value, next((e for e in finished if spec.arm(e.trial.config) == value), None)) for value in spec.arms()]
+    rows = [single_seed_row(entry, value, False) for value, entry in bests if entry is not None]
     control = board.best(control=True)
-    return Comparison(spec, rows + ([one(control, None, True)] if control else []))
+    return Comparison(spec, rows + ([single_seed_row(control, None, True)] if control else []))
 
 
-def one(entry: Entry, value: Any, control: bool) -> Row:
+def single_seed_row(entry: Entry, value: Any, control: bool) -> Row:
     return Row(Choice(entry.trial.name, control, {0: entry.trial.name}), value, {0: entry}, 0.0)
 
 
@@ -211,15 +213,15 @@ def read_ood(folder: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def by_set(rows: Sequence[dict[str, Any]], row: Row) -> dict[str, dict[str, float]]:
+def ood_top1(rows: Sequence[dict[str, Any]], row: Row) -> dict[str, dict[str, float]]:
     """Top-1 of each model on each OOD set, and its mean over all corruptions; not on the plain test images."""
-    own = row.entries[0].trial.config.dataset.title
-    found: dict[str, dict[str, list[float]]] = {}
-    for each in rows:
-        if each["corruption"] or each["data"] != own:
-            name = CORRUPTED if each["corruption"] else without_size(each["data"])
-            found.setdefault(name, {}).setdefault(each["model"], []).append(each["top1"])
-    return {name: {model: fmean(values) for model, values in models.items()} for name, models in found.items()}
+    test_title = row.entries[0].trial.config.dataset.title
+    top1: dict[str, dict[str, list[float]]] = {}
+    for ood_row in rows:
+        if ood_row["corruption"] or ood_row["data"] != test_title:
+            name = CORRUPTED if ood_row["corruption"] else without_size(ood_row["data"])
+            top1.setdefault(name, {}).setdefault(ood_row["model"], []).append(ood_row["top1"])
+    return {name: {model: fmean(values) for model, values in models.items()} for name, models in top1.items()}
 
 
 def network(config: BackboneConfig) -> tuple[str, str]:

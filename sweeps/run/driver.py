@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import optuna
 from rich.console import Console
 
-from cluster.relay import Relay
+from cluster.job_manager import JobManager
 from cluster.slurm import requeue_this_job
 from lorvp.bundle.format import EXAMPLE
 from lorvp.errors import UserError
@@ -22,12 +22,12 @@ from sweeps.results.comparison import Comparison
 from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Leaderboard
 from sweeps.results.outcome import Outcome
-from sweeps.run.ending import EXIT_INTERRUPTED, Ending
 from sweeps.run.follow import Follower, GivenUp
 from sweeps.run.jobs import Jobs
+from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
-from sweeps.search.suggest import RecordingSearch, Spent, Suggestions
+from sweeps.search.suggest import ArmSeconds, RecordingSearch, Suggestions
 from sweeps.spec.model import Spec
 from sweeps.tracking.sender import Sender
 from sweeps.tracking.store import is_sure_to_open, tracking_uri, ui_command
@@ -44,13 +44,19 @@ class SearchFailed(Exception):
     """The search ended before its time; all trials that it asked for have ended since."""
 
 
-def carry_out(
-    spec: Spec, sweep_id: str, spec_text: str, relay: Relay, ending: Ending, leave_running: bool, console: Console
+def run(
+    spec: Spec,
+    sweep_id: str,
+    spec_text: str,
+    manager: JobManager,
+    signals: SignalHandler,
+    leave_running: bool,
+    console: Console,
 ) -> int:
     """Runs the sweep to its end and returns the exit code. Raises KeyboardInterrupt before a job was asked for."""
 
     def connect() -> Tracker:
-        with left_out("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
+        with hide_module("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
             from sweeps.tracking.tracker import Tracker  # MLflow, which takes seconds
 
         return Tracker(spec, sweep_id, spec_text)
@@ -58,9 +64,9 @@ def carry_out(
     uri = tracking_uri(spec)
     opened = None if is_sure_to_open(uri, spec.tracking.experiment) else connect()
     console.print(f"sweep {spec.name} in {spec.folder}, MLflow at {without_passwords(uri)}", highlight=False)
-    follower, spent = Follower(spec, relay, console), Spent(spec)
+    follower, spent = Follower(spec, manager, console), ArmSeconds(spec)
     sender = Sender((lambda: opened) if opened else connect, spec.trials, spec.control_names(), follower.warn)
-    jobs = Jobs(relay, follower, sender)
+    jobs = Jobs(manager, follower, sender)
     jobs.subscribe(spent.note)
     try:
         jobs.start()
@@ -72,14 +78,14 @@ def carry_out(
         return conclude(Outcome(sweep_id, spec, board, comparison), sender.tracker, all_sent, console)
     except KeyboardInterrupt:
         jobs.stop()
-        if leave_running or ending.time_limit_nears:
+        if leave_running or signals.time_limit_nears:
             console.print("ending: the jobs go on")
         else:
             console.print("ending: the jobs write their checkpoints and stop")
             jobs.interrupt()
         jobs.finish(patience=5)
         close(sender.tracker, "KILLED")
-        if ending.time_limit_nears:
+        if signals.time_limit_nears:
             console.print("the time limit nears: this driver is requeued", highlight=False)
             try:
                 requeue_this_job()
@@ -89,19 +95,19 @@ def carry_out(
             console.print(f"interrupted; --resume goes on where {spec.folder} stands", highlight=False)
         return EXIT_INTERRUPTED
     except GivenUp as reason:
-        ending.begin()
+        signals.exit_on_next()
         jobs.stop()
         console.print("ending: the jobs write their checkpoints and stop")
         jobs.interrupt()
         end_without_result(jobs, sender, f"given up: {reason}", spec, console)
     except SearchFailed as reason:
-        ending.begin()
+        signals.exit_on_next()
         jobs.stop()
         with suppress(Exception):  # of the disk that the search failed by
             console.print(Leaderboard.read(spec).table())
         end_without_result(jobs, sender, str(reason), spec, console)
     except Exception as error:  # a fault of ours, or of a library's: jobs that train are not to pay for it
-        ending.begin()
+        signals.exit_on_next()
         with suppress(OSError):
             (spec.folder / TRACEBACK).write_text(without_passwords(traceback.format_exc()))
         jobs.stop()
@@ -110,7 +116,7 @@ def carry_out(
     return EXIT_NO_RESULT
 
 
-def train(spec: Spec, spent: Spent, jobs: Jobs, follower: Follower, console: Console) -> list[Choice] | None:
+def train(spec: Spec, spent: ArmSeconds, jobs: Jobs, follower: Follower, console: Console) -> list[Choice] | None:
     """Has the control trained, what the search suggests, and what confirms its best; what was chosen to be confirmed.
 
     Raises SearchFailed once all has ended that was asked for before the search failed.
@@ -134,7 +140,7 @@ def train(spec: Spec, spent: Spent, jobs: Jobs, follower: Follower, console: Con
     return choices
 
 
-def run_search(spec: Spec, spent: Spent, jobs: Jobs, console: Console) -> str:
+def run_search(spec: Spec, spent: ArmSeconds, jobs: Jobs, console: Console) -> str:
     """Let Tune suggest, follow and stop trials until the search is through; why it was not, if it failed before."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray's, of samplers that take a second
@@ -163,11 +169,11 @@ def run_search(spec: Spec, spent: Spent, jobs: Jobs, console: Console) -> str:
 def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console: Console) -> int:
     """Shows, writes and sends to MLflow what the sweep found; the exit code."""
 
-    def say(line: str, style: str | None = None) -> None:
+    def print_line(line: str, style: str | None = None) -> None:
         console.print(line, style=style, highlight=False, markup=False)
 
     def send(what: Callable[[Tracker], None]) -> bool:
-        return tracker is not None and tracker.try_to(lambda: what(tracker))
+        return tracker is not None and tracker.retry(lambda: what(tracker))
 
     spec, board, comparison, best = outcome.spec, outcome.board, outcome.comparison, outcome.best()
     files = [spec.folder / "results.parquet"]
@@ -176,10 +182,10 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
     if comparison:
         files += comparison.write()
         console.print(comparison.table())
-    verdict = [*board.failures(), *board.trust(), *outcome.verdict()]
+    verdict = [*board.failures(), *board.rung_correlation(), *outcome.verdict()]
     for line in verdict:
-        say(line)
-    say(f"every epoch: {files[0]}")
+        print_line(line)
+    print_line(f"every epoch: {files[0]}")
     if best is None:
         send(lambda tracker: tracker.close("FAILED", files, verdict))
         return EXIT_NO_RESULT
@@ -188,32 +194,32 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
 
         page = report.write(outcome)
         files += [page, page.with_name(report.PICTURES)]
-        say(f"report:      {page}")
+        print_line(f"report:      {page}")
     except Exception as error:  # a figure that can't be drawn shall not cost the sweep its model
-        say(f"no report: {type(error).__name__}: {error}", style="red")
+        print_line(f"no report: {type(error).__name__}: {error}", style="red")
     bundle = best.bundle
-    say(f"best prompt: {bundle}")
+    print_line(f"best prompt: {bundle}")
     models: list[str] = []
     try:
         name, lines = best.trial.name, outcome.verdict()
         all_sent &= send(lambda tracker: models.append(tracker.register(bundle, name, lines)))
     except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
-        say(f"no registered model: {error}", style="yellow")
+        print_line(f"no registered model: {error}", style="yellow")
     all_sent &= send(lambda tracker: tracker.close("FINISHED", files, verdict))
     if not all_sent:
-        say("MLflow did not take everything; --resume sends what is missing", style="red")
+        print_line("MLflow did not take everything; --resume sends what is missing", style="red")
         return EXIT_NO_RESULT
     for model in models:
-        say(f"as a model:  {model}")
-    say(f"look at it:  {ui_command(tracking_uri(spec))}")
-    say(f"try it:      python -m lorvp.predict {bundle} {bundle / EXAMPLE}")
+        print_line(f"as a model:  {model}")
+    print_line(f"look at it:  {ui_command(tracking_uri(spec))}")
+    print_line(f"try it:      python -m lorvp.predict {bundle} {bundle / EXAMPLE}")
     return 0
 
 
 def close(tracker: Tracker | None, status: str) -> None:
     """End the sweep's run in MLflow, if that can be had now."""
     if tracker is not None:
-        tracker.try_to(lambda: tracker.close(status, [], []), patience=5)
+        tracker.retry(lambda: tracker.close(status, [], []), patience=5)
 
 
 def end_without_result(jobs: Jobs, sender: Sender, reason: str, spec: Spec, console: Console) -> None:
@@ -227,7 +233,7 @@ def end_without_result(jobs: Jobs, sender: Sender, reason: str, spec: Spec, cons
 
 
 @contextmanager
-def left_out(module: str) -> Iterator[None]:
+def hide_module(module: str) -> Iterator[None]:
     """Have modules that are imported meanwhile find `module` not installed."""
     if module in sys.modules:
         yield

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.folder import State
-from cluster.relay import Relay
+from cluster.job_manager import JobManager
 from cluster.scan import FollowedTrial
 from sweeps.results.leaderboard import number
 from sweeps.spec.model import Spec, Stage
@@ -37,7 +37,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedTrial:
     """What is left of a trial that has ended."""
 
     state: State
@@ -46,11 +46,11 @@ class Ended:
 
 
 class Follower:
-    """Shows what trials record. `see` is told of each trial with news."""
+    """Shows what trials record. `show` is told of each trial with news."""
 
-    def __init__(self, spec: Spec, relay: Relay, console: Console) -> None:
+    def __init__(self, spec: Spec, manager: JobManager, console: Console) -> None:
         self.spec = spec
-        self.relay = relay
+        self.manager = manager
         self.console = console
         self.resuming = True
         """While it is told what an earlier driver has seen: that is neither shown nor counted."""
@@ -62,10 +62,10 @@ class Follower:
         self._open: dict[str, Progress] = {}
         self._counts: Counter[State] = Counter()  # of the search's trials that have ended
         self._best: float | None = None  # of those that finished
-        self._confirmed: dict[str, Ended] = {}
+        self._confirmed: dict[str, EndedTrial] = {}
         self._outcomes: list[State] = []  # of the search's trials that ended since the driver started, in that order
         self._ended_now = 0  # trials of this stage that this driver has seen end
-        self._waits: set[str] = set()
+        self._shown_reasons: set[str] = set()
         self._start = time.monotonic()
         live = Live(console=console, get_renderable=self.view, refresh_per_second=2)
         self._live = live if console.is_terminal else None
@@ -87,11 +87,11 @@ class Follower:
 
     def check(self) -> None:
         """Say why jobs wait. Raises GivenUp where too many trials have failed."""
-        waits = Counter(str(state) for state in list(self.relay.states.values()) if state.waiting and state.reason)
-        waits += Counter(list(self.relay.troubles.values()))
-        for reason in waits.keys() - self._waits:
+        waits = Counter(str(state) for state in list(self.manager.states.values()) if state.waiting and state.reason)
+        waits += Counter(list(self.manager.troubles.values()))
+        for reason in waits.keys() - self._shown_reasons:
             self.warn(f"waiting: {waits[reason]} of the jobs {reason}")
-        self._waits = set(waits)
+        self._shown_reasons = set(waits)
         limit = self.spec.failure_limit
         failed = self._outcomes[: limit.trials].count(State.FAILED)
         more_to_come = not self._confirming and len(self._outcomes) < self._total
@@ -102,20 +102,20 @@ class Follower:
         with suppress(OSError):
             self.console.print(text, style="yellow", markup=False, highlight=False)
 
-    def see(self, trial: FollowedTrial) -> None:
+    def show(self, trial: FollowedTrial) -> None:
         """Show what is new of a trial."""
         progress = self._open.get(trial.name) or self._begin(trial)
         end = trial.ended()
         for result in trial.results()[progress.epochs :]:
-            self._show(progress, result)
+            self._show_epoch(progress, result)
         if end is None:
             return
         del self._open[trial.name]
         if not self._live and not self.resuming and end.state != State.FINISHED:
-            self.console.print(f"{self._called(progress)}  {end}", markup=False, highlight=False)
+            self.console.print(f"{self._label(progress)}  {end}", markup=False, highlight=False)
         self._ended_now += not self.resuming
         if progress.stage == Stage.CONFIRM:
-            self._confirmed[trial.name] = Ended(end.state, progress.control, progress.best)
+            self._confirmed[trial.name] = EndedTrial(end.state, progress.control, progress.best)
             return
         self._counts[end.state] += 1
         if not self.resuming:
@@ -132,16 +132,16 @@ class Follower:
         self._open[trial.name] = Progress(trial, trial.name in self._controls, stage, label)
         return self._open[trial.name]
 
-    def _show(self, progress: Progress, result: dict[str, Any]) -> None:
+    def _show_epoch(self, progress: Progress, result: dict[str, Any]) -> None:
         value = result[self.spec.objective]
         progress.epochs = result["epoch"]
         progress.last = value
         progress.best = value if progress.best is None else self._better(progress.best, value)
         if not self._live and not self.resuming:
             line = f"epoch {progress.epochs}/{progress.trial.config.epochs}  {self.spec.objective} {value:.2f}"
-            self.console.print(f"{self._called(progress)}  {line}", markup=False, highlight=False)
+            self.console.print(f"{self._label(progress)}  {line}", markup=False, highlight=False)
 
-    def _called(self, progress: Progress) -> str:
+    def _label(self, progress: Progress) -> str:
         return f"{progress.trial.name}  {'control  ' if progress.control else ''}{progress.label}"
 
     def view(self) -> Group:
@@ -157,8 +157,8 @@ class Follower:
             table.add_column(column, overflow="fold")
         for row in rows:
             if row.trial.job():
-                state = self.relay.states.get(row.trial.name)
-                job = self.relay.troubles.get(row.trial.name) or (f"{state} {state.node}" if state else "")
+                state = self.manager.states.get(row.trial.name)
+                job = self.manager.troubles.get(row.trial.name) or (f"{state} {state.node}" if state else "")
                 config = f"{'control ' if row.control else ''}{row.label}"
                 epochs = f"{row.epochs}/{row.trial.config.epochs}"
                 table.add_row(row.trial.name, job, epochs, number(row.last), number(row.best), config)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cluster.folder import StopReason
-from cluster.relay import Relay
+from cluster.job_manager import JobManager
 from cluster.scan import FollowedTrial
 from lorvp.config import TrialConfig
 from sweeps.run.follow import Follower
-from sweeps.tracking.retry import Attempts, Repeated
+from sweeps.tracking.retry import PeriodicThread, Retry
 from sweeps.tracking.sender import Sender
 
 LONGEST_ROUND = 5.0
@@ -23,15 +23,15 @@ class Jobs:
     A round looks at the trials' folders once, and what it finds goes to the search, to MLflow and to the screen.
     """
 
-    def __init__(self, relay: Relay, follower: Follower, sender: Sender) -> None:
-        self._relay, self._follower, self._sender = relay, follower, sender
-        self._scan = relay.scan
+    def __init__(self, manager: JobManager, follower: Follower, sender: Sender) -> None:
+        self._manager, self._follower, self._sender = manager, follower, sender
+        self._scan = manager.scan
         self._news: set[str] = set()
         self._requested = False
-        self._given_up: list[FollowedTrial] = []  # whose jobs do not know yet
-        self._looks, self._words = Attempts(follower.warn), Attempts(follower.warn)
-        self._polls = Repeated(relay.poll, follower.warn)
-        for listener in (follower.see, sender.see, self._note):
+        self._giving_up: list[FollowedTrial] = []  # whose jobs do not know yet
+        self._poll_retry, self._stop_retry = Retry(follower.warn), Retry(follower.warn)
+        self._poll_thread = PeriodicThread(manager.poll, follower.warn)
+        for listener in (follower.show, sender.enqueue, self._note):
             self.subscribe(listener)
 
     def subscribe(self, listener: Callable[[FollowedTrial], None]) -> None:
@@ -40,10 +40,10 @@ class Jobs:
 
     def start(self) -> None:
         """Read what is there, and begin to look after the jobs."""
-        self._looks.attempt(self._relay.take_over)
-        self._looks.attempt(self._scan.look)
+        self._poll_retry.call(self._manager.take_over)
+        self._poll_retry.call(self._scan.poll)
         self._follower.start()
-        self._polls.start()
+        self._poll_thread.start()
         self._sender.start()
 
     def request(self, config: TrialConfig) -> FollowedTrial:
@@ -51,17 +51,17 @@ class Jobs:
         return self._scan.request(config)
 
     def give_up(self, trial: FollowedTrial) -> None:
-        self._given_up.append(trial)
-        self._tell_given_up()
+        self._giving_up.append(trial)
+        self._stop_given_up()
 
     def wait(self) -> set[str]:
         """Go through one round; the names of the trials with news. Raises GivenUp as the follower does."""
         if self._requested:  # now that all are known that can start, so that they go to the cluster together
             self._requested = False
-            self._polls.wake()
-        self._scan.changed.wait(min(self._scan.until_due(), LONGEST_ROUND))
-        self._looks.attempt(self._scan.look)
-        self._tell_given_up()
+            self._poll_thread.wake()
+        self._scan.changed.wait(min(self._scan.seconds_until_due(), LONGEST_ROUND))
+        self._poll_retry.call(self._scan.poll)
+        self._stop_given_up()
         self._follower.check()
         news, self._news = self._news, set()
         return news
@@ -73,23 +73,23 @@ class Jobs:
 
     def stop(self) -> None:
         """Stop looking after the jobs, and showing."""
-        self._polls.end()
+        self._poll_thread.end()
         self._follower.stop()
 
     def interrupt(self) -> None:
         """End the jobs so that their trials can be continued; what they record until then is seen."""
-        self._relay.interrupt()
+        self._manager.interrupt()
 
     def finish(self, patience: float = 60.0) -> bool:
         """Send away jobs that wait, and the last news to MLflow; False if that could not be done in time."""
         with suppress(OSError):
-            self._relay.dismiss()
+            self._manager.release_idle()
         return self._sender.finish(patience)
 
     def _note(self, trial: FollowedTrial) -> None:
         self._news.add(trial.name)
 
-    def _tell_given_up(self) -> None:
+    def _stop_given_up(self) -> None:
         """Leave the word to end in the folders; on a full disk it is tried again in the next round."""
-        told = [trial for trial in self._given_up if self._words.attempt(lambda: trial.stop(StopReason.SEARCH))]  # noqa: B023
-        self._given_up = [trial for trial in self._given_up if trial not in told]
+        stopped = [trial for trial in self._giving_up if self._stop_retry.call(lambda: trial.stop(StopReason.SEARCH))]  # noqa: B023
+        self._giving_up = [trial for trial in self._giving_up if trial not in stopped]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.folder import End, JobState, State, TrialFolder
-from cluster.relay import Relay
+from cluster.job_manager import JobManager
 from lorvp.errors import UserError
 from sweeps import lock
 from sweeps.spec.model import Spec
@@ -23,14 +23,14 @@ DRIVER_JOB = "driver.json"
 POLL_SECONDS = 0.5
 
 
-def table(spec: Spec, relay: Relay) -> Table:
+def table(spec: Spec, manager: JobManager) -> Table:
     """Every trial: its job, where that is, how far it is, for how long, and why it failed or waits."""
     trials = TrialFolder.requested(spec.trials)
     jobs = {trial.name: job["id"] for trial in trials if (job := trial.job())}
     driver_job = detached_driver(spec.folder)
     shown = Table(title=f"sweep {spec.name}", title_justify="left", box=None, caption_justify="left")
     try:
-        states = relay.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
+        states = manager.cluster.states([*jobs.values(), *([driver_job] if driver_job else [])])
         shown.caption = _driver(lock.holder(spec.folder), driver_job, states)
     except OSError as error:
         states = dict.fromkeys(jobs.values(), JobState("UNKNOWN", str(error)))
@@ -78,7 +78,7 @@ def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
 
 def _times(trial: TrialFolder) -> tuple[str, str]:
     """How long its last job was in the queue, and how long it has been running, or ran."""
-    asked_at, attempt, now = trial.asked_at(), trial.newest(), time.time()
+    asked_at, attempt, now = trial.submitted_at(), trial.newest(), time.time()
     if asked_at is None:
         return "", ""
     if attempt is None or attempt.started() < asked_at:
@@ -97,11 +97,11 @@ def follow(spec: Spec, name: str, console: Console) -> None:
     Raises UserError when there is no such trial, or more than one.
     """
     trials = TrialFolder.requested(spec.trials)
-    found = [trial for trial in trials if trial.name.startswith(name)]
-    if len(found) != 1:
-        choice = ", ".join(trial.name for trial in (found or trials)[:5])
-        raise UserError(f"{spec.folder}: {len(found)} trials are called {name}...; there is {choice or 'none yet'}")
-    (trial,) = found
+    matching = [trial for trial in trials if trial.name.startswith(name)]
+    if len(matching) != 1:
+        choice = ", ".join(trial.name for trial in (matching or trials)[:5])
+        raise UserError(f"{spec.folder}: {len(matching)} trials are called {name}...; there is {choice or 'none yet'}")
+    (trial,) = matching
     shown, position = "", 0
     with suppress(KeyboardInterrupt):
         while True:
@@ -121,16 +121,16 @@ def follow(spec: Spec, name: str, console: Console) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
+def cancel(spec: Spec, manager: JobManager, patience: float = 120.0) -> int:
     """Ends the sweep's driver, if there is one, and every job; how many trials are left unfinished.
 
     Raises UserError for a driver on another machine that is no job, and where the cluster does not answer.
     """
     driver_job, driver = detached_driver(spec.folder), lock.holder(spec.folder)
     try:
-        state = relay.cluster.states([driver_job]).get(driver_job) if driver_job else None
+        state = manager.cluster.states([driver_job]).get(driver_job) if driver_job else None
         if driver_job and state is not None and state.alive:
-            relay.cluster.cancel([driver_job])
+            manager.cluster.cancel([driver_job])
         elif driver is not None and driver.lives_here():
             os.kill(driver.process, signal.SIGINT)
         elif driver is not None:
@@ -140,7 +140,7 @@ def cancel(spec: Spec, relay: Relay, patience: float = 120.0) -> int:
     deadline = time.monotonic() + patience
     while lock.holder(spec.folder) and time.monotonic() < deadline:
         time.sleep(0.2)
-    last = Relay(spec.trials, relay.cluster)  # which knows what the driver asked for until its end
+    last = JobManager(spec.trials, manager.cluster)  # which knows what the driver asked for until its end
     with suppress(OSError):  # the controller is away; what is noted is told to stop all the same
         last.adopt()
     last.interrupt()

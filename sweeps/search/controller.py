@@ -148,7 +148,7 @@ class GuardedScheduler(FIFOScheduler):
 
 
 @dataclass
-class Asked:
+class Decisions:
     """What a scheduler was asked of one config."""
 
     trial: Trial | None
@@ -166,11 +166,11 @@ class OncePerConfig(FIFOScheduler):
     def __init__(self, scheduler: TrialScheduler) -> None:
         super().__init__()
         self._scheduler = scheduler
-        self._asked: dict[str, Asked] = {}
+        self._decisions: dict[str, Decisions] = {}
 
-    def _of(self, trial: Trial) -> Asked:
+    def _decisions_of(self, trial: Trial) -> Decisions:
         actor: Any = trial.temporary_state.ray_actor
-        return self._asked.setdefault(actor.recorded.name, Asked(trial))
+        return self._decisions.setdefault(actor.recorded.name, Decisions(trial))
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self._scheduler.on_trial_add(tune_controller, trial)
@@ -179,15 +179,17 @@ class OncePerConfig(FIFOScheduler):
         self._scheduler.on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
-        asked, epoch = self._of(trial), result["epoch"]
-        if epoch not in asked.answers:
-            asked.answers[epoch] = self._scheduler.on_trial_result(tune_controller, asked.trial or trial, result)
-        return asked.answers[epoch]
+        decisions, epoch = self._decisions_of(trial), result["epoch"]
+        if epoch not in decisions.answers:
+            decisions.answers[epoch] = self._scheduler.on_trial_result(
+                tune_controller, decisions.trial or trial, result
+            )
+        return decisions.answers[epoch]
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
-        asked = self._of(trial)
-        if asked.trial:
-            first, asked.trial = asked.trial, None
+        decisions = self._decisions_of(trial)
+        if decisions.trial:
+            first, decisions.trial = decisions.trial, None
             self._scheduler.on_trial_complete(tune_controller, first, result)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -217,7 +219,7 @@ class Actors:
                 return False
             for name in self._trials.wait():
                 for actor in list(self._followers.get(name, ())):
-                    self._answer(actor)
+                    self._deliver(actor)
         *_, event = heapq.heappop(self._events)
         event()
         return True
@@ -234,11 +236,11 @@ class Actors:
         try:
             trial = make()
         except TrialFailed as error:
-            self._happen(AT_ONCE, actor, partial(on_error, actor, error))
+            self._schedule_event(AT_ONCE, actor, partial(on_error, actor, error))
         else:
             self._live_actors_to_ray_actors_resources[actor] = trial, None
             self._followers[trial.recorded.name].add(actor)
-            self._happen(AT_ONCE, actor, partial(on_start, actor))
+            self._schedule_event(AT_ONCE, actor, partial(on_start, actor))
         return actor
 
     def schedule_actor_task(
@@ -258,7 +260,7 @@ class Actors:
             assert on_result is not None
             assert on_error is not None
             self._training[tracked_actor] = on_result, on_error
-            self._answer(tracked_actor)
+            self._deliver(tracked_actor)
 
     def remove_actor(self, tracked_actor: TrackedActor, kill: bool = False, stop_future: object = None) -> bool:
         """Forget an actor; whether it lived."""
@@ -270,7 +272,7 @@ class Actors:
         if not self._followers[name]:
             del self._followers[name]
         if tracked_actor._on_stop:
-            self._happen(AT_ONCE, tracked_actor, partial(tracked_actor._on_stop, tracked_actor))
+            self._schedule_event(AT_ONCE, tracked_actor, partial(tracked_actor._on_stop, tracked_actor))
         return True
 
     def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:
@@ -298,7 +300,7 @@ class Actors:
     def num_actor_tasks(self) -> int:
         return len(self._training)
 
-    def _answer(self, actor: TrackedActor) -> None:
+    def _deliver(self, actor: TrackedActor) -> None:
         """Have Tune told the next epoch of an actor that it lets train, if there is one."""
         if actor not in self._training:
             return
@@ -308,13 +310,13 @@ class Actors:
             result = trial.next_result()
         except TrialFailed as error:
             self._training.pop(actor)
-            self._happen(AT_ONCE, actor, partial(on_error, actor, error))
+            self._schedule_event(AT_ONCE, actor, partial(on_error, actor, error))
             return
         if result is not None:
             self._training.pop(actor)
-            self._happen(result["time"], actor, partial(on_result, actor, result))
+            self._schedule_event(result["time"], actor, partial(on_result, actor, result))
 
-    def _happen(self, time: float, actor: TrackedActor, event: Callable[[], None]) -> None:
+    def _schedule_event(self, time: float, actor: TrackedActor, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), actor, event))
 
 
@@ -367,16 +369,16 @@ class SweepController(TuneController):
 
     def _schedule_trial_actor(self, trial: Trial) -> None:
         def make() -> TuneTrial:
-            found = self._failure.guard(lambda: self._follow(trial.config), None)
-            if found is None:
+            tune_trial = self._failure.guard(lambda: self._make_tune_trial(trial.config), None)
+            if tune_trial is None:
                 raise TrialFailed("it was not asked for")
-            return found
+            return tune_trial
 
         actor = self._actor_manager.start(make, self._actor_started, self._actor_stopped, self._actor_failed)
         self._trial_to_actor[trial] = actor
         self._actor_to_trial[actor] = trial
 
-    def _follow(self, params: dict[str, Scalar]) -> TuneTrial | None:
+    def _make_tune_trial(self, params: dict[str, Scalar]) -> TuneTrial | None:
         try:
             return TuneTrial(self._spec, params, self._trials_of_sweep)
         except TrialFailed as error:

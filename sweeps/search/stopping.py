@@ -12,38 +12,36 @@ from sweeps.search.tune_trial import SCORE
 from sweeps.spec.model import Scalar, Spec
 
 
-class ShareScheduler(FIFOScheduler):
+class ArmScheduler(FIFOScheduler):
     """Early stopping that compares a trial with those of its own share only, so that none stops all of another."""
 
-    def __init__(self, axis: str, shares: dict[Scalar, TrialScheduler]) -> None:
+    def __init__(self, axis: str, arms: dict[Scalar, TrialScheduler]) -> None:
         super().__init__()
-        self._axis, self._shares = axis, shares
+        self._axis, self._arms = axis, arms
 
-    def _share(self, trial: Trial) -> TrialScheduler:
-        return self._shares[trial.config[self._axis]]
+    def _arm(self, trial: Trial) -> TrialScheduler:
+        return self._arms[trial.config[self._axis]]
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
-        self._share(trial).on_trial_add(controller, trial)
+        self._arm(trial).on_trial_add(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
-        self._share(trial).on_trial_error(controller, trial)
+        self._arm(trial).on_trial_error(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return self._share(trial).on_trial_result(controller, trial, result)
+        return self._arm(trial).on_trial_result(controller, trial, result)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._share(trial).on_trial_complete(controller, trial, result)
+        self._arm(trial).on_trial_complete(controller, trial, result)
 
     def on_trial_remove(self, controller: Any, trial: Trial) -> None:
-        self._share(trial).on_trial_remove(controller, trial)
+        self._arm(trial).on_trial_remove(controller, trial)
 
 
 def make_scheduler(spec: Spec) -> TrialScheduler:
     """Tune's early stopping by epochs, on the score."""
     if spec.search.equal:
-        return ShareScheduler(
-            spec.search.equal, {value: make_scheduler(share) for value, share in spec.shares().items()}
-        )
+        return ArmScheduler(spec.search.equal, {value: make_scheduler(arm) for value, arm in spec.arms().items()})
     rule = spec.early_stopping
     if rule.rule == "asha":
         return ASHAScheduler(

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from sweeps.search.tune_trial import SCORE, Recorded
+from sweeps.search.tune_trial import SCORE, RecordedTrial
 from sweeps.spec.model import Scalar, Spec, Stage, active
 
 
@@ -42,12 +42,12 @@ class Suggestions:
         """Write down the next point, after whatever a full disk or a killed driver has torn. Raises OSError."""
         with open(self.path, "ab+") as file:
             file.seek(0)
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
             file.write((json.dumps(params) + "\n").encode())
 
 
-class Spent:
+class ArmSeconds:
     """Seconds that the search's epochs have taken until now, by the shares of the spec; the control's are left out."""
 
     def __init__(self, spec: Spec) -> None:
@@ -56,14 +56,14 @@ class Spent:
         self._seconds: defaultdict[Scalar, float] = defaultdict(float)
         self._counted: dict[str, int] = {}  # epochs of each open trial
 
-    def note(self, trial: Recorded) -> None:
+    def note(self, trial: RecordedTrial) -> None:
         """Count what a trial has recorded since it was last noted."""
         config = trial.config
         if trial.name in self._controls or self._spec.stage(config) != Stage.SEARCH:
             return
         results = trial.results()
         new = results[self._counted.get(trial.name, 0) :]
-        self._seconds[self._spec.share(config)] += sum(result["seconds"] for result in new)
+        self._seconds[self._spec.arm(config)] += sum(result["seconds"] for result in new)
         self._counted[trial.name] = len(results)
         if trial.ended():
             del self._counted[trial.name]
@@ -84,62 +84,62 @@ class SpecSearch(Searcher):
     def __init__(
         self,
         spec: Spec,
-        again: Sequence[dict[str, Scalar]] = (),
+        points: Sequence[dict[str, Scalar]] = (),
         spent: Callable[[], Mapping[Scalar, float]] = dict,
     ) -> None:
         super().__init__(SCORE, spec.mode)
         equal = spec.search.equal
         self._seconds, self._spent = spec.search.seconds, spent
-        self._again = deque(point[equal] if equal else None for point in again)
-        self._taken: Counter[Scalar] = Counter()
-        self._share_of: dict[str, OptunaSearch] = {}
-        self._shares = {
-            value: _optuna_search(share, [point for point in again if not equal or point[equal] == value])
-            for value, share in spec.shares().items()
+        self._repeated = deque(point[equal] if equal else None for point in points)
+        self._suggested: Counter[Scalar] = Counter()
+        self._arm_of_trial: dict[str, OptunaSearch] = {}
+        self._arms = {
+            value: _optuna_search(arm, [point for point in points if not equal or point[equal] == value])
+            for value, arm in spec.arms().items()
         }
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Tune's FINISHED is a text
-        if self._again:
-            value = self._again.popleft()
+        if self._repeated:
+            value = self._repeated.popleft()
         else:
             spent = self._spent() if self._seconds else {}
-            open_values = [value for value in self._shares if spent.get(value, 0.0) < (self._seconds or math.inf)]
+            open_values = [value for value in self._arms if spent.get(value, 0.0) < (self._seconds or math.inf)]
             if not open_values:
                 return Searcher.FINISHED
-            value = min(open_values, key=self._taken.__getitem__)
-        self._taken[value] += 1
-        self._share_of[trial_id] = self._shares[value]
-        return self._shares[value].suggest(trial_id)
+            value = min(open_values, key=self._suggested.__getitem__)
+        self._suggested[value] += 1
+        self._arm_of_trial[trial_id] = self._arms[value]
+        return self._arms[value].suggest(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: a sampler learns from what a trial came to. Epochs are for a pruner, and Optuna has none here."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        share = self._share_of.pop(trial_id)
-        share.on_trial_complete(trial_id, result, error)
-        del share._ot_trials[trial_id]  # the study has what it learns from; this is 2 KiB more
-        share._completed_trials.discard(trial_id)
+        arm = self._arm_of_trial.pop(trial_id)
+        arm.on_trial_complete(trial_id, result, error)
+        del arm._ot_trials[trial_id]  # the study has what it learns from; this is 2 KiB more
+        arm._completed_trials.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a sweep is resumed from its own files."""
 
 
-def _optuna_search(spec: Spec, again: list[dict[str, Scalar]]) -> OptunaSearch:
+def _optuna_search(spec: Spec, points: list[dict[str, Scalar]]) -> OptunaSearch:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # a sampler that starts over would suggest its first points a second time
-        sampler = make_sampler(spec, spec.search.seed + len(again))
-    return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=again, sampler=sampler)
+        sampler = make_sampler(spec, spec.search.seed + len(points))
+    return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=points, sampler=sampler)
 
 
 class RecordingSearch(SpecSearch):
     """Writes down what it suggests, before anything comes of it."""
 
     def __init__(self, spec: Spec, suggestions: Suggestions, spent: Callable[[], Mapping[Scalar, float]]) -> None:
-        again = suggestions.read()
+        points = suggestions.read()
         self._suggestions = suggestions
-        self._to_repeat = len(again)
-        super().__init__(spec, again, spent)
+        self._to_repeat = len(points)
+        super().__init__(spec, points, spent)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         params = super().suggest(trial_id)

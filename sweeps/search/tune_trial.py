@@ -18,7 +18,7 @@ SCORE = "score"
 NOT_VALID = "no trial is possible at"
 
 
-class Recorded(Protocol):
+class RecordedTrial(Protocol):
     """What a trial has recorded until now: a folder on the disk, or a trial of a replay."""
 
     @property
@@ -32,7 +32,7 @@ class Recorded(Protocol):
     def ended(self) -> End | None: ...
 
 
-R = TypeVar("R", bound=Recorded)
+R = TypeVar("R", bound=RecordedTrial)
 
 
 class Trials(Protocol[R]):
@@ -64,7 +64,7 @@ class TuneTrial:
         self.recorded = trials.request(config)
         self._objective = spec.objective
         self._better = max if spec.mode == "max" else min
-        self._handed_on = 0
+        self._delivered = 0
         self._score: float | None = None
 
     def next_result(self) -> dict[str, Any] | None:
@@ -74,24 +74,24 @@ class TuneTrial:
         failed, or ended before its first epoch.
         """
         results, end = self.recorded.results(), self.recorded.ended()
-        if len(results) > self._handed_on:
-            result = results[self._handed_on]
+        if len(results) > self._delivered:
+            result = results[self._delivered]
             value = result[self._objective]
-            if self._handed_on and result["whole"] != results[self._handed_on - 1]["whole"]:
+            if self._delivered and result["whole"] != results[self._delivered - 1]["whole"]:
                 self._score = None  # what a rung gave is no figure of the trial
             self._score = value if self._score is None else self._better(self._score, value)
-            self._handed_on += 1
-            return self._told(result["epoch"], result["time"], self._handed_on == self.recorded.config.epochs)
+            self._delivered += 1
+            return self._tune_result(result["epoch"], result["time"], self._delivered == self.recorded.config.epochs)
         if end is None:
             return None
         if end.state == State.FAILED or self._score is None:
             raise TrialFailed(end.reason or f"{end.state} before its first epoch")
-        return self._told(self._handed_on, results[-1]["time"] if results else 0.0, done=True)
+        return self._tune_result(self._delivered, results[-1]["time"] if results else 0.0, done=True)
 
-    def _told(self, epoch: int, time: float, done: bool) -> dict[str, Any]:
+    def _tune_result(self, epoch: int, time: float, done: bool) -> dict[str, Any]:
         return {"epoch": epoch, SCORE: self._score, "training_iteration": epoch, "time": time, "done": done}
 
     @property
     def unfinished(self) -> bool:
         """Whether its job has epochs left to train."""
-        return self._handed_on < self.recorded.config.epochs and self.recorded.ended() is None
+        return self._delivered < self.recorded.config.epochs and self.recorded.ended() is None

@@ -17,8 +17,8 @@ from cluster import profile as profiles
 from cluster.folder import State
 from lorvp.errors import UserError
 from lorvp.utils import cli
-from sweeps.simulate.curves import Curves, Family, Recorded
-from sweeps.simulate.replay import Outcome, Place, replay
+from sweeps.simulate.curves import AssumedCurves, Curves, RecordedCurves
+from sweeps.simulate.replay import Place, ReplayResult, replay
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 
@@ -55,9 +55,11 @@ def main(
             raise UserError(f"{option} {value}: must be seconds")
     if epoch_seconds is not None and not 0 < epoch_seconds < math.inf:
         raise UserError(f"--epoch-seconds {epoch_seconds:g}: must be above 0")
-    known = Recorded(curves, spec, epoch_seconds) if curves else Family(spec, epoch_seconds or 60, seed)
+    learning_curves = (
+        RecordedCurves(curves, spec, epoch_seconds) if curves else AssumedCurves(spec, epoch_seconds or 60, seed)
+    )
     place = Place(profiles.load(spec.cluster), gpus, submission_delay, start_up, failure_rate)
-    show(replay(spec, known, place, seed), spec, known, place)
+    show(replay(spec, learning_curves, place, seed), spec, learning_curves, place)
 
 
 def estimate(spec: Spec) -> str:
@@ -80,17 +82,17 @@ def estimate(spec: Spec) -> str:
     threads = cores // jobs if local else min(cores, profile.cpus_per_gpu * profile.gpus)
     measured = calibrate(spec.trial_config(spec.example()), max(1, threads))
     gpus = min(jobs, torch.cuda.device_count() or jobs) if local else jobs * profile.gpus
-    curves = Family(spec, measured.epoch_seconds, seed=0)
-    outcome = replay(spec, curves, Place(profile, gpus, start_up=import_seconds + measured.load_seconds))
-    makespan = timedelta(seconds=round(outcome.makespan))
+    curves = AssumedCurves(spec, measured.epoch_seconds, seed=0)
+    result = replay(spec, curves, Place(profile, gpus, start_up=import_seconds + measured.load_seconds))
+    makespan = timedelta(seconds=round(result.makespan))
     return (
-        f"estimate: {outcome.gpu_seconds / 3600:.3g} GPU-hours; started now, it ends in {makespan}, at "
+        f"estimate: {result.gpu_seconds / 3600:.3g} GPU-hours; started now, it ends in {makespan}, at "
         f"{datetime.now() + makespan:%Y-%m-%d %H:%M}: by {measured.steps} steps on this machine's {measured.device}, "
         f"{measured.epoch_seconds:.3g} s an epoch, assumed learning curves, {gpus // profile.gpus} jobs at once"
     )
 
 
-def show(outcome: Outcome, spec: Spec, curves: Curves, place: Place) -> None:
+def show(result: ReplayResult, spec: Spec, curves: Curves, place: Place) -> None:
     """Prints what the replay came to."""
     jobs = place.profile.jobs_in_flight or spec.search.concurrent
     rule = spec.early_stopping.rule
@@ -100,41 +102,41 @@ def show(outcome: Outcome, spec: Spec, curves: Curves, place: Place) -> None:
         highlight=False,
     )
     console.print(curves.describe(), highlight=False, markup=False)
-    for name, value in figures(outcome, spec.confirm is not None).items():
+    for name, value in summary(result, spec.confirm is not None).items():
         console.print(f"{name + ':':17}{value}", highlight=False)
-    if outcome.given_up:
-        console.print(f"given up: {outcome.given_up}", style="red", highlight=False)
-    if outcome.best:
-        console.print(best_table(outcome, spec.objective))
+    if result.given_up:
+        console.print(f"given up: {result.given_up}", style="red", highlight=False)
+    if result.best:
+        console.print(best_table(result, spec.objective))
 
 
-def figures(outcome: Outcome, confirmed: bool = False) -> dict[str, str]:
+def summary(result: ReplayResult, confirmed: bool = False) -> dict[str, str]:
     """The outcome in words, by name."""
-    ended = {state: outcome.states.count(state) for state in State}
+    ended = {state: result.states.count(state) for state in State}
     trials = f"{ended[State.FINISHED]} finished, {ended[State.STOPPED]} stopped early, {ended[State.FAILED]} failed"
-    shown = {"trials": f"{len(outcome.states)} with the control{' and the confirmation' * confirmed}: {trials}"}
-    if outcome.repeated:
-        shown["asked for again"] = f"{outcome.repeated} points of the space, each the config of an earlier trial"
-    if outcome.invalid:
-        shown["not valid"] = f"{outcome.invalid} points of the space"
-    if outcome.beyond_curve:
-        shown["short curves"] = f"{outcome.beyond_curve} trials went on with the last value of their curve"
-    return shown | {
-        "failed starts": str(outcome.failed_starts),
-        "GPU-hours": f"{outcome.gpu_seconds / 3600:.4g}",
-        "makespan": str(timedelta(seconds=round(outcome.makespan))),
-        "utilisation": f"{100 * outcome.utilisation:.1f} % of {outcome.gpus} GPUs x makespan trained",
+    lines = {"trials": f"{len(result.states)} with the control{' and the confirmation' * confirmed}: {trials}"}
+    if result.repeated:
+        lines["asked for again"] = f"{result.repeated} points of the space, each the config of an earlier trial"
+    if result.invalid:
+        lines["not valid"] = f"{result.invalid} points of the space"
+    if result.beyond_curve:
+        lines["short curves"] = f"{result.beyond_curve} trials went on with the last value of their curve"
+    return lines | {
+        "failed starts": str(result.failed_starts),
+        "GPU-hours": f"{result.gpu_seconds / 3600:.4g}",
+        "makespan": str(timedelta(seconds=round(result.makespan))),
+        "utilisation": f"{100 * result.utilisation:.1f} % of {result.gpus} GPUs x makespan trained",
     }
 
 
-def best_table(outcome: Outcome, objective: str) -> Table:
+def best_table(result: ReplayResult, objective: str) -> Table:
     """The best value against GPU-seconds, from the first epoch on, in equal ratios."""
     table = Table(box=None)
     table.add_column("GPU-seconds", justify="right")
     table.add_column(f"best {objective} so far", justify="right")
-    first, last = outcome.best[0][0], outcome.gpu_seconds
+    first, last = result.best[0][0], result.gpu_seconds
     for gpu_seconds in [first, *np.geomspace(first, last, ROWS)[1:-1], last] if first < last else [last]:
-        table.add_row(f"{gpu_seconds:.0f}", f"{outcome.best_after(gpu_seconds):.4g}")
+        table.add_row(f"{gpu_seconds:.0f}", f"{result.best_after(gpu_seconds):.4g}")
     return table
 
 

@@ -33,14 +33,14 @@ class Curve:
 class Curves(Protocol):
     """Where a replay takes its learning curves from."""
 
-    def of(self, config: TrialConfig, control: bool) -> Curve:
+    def curve(self, config: TrialConfig, control: bool) -> Curve:
         """The curve of `config`, as long as its epochs."""
 
     def describe(self) -> str:
         """What they are, in words."""
 
 
-class Recorded:
+class RecordedCurves:
     """The curves in the `results.parquet` of a sweep with the same axes (`Leaderboard.write_parquet`).
 
     A trial takes the curve of the nearest recorded one; the control takes a recorded control's, if there is any.
@@ -70,7 +70,7 @@ class Recorded:
         if False not in self._groups:
             raise UserError(f"{path}: holds no trial but the control's; it must be the results.parquet of a search")
 
-    def of(self, config: TrialConfig, control: bool) -> Curve:
+    def curve(self, config: TrialConfig, control: bool) -> Curve:
         points, curves = self._groups.get(control) or self._groups[False]
         own = self._point(list(on_axes(config, self._spec).values()))
         apart = points - own
@@ -138,7 +138,7 @@ def _read(path: Path, spec: Spec) -> list[dict[str, Any]]:
     return table.select(columns).to_pylist()
 
 
-class Family:
+class AssumedCurves:
     """Curves that rise exponentially to a ceiling: epoch e of E gives ceiling * (1 - exp(-e / (0.2 E))) % top-1.
 
     The ceiling is 90 %, less 10 points times the square of how many decades each learning rate of the space (an axis
@@ -152,7 +152,7 @@ class Family:
         self._epoch_seconds = epoch_seconds
         self._seed = seed
 
-    def of(self, config: TrialConfig, control: bool) -> Curve:
+    def curve(self, config: TrialConfig, control: bool) -> Curve:
         ceiling = CEILING
         for name, value in on_axes(config, self._spec).items():
             axis = self._spec.space[name]

@@ -28,7 +28,7 @@ from lorvp.errors import UserError
 from sweeps.run.follow import GivenUp
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
-from sweeps.search.suggest import SpecSearch, Spent
+from sweeps.search.suggest import ArmSeconds, SpecSearch
 from sweeps.simulate.curves import Curve, Curves
 from sweeps.spec.model import Spec, Stage
 
@@ -51,7 +51,7 @@ class Place:
 
     @property
     def starts(self) -> int:
-        """How often a trial may be started before it has failed for good, as `cluster.relay` counts failed nodes."""
+        """How often a trial may be started before it has failed for good, as `cluster.job_manager` counts."""
         return 1 + self.profile.requeues if self.profile.kind == "slurm" else LocalCluster.max_submissions
 
     @property
@@ -61,7 +61,7 @@ class Place:
 
 
 @dataclass
-class Outcome:
+class ReplayResult:
     """What a replay came to. Times in seconds; GPU-seconds are those that jobs had a GPU for."""
 
     gpus: int
@@ -88,7 +88,7 @@ class Outcome:
 
     def best_after(self, gpu_seconds: float) -> float:
         """The best value after so many GPU-seconds, which are at least those of the first."""
-        return self.best[bisect_right(self.best, gpu_seconds, key=lambda found: found[0]) - 1][1]
+        return self.best[bisect_right(self.best, gpu_seconds, key=lambda point: point[0]) - 1][1]
 
 
 @dataclass(eq=False)
@@ -131,7 +131,7 @@ class Job:
     """When it began, or went on with, its trial's next epoch."""
 
 
-def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> Outcome:
+def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> ReplayResult:
     """What the sweep comes to when each trial takes its epochs from `curves`, the same for the same `seed`.
 
     As in the sweep itself: the control is asked for first; Tune asks for `search.concurrent` trials at a time and
@@ -154,9 +154,9 @@ class _Replay:
         self.spec = spec
         self.curves = curves
         self.place = place
-        self.spent = Spent(spec)
+        self.spent = ArmSeconds(spec)
         self.random = random.Random(seed)
-        self.outcome = Outcome(place.gpus)
+        self.result = ReplayResult(place.gpus)
         self.better = max if spec.mode == "max" else min
         self.total = spec.number_of_trials() + len(spec.control_configs())
         self.trials: dict[str, Trial] = {}
@@ -171,30 +171,30 @@ class _Replay:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()  # of events at the same time
 
-    def run(self) -> Outcome:
+    def run(self) -> ReplayResult:
         try:
             for config in self.spec.control_configs():
-                self.ask(config, control=True)
+                self.add_trial(config, control=True)
             self.search()
-            self.go_on()
+            self.run_to_end()
             if self.spec.confirm:
                 self.confirm()
-                self.go_on()
+                self.run_to_end()
         except GivenUp as reason:
-            self.outcome.given_up = str(reason)
-        self.outcome.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
-        return self.outcome
+            self.result.given_up = str(reason)
+        self.result.beyond_curve = sum(trial.epochs > trial.curve.known for trial in self.trials.values())
+        return self.result
 
     def search(self) -> None:
         def count_invalid(line: str) -> None:
-            self.outcome.invalid += 1
+            self.result.invalid += 1
 
         failure, searcher = Failure(), SpecSearch(self.spec, spent=self.spent)
         SweepController(self.spec, searcher, make_scheduler(self.spec), self, failure, count_invalid).run()
         if failure.error:
             raise failure.error
 
-    def go_on(self) -> None:
+    def run_to_end(self) -> None:
         """Until nothing more happens."""
         self.fill()
         while self.events:
@@ -206,20 +206,20 @@ class _Replay:
         finished = [trial for trial in self.trials.values() if trial.state == State.FINISHED]
         finished.sort(key=lambda trial: self.better(trial.curve.values), reverse=self.spec.mode == "max")
         best = [trial for trial in finished if trial.control][:1]
-        for value in self.spec.shares():
-            of_value = [t for t in finished if not t.control and self.spec.share(t.config) == value]
-            best += of_value[: self.spec.top]
+        for value in self.spec.arms():
+            of_arm = [t for t in finished if not t.control and self.spec.arm(t.config) == value]
+            best += of_arm[: self.spec.top]
         for trial in best:
             for seed in self.spec.seeds:
-                self.ask(self.spec.confirmed(trial.config, seed), trial.control)
+                self.add_trial(self.spec.confirmed(trial.config, seed), trial.control)
 
-    def at(self, time: float, event: Callable[[], None]) -> None:
+    def schedule(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self.events, (time, next(self.order), event))
 
     def step(self) -> None:
         """The next event. Raises GivenUp where too many trials failed at the start."""
         then, _, event = heapq.heappop(self.events)
-        self.outcome.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
+        self.result.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
         self.now = then
         event()
 
@@ -233,14 +233,14 @@ class _Replay:
             if trial.state is None:
                 trial.job = Job(trial)
                 self.jobs += 1
-                self.at(self.now + self.place.submission_delay, partial(self.queue.append, trial.job))
+                self.schedule(self.now + self.place.submission_delay, partial(self.queue.append, trial.job))
         while self.queue and self.free_gpus >= self.place.profile.gpus:
             self.start(self.queue.popleft())
 
-    def ask(self, config: TrialConfig, control: bool = False) -> Trial:
+    def add_trial(self, config: TrialConfig, control: bool = False) -> Trial:
         name = config.content_hash()
         if name not in self.trials:
-            self.trials[name] = Trial(config, name, control, self.curves.of(config, control))
+            self.trials[name] = Trial(config, name, control, self.curves.curve(config, control))
             self.unsubmitted.append(self.trials[name])
         return self.trials[name]
 
@@ -248,8 +248,8 @@ class _Replay:
 
     def request(self, config: TrialConfig) -> Trial:
         before = len(self.trials)
-        trial = self.ask(config)
-        self.outcome.repeated += len(self.trials) == before
+        trial = self.add_trial(config)
+        self.result.repeated += len(self.trials) == before
         return trial
 
     def give_up(self, trial: Trial) -> None:
@@ -274,13 +274,13 @@ class _Replay:
         job.started = self.now
         job.ends = self.now + place.time_limit
         if self.random.random() < place.failure_rate:
-            whole = place.start_up + sum(trial.curve.seconds[trial.epochs :]) - trial.part
-            failure = self.now + self.random.random() * whole
+            remaining = place.start_up + sum(trial.curve.seconds[trial.epochs :]) - trial.part
+            failure = self.now + self.random.random() * remaining
             job.fails = failure < job.ends
             job.ends = min(failure, job.ends)
         trial.starts += 1
         ready = self.now + place.start_up
-        self.at(min(ready, job.ends), partial(self.train if ready <= job.ends else self.interrupt, job, trial))
+        self.schedule(min(ready, job.ends), partial(self.train if ready <= job.ends else self.interrupt, job, trial))
 
     def train(self, job: Job, trial: Trial) -> None:
         """Begins the next epoch, or goes on with it."""
@@ -288,17 +288,17 @@ class _Replay:
             return
         job.training_since = self.now
         end = self.now + trial.curve.seconds[trial.epochs] - trial.part
-        self.at(min(end, job.ends), partial(self.record if end <= job.ends else self.interrupt, job, trial))
+        self.schedule(min(end, job.ends), partial(self.record if end <= job.ends else self.interrupt, job, trial))
 
     def record(self, job: Job, trial: Trial) -> None:
         """The end of an epoch."""
         if trial.state is not None:
             return
-        value, best = trial.curve.values[trial.epochs], self.outcome.best
-        self.outcome.training_seconds += self.place.profile.gpus * trial.curve.seconds[trial.epochs]
+        value, best = trial.curve.values[trial.epochs], self.result.best
+        self.result.training_seconds += self.place.profile.gpus * trial.curve.seconds[trial.epochs]
         searched = not trial.control and self.spec.stage(trial.config) == Stage.SEARCH
         if searched and (not best or self.better(value, best[-1][1]) != best[-1][1]):
-            best.append((self.outcome.gpu_seconds, value))
+            best.append((self.result.gpu_seconds, value))
         result = {"epoch": trial.epochs + 1, self.spec.objective: value, "seconds": trial.curve.seconds[trial.epochs]}
         trial.recorded.append(result | {"time": self.now, "whole": True})
         trial.part = 0.0
@@ -306,17 +306,17 @@ class _Replay:
         if trial.epochs == trial.config.epochs:
             self.end(trial, State.FINISHED)
         else:
-            self.at(self.now, partial(self.train, job, trial))
+            self.schedule(self.now, partial(self.train, job, trial))
 
     def interrupt(self, job: Job, trial: Trial) -> None:
         """The end of a job that its trial outlives: a failure, or the time limit, before which a checkpoint is made."""
         if trial.state is not None:
             return
         if job.fails:
-            self.outcome.failed_starts += 1
+            self.result.failed_starts += 1
         elif job.training_since is not None:
             trial.part += self.now - job.training_since
-        self.leave(job)
+        self.release(job)
         if trial.starts < self.place.starts:
             self.unsubmitted.appendleft(trial)
         else:
@@ -324,9 +324,9 @@ class _Replay:
 
     def end(self, trial: Trial, state: State) -> None:
         trial.state = state
-        states = self.outcome.states
+        states = self.result.states
         states.append(state)
-        self.outcome.makespan = self.now
+        self.result.makespan = self.now
         if trial.job is not None and trial.job.started is not None:
             self.idle.append(trial.job)
         elif trial.job is not None:  # it waits for its start, and is cancelled
@@ -352,9 +352,9 @@ class _Replay:
                     trial.starts += 1
                     self.train(job, trial)
                     return
-        self.leave(job)
+        self.release(job)
 
-    def leave(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         job.trial.job = None
         self.jobs -= 1
         self.free_gpus += self.place.profile.gpus

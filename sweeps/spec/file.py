@@ -16,7 +16,7 @@ from lorvp.errors import UserError
 from lorvp.models import architectures
 from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
-from sweeps.spec.model import MOST_CELLS, Scalar, Spec, flatten
+from sweeps.spec.model import MAX_CELLS, Scalar, Spec, flatten
 
 Fail = Callable[[Location, str], NoReturn]
 PATHS = (
@@ -100,10 +100,9 @@ def check_hub(spec: Spec) -> None:
     for config in configs:
         if not config.backbone.name.startswith(architectures.HUB):
             continue
-        found = architectures.description(config.backbone.name, ask_the_hub=True)
-        problem = (
-            (("backbone", "name"), found) if isinstance(found, str) else _problem(config, architectures.load_registry)
-        )
+        described = architectures.description(config.backbone.name, ask_the_hub=True)
+        named = ("backbone", "name"), described
+        problem = named if isinstance(described, str) else _problem(config, architectures.load_registry)
         if problem is not None:
             raise UserError(f"{'.'.join(map(str, ('trial', *problem[0])))}: {problem[1]}")
 
@@ -120,7 +119,7 @@ def _check_search(spec: Spec, fail: Fail) -> None:
                 if possible is not None and value not in possible:
                     fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
         if search.algorithm == "grid" and axis.values() is None:
-            many = f"an axis of a grid may have {MOST_CELLS} values, and this one has more"
+            many = f"an axis of a grid may have {MAX_CELLS} values, and this one has more"
             few = "a grid takes choice and int axes only; list the values in choice"
             fail(("space", name), few if axis.integers is None else many)
         if search.algorithm == "cmaes" and axis.choice is not None:
@@ -242,19 +241,19 @@ def _problem(
         registered = known(module)
     except UserError as error:
         return ("backbone", "module"), str(error).removeprefix("backbone.module: ")
-    found = architectures.find_problem(config, registered) if registered else None
-    return (tuple(filter(None, found[0].split("."))), found[1]) if found else None
+    problem = architectures.find_problem(config, registered) if registered else None
+    return (tuple(filter(None, problem[0].split("."))), problem[1]) if problem else None
 
 
 def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
     """That a trial has the value as it is spelt: it tells by it which share the trial belongs to."""
     value = spec.space[name].examples()[place]
     try:
-        taken = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
+        actual = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
     except ValidationError:  # with others it may be valid
         return
-    if taken != value:
-        fail(("space", name, "choice", place), f"search.equal needs it as a trial has it: {taken!r}, not {value!r}")
+    if actual != value:
+        fail(("space", name, "choice", place), f"search.equal needs it as a trial has it: {actual!r}, not {value!r}")
 
 
 def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
@@ -289,10 +288,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     node = values
     while True:
         # the longest key that is there already; else one part, or all of an axis's name
-        there = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), None)
-        whole = node is values.get("space") or node is values.get("control")
-        taken = there or (len(parts) if whole else 1)
-        name, parts = ".".join(parts[:taken]), parts[taken:]
+        known_length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), None)
+        dotted_names = node is values.get("space") or node is values.get("control")
+        length = known_length or (len(parts) if dotted_names else 1)
+        name, parts = ".".join(parts[:length]), parts[length:]
         if not parts:
             node[name] = value
             return

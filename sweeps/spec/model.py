@@ -24,7 +24,7 @@ def _scalar(value: Any) -> Any:
 # Not a union: pydantic would name each of its members in an error.
 Scalar = Annotated[Any, AfterValidator(_scalar)]
 OneOrMore = Annotated[Any, AfterValidator(lambda v: [_scalar(one) for one in (v if isinstance(v, list) else [v])])]
-FITTED = {
+FITTED_HEAD = {
     "method": "linear_probe",
     "head_init": "linear_probe",
     "head_fit": BEST,
@@ -33,9 +33,9 @@ FITTED = {
     "schedule.warmup_epochs": 0,
 }
 """What makes the control of any sweep, beside its label mapping."""
-DEFAULTS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
+DEFAULT_KEYS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
 """Keys that only say what others are by default."""
-MOST_CELLS = 100_000
+MAX_CELLS = 100_000
 """Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
 DEFAULT_SEEDS = 3
 """How many a confirmation has where its spec names none."""
@@ -56,10 +56,10 @@ class Axis(Part):
     @model_validator(mode="after")
     def _is_one_kind(self) -> Axis:
         kinds = {"choice": self.choice, "uniform": self.uniform, "log_uniform": self.log_uniform, "int": self.integers}
-        given = [kind for kind, value in kinds.items() if value is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int; it has {found}")
+        kinds_given = [kind for kind, value in kinds.items() if value is not None]
+        if len(kinds_given) != 1:
+            named = " and ".join(kinds_given) or "none"
+            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int; it has {named}")
         if self.choice is not None and len({(type(v), v) for v in self.choice}) < len(self.choice):
             raise ValueError("choice names a value twice")
         bounds = self.uniform or self.log_uniform or self.integers
@@ -75,7 +75,7 @@ class Axis(Part):
         """Every value it can take, in order; None if they can't be listed, or are more than a grid may have."""
         if self.choice is not None:
             return self.choice
-        if self.integers is None or (self.integers[1] - self.integers[0]) // (*self.integers, 1)[2] >= MOST_CELLS:
+        if self.integers is None or (self.integers[1] - self.integers[0]) // (*self.integers, 1)[2] >= MAX_CELLS:
             return None
         return list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:]))
 
@@ -83,7 +83,7 @@ class Axis(Part):
         """The values that must be valid for all of the axis to be."""
         return self.choice or list(self.bounds)
 
-    def may_be(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Whether the search may give it this value."""
         if self.choice is not None:
             return value in self.choice
@@ -225,15 +225,15 @@ class Spec(Part):
     def trains_under(self, seed: int) -> bool:
         """Whether a trial of the search, or of its control, may have `seed`: what it does well has chosen it."""
         axes, values = self._searched_seeds()
-        return seed in values or any(axis.may_be(seed) for axis in axes)
+        return seed in values or any(axis.contains(seed) for axis in axes)
 
     def _searched_seeds(self) -> tuple[list[Axis], list[float]]:
         """The axes that search a seed; the seeds that are named, and the ends of those axes."""
         axes: list[Axis] = []
         values: list[float] = []
         for key in ("init_seed", "order_seed"):
-            axis, given = self.space.get(key), (self.control or {}).get(key, [])
-            values += given if isinstance(given, list) else [given]
+            axis, control_values = self.space.get(key), (self.control or {}).get(key, [])
+            values += control_values if isinstance(control_values, list) else [control_values]
             if axis is not None:
                 axes.append(axis)
                 values += axis.examples()
@@ -279,7 +279,7 @@ class Spec(Part):
         return {
             name: values[name]
             for name, axis in self.space.items()
-            if name in matter or (name in DEFAULTS and active(axis, values))
+            if name in matter or (name in DEFAULT_KEYS and active(axis, values))
         }
 
     def control_configs(self) -> list[TrialConfig]:
@@ -291,7 +291,7 @@ class Spec(Part):
         axis = self.space.get("label_mapping")
         mappings = (axis and axis.choice) or [self.trial_config(self.example()).label_mapping]
         heads = [mapping for mapping in mappings if mapping in HEAD_MAPPINGS] or ["lp"]
-        cells = [FITTED | {"label_mapping": head} for head in heads]
+        cells = [FITTED_HEAD | {"label_mapping": head} for head in heads]
         if self.control:
             lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
             cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
@@ -301,9 +301,9 @@ class Spec(Part):
         """The files of the user's own that its trials' backbones are registered by."""
         key = "backbone.module"
         axis, control = self.space.get(key), (self.control or {}).get(key)
-        given = [self.trial.get("backbone", {}).get("module"), *(axis.examples() if axis else [])]
-        given += control if isinstance(control, list) else [control]
-        return {absolute(each) for each in given if each is not None}
+        paths = [self.trial.get("backbone", {}).get("module"), *(axis.examples() if axis else [])]
+        paths += control if isinstance(control, list) else [control]
+        return {absolute(path) for path in paths if path is not None}
 
     def control_names(self) -> set[str]:
         """What the control's trials are called, those that confirm it among them."""
@@ -311,7 +311,7 @@ class Spec(Part):
         again = [self.confirmed(config, seed) for config in configs for seed in self.seeds]
         return {config.content_hash() for config in [*configs, *again]}
 
-    def shares(self) -> dict[Scalar, Spec]:
+    def arms(self) -> dict[Scalar, Spec]:
         """What is searched by itself: the space at each value of `search.equal`, with so many of the trials; without
         it the whole, as that of None.
         """
@@ -319,16 +319,14 @@ class Spec(Part):
         if name is None:
             return {None: self}
         values = self.space[name].choice or []
-        shares = {}
+        arms = {}
         for i, value in enumerate(values):
             trials = len(range(i, self.number_of_trials(), len(values)))
             search = self.search.model_copy(update={"equal": None, "seconds": None, "trials": trials})
-            shares[value] = self.model_copy(
-                update={"space": self.space | {name: Axis(choice=[value])}, "search": search}
-            )
-        return shares
+            arms[value] = self.model_copy(update={"space": self.space | {name: Axis(choice=[value])}, "search": search})
+        return arms
 
-    def share(self, config: TrialConfig) -> Scalar:
+    def arm(self, config: TrialConfig) -> Scalar:
         """Which of the shares a config belongs to."""
         return flatten(config.model_dump(mode="json"))[self.search.equal] if self.search.equal else None
 
@@ -354,8 +352,8 @@ class Spec(Part):
             grown = []
             for cell in cells:
                 grown += [cell | {name: value} for value in axis.values() or []] if active(axis, cell) else [cell]
-                if len(grown) > MOST_CELLS:
-                    raise ValueError(f"a grid may have {MOST_CELLS} cells, and this one has more")
+                if len(grown) > MAX_CELLS:
+                    raise ValueError(f"a grid may have {MAX_CELLS} cells, and this one has more")
             cells = grown
         return cells
 
@@ -380,11 +378,11 @@ class Spec(Part):
     def milestones(self) -> list[int]:
         """The epochs after which a trial may be given up for the others' sake, or goes on at another rung."""
         epochs, stopping = self.max_epochs(), self.early_stopping
-        found = set(itertools.accumulate(rung.epochs for rung in self.trial_config(self.example()).rungs))
+        epochs_found = set(itertools.accumulate(rung.epochs for rung in self.trial_config(self.example()).rungs))
         if stopping.rule == "asha":
             rungs = (stopping.grace_epochs * stopping.reduction_factor**k for k in itertools.count())
-            found |= set(itertools.takewhile(lambda epoch: epoch < epochs, rungs))
-        return sorted(found)
+            epochs_found |= set(itertools.takewhile(lambda epoch: epoch < epochs, rungs))
+        return sorted(epochs_found)
 
     def short_names(self) -> dict[str, str]:
         """What to call each axis where there is little room."""
@@ -392,16 +390,16 @@ class Spec(Part):
 
     def named_keys(self) -> list[str]:
         """The keys of a trial that this sweep says something about, and those that anybody asks for first."""
-        said = [*self.space, *flatten(self.trial), *(self.control or {})]
+        mentioned = [*self.space, *flatten(self.trial), *(self.control or {})]
         seeds = ["init_seed", "order_seed"] if self.seeds else []
-        return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *said, *seeds]))
+        return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *mentioned, *seeds]))
 
     def number_of_trials(self) -> int:
         return self.search.trials or len(self.cells())
 
     def number_of_confirmations(self) -> int:
         """At most: trials that failed, or that have no seed, make it less."""
-        configs = sum(min(self.top, share.number_of_trials()) for share in self.shares().values())
+        configs = sum(min(self.top, arm.number_of_trials()) for arm in self.arms().values())
         controls = [
             len({self.confirmed(config, seed).content_hash() for seed in self.seeds})
             for config in self.control_configs()

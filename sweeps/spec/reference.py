@@ -28,7 +28,7 @@ PROFILE = """\
 `cluster` in a sweep names one of those in `cluster/profiles`, or the path of your own.
 """
 BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
-WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+TYPE_NAMES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
 
 
 def page(sweep: Schema, trial: Schema, profile: Schema) -> str:
@@ -58,7 +58,7 @@ def _table(part: Schema, prefix: str) -> str:
         description, _, default = value.get("description", "").partition("default: ")
         if not default:
             default = "required" if key in part.get("required", ()) else _default(value)
-        cells = (f"`{prefix}{key}`", _words(value, prefix + key), default, description.rstrip("; "))
+        cells = (f"`{prefix}{key}`", _value_text(value, prefix + key), default, description.rstrip("; "))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -69,21 +69,23 @@ def _default(value: Schema) -> str:
     return f"`{json.dumps(value['default'], default=str).strip(chr(34))}`"
 
 
-def _words(value: Schema, path: str) -> str:
+def _value_text(value: Schema, path: str) -> str:
     """What may stand there, in words."""
     if "$ref" in value:
         return f"[its keys](#{_anchor(path)})"
     if "anyOf" in value:
         nullable = value.get("default", "") is None  # then it is seen that it may be null
-        return " or ".join(_words(each, path) for each in value["anyOf"] if not (nullable and each == {"type": "null"}))
+        return " or ".join(
+            _value_text(option, path) for option in value["anyOf"] if not (nullable and option == {"type": "null"})
+        )
     listed = value.get("enum") or value.get("examples") or ([value["const"]] if "const" in value else [])
     if listed:
-        return ", ".join(f"`{each}`" for each in listed)
+        return ", ".join(f"`{option}`" for option in listed)
     kind = value.get("type")
     if kind == "array":
         count = f"{value['minItems']} " if value.get("minItems") == value.get("maxItems", -1) else ""
         within = value.get("items") or value.get("prefixItems", [{}])[0]
-        return f"list of {count}{_plural(_words(within, f'{path}[]'))}"
+        return f"list of {count}{_plural(_value_text(within, f'{path}[]'))}"
     if kind == "object":
         within = value.get("additionalProperties")
         named = isinstance(within, dict) and "$ref" in within
@@ -91,7 +93,7 @@ def _words(value: Schema, path: str) -> str:
     if value.get("format") == "path":
         return "path"
     bounds = [f"{word} {value[bound]:g}" for bound, word in BOUNDS.items() if bound in value]
-    return " ".join([WORDS.get(str(kind), "`null`" if kind == "null" else "value"), " and ".join(bounds)]).strip()
+    return " ".join([TYPE_NAMES.get(str(kind), "`null`" if kind == "null" else "value"), " and ".join(bounds)]).strip()
 
 
 def _plural(words: str) -> str:
@@ -102,8 +104,8 @@ def _parts_within(value: Schema, path: str) -> Iterator[tuple[str, str]]:
     """The path and the name of each part that a value consists of."""
     if "$ref" in value:
         yield path, value["$ref"].rpartition("/")[2]
-    for each in value.get("anyOf", []):
-        yield from _parts_within(each, path)
+    for option in value.get("anyOf", []):
+        yield from _parts_within(option, path)
     if isinstance(value.get("additionalProperties"), dict):
         yield from _parts_within(value["additionalProperties"], f"{path}.KEY")
     if "items" in value:

@@ -35,11 +35,11 @@ class TunedModel(PythonModel):
         ]
         with torch.inference_mode():
             probabilities = self.program(torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)).softmax(1)
-        found = probabilities.max(1)
+        top = probabilities.max(1)
         return pd.DataFrame(
             {
-                "class": [self.class_names[place] for place in found.indices.tolist()],
-                "probability": found.values.tolist(),
+                "class": [self.class_names[place] for place in top.indices.tolist()],
+                "probability": top.values.tolist(),
                 "probabilities": probabilities.tolist(),
             }
         )

@@ -56,9 +56,9 @@ def register(
     Its description is the bundle's card, and what the sweep found in words (`verdict`). A trial's bundle is registered
     once. Raises UserError where the bundle can't be loaded or exported here.
     """
-    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    found = next((each for each in known if each.tags.get(TRIAL) == trial), None)
-    if found is None:
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version_found = next((model_version for model_version in versions if model_version.tags.get(TRIAL) == trial), None)
+    if version_found is None:
         mlflow.set_tracking_uri(uri)
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow's own, about what it will change
@@ -66,14 +66,14 @@ def register(
             with suppress(mlflow.MlflowException):  # it is there
                 client.create_registered_model(name)
             source = f"models:/{logged.model_id}"
-            found = client.create_model_version(name, source, run_id, {TRIAL: trial}, model_id=logged.model_id)
+            version_found = client.create_model_version(name, source, run_id, {TRIAL: trial}, model_id=logged.model_id)
         metrics = describe(bundle)["metrics"]
         for key in ("val_top1", "test_top1"):
             if metrics[key] is not None:
-                client.set_model_version_tag(name, found.version, key, f"{metrics[key]:.2f}")
+                client.set_model_version_tag(name, version_found.version, key, f"{metrics[key]:.2f}")
     sweep = "\n".join(["", "## The sweep", "", *(f"- {line}" for line in verdict), ""])
-    client.update_model_version(name, found.version, ((bundle / CARD).read_text() + sweep)[:MOST_CHARACTERS])
-    client.set_registered_model_alias(name, ALIAS, found.version)
+    client.update_model_version(name, version_found.version, ((bundle / CARD).read_text() + sweep)[:MOST_CHARACTERS])
+    client.set_registered_model_alias(name, ALIAS, version_found.version)
     return f"models:/{name}@{ALIAS}"
 
 

@@ -18,14 +18,14 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class Attempts:
+class Retry:
     """Tries what may fail and is tried again later. What goes wrong is shown once."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
         self._trouble = ""
 
-    def attempt(self, action: Callable[[], None]) -> bool:
+    def call(self, action: Callable[[], None]) -> bool:
         """Whether it went well."""
         try:
             action()
@@ -40,20 +40,20 @@ class Attempts:
         return True
 
 
-class Repeated(threading.Thread):
+class PeriodicThread(threading.Thread):
     """Does something every half second, and at once when it is woken, until it is ended."""
 
     def __init__(self, action: Callable[[], None], show: Callable[[str], None]) -> None:
         super().__init__(name=action.__qualname__, daemon=True)
         self._action = action
-        self._attempts = Attempts(show)
+        self._retry = Retry(show)
         self._woken = threading.Event()
         self._ended = False
 
     def run(self) -> None:
         while not self._ended:
             self._woken.clear()
-            self._attempts.attempt(self._action)
+            self._retry.call(self._action)
             self._woken.wait(POLL_SECONDS)
 
     def wake(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.folder import TrialFolder
 from cluster.scan import FollowedTrial
-from sweeps.tracking.retry import POLL_SECONDS, Attempts
+from sweeps.tracking.retry import POLL_SECONDS, Retry
 from sweeps.tracking.tracker import Tracker
 
 LONGEST_PAUSE = 10.0
@@ -25,13 +25,13 @@ class Sender(threading.Thread):
         self.tracker: Tracker | None = None
         """None until the store is open."""
         self._connect, self._trials, self._controls = connect, trials, controls
-        self._attempts = Attempts(show)
+        self._retry = Retry(show)
         # Of one that has ended the name alone: MLflow may be thousands behind, and in memory each takes 6 KiB.
         self._pending: dict[str, FollowedTrial | None] = {}
         self._news = threading.Condition()
         self._idle, self._ended = False, False
 
-    def see(self, trial: FollowedTrial) -> None:
+    def enqueue(self, trial: FollowedTrial) -> None:
         """Take on what is new of a trial. One that has no job yet is no run of MLflow's."""
         if trial.results() or trial.job():
             with self._news:
@@ -41,13 +41,10 @@ class Sender(threading.Thread):
     def run(self) -> None:
         pause = POLL_SECONDS
         while not self._ended:
-            if self.tracker is None:
-                well = self._attempts.attempt(self._open)
-            else:
-                well = self._attempts.attempt(self._send_all)
-            pause = POLL_SECONDS if well else min(2 * pause, LONGEST_PAUSE)
+            succeeded = self._retry.call(self._open if self.tracker is None else self._send_all)
+            pause = POLL_SECONDS if succeeded else min(2 * pause, LONGEST_PAUSE)
             with self._news:
-                if not well:
+                if not succeeded:
                     self._news.wait_for(lambda: self._ended, pause)
                 elif not self._pending:
                     self._idle = True

@@ -54,8 +54,8 @@ def _installed_revision() -> str | None:
         return None
     folder = Path(package.submodule_search_locations[0]) / "store" / "db_migrations" / "versions"
     texts = [file.read_text() for file in folder.glob("*.py")]
-    found = {
+    revisions = {
         key: set(re.findall(rf'^{key} = "(\w+)"', "\n".join(texts), re.M)) for key in ("revision", "down_revision")
     }
-    last = found["revision"] - found["down_revision"]
+    last = revisions["revision"] - revisions["down_revision"]
     return last.pop() if len(last) == 1 else None

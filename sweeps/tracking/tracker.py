@@ -50,7 +50,7 @@ PACKAGES = ("lorvp", "torch", "timm", "ray", "optuna", "mlflow", "submitit")
 STATE_TAGS = {State.FINISHED: "finished", State.STOPPED: "stopped early", State.FAILED: "failed"}
 SUMMARY = {"val_top1": "best_val_top1", "epoch": "best_epoch"}
 """What a bundle's figures are called where they stand for a trial: beside those of each epoch."""
-NO_METRICS = ("order", "packed", "whole")
+NOT_METRICS = ("order", "packed", "whole")
 """Of an epoch, what is no measure of it: results.parquet has these."""
 DRAFT_SECONDS = 3600.0
 """After which a driver of another machine is no longer making tables, whatever the clocks say: it takes seconds."""
@@ -69,12 +69,12 @@ class Tracker:
             make_tables(self.uri)
             self.client = mlflow.MlflowClient(self.uri)
             self.experiment = self._experiment()
-            found = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
-            self._begin_sweep(found, spec_text)
+            runs = self._runs(f"tags.`{SWEEP}` = '{sweep_id}'")
+            self._begin_sweep(runs, spec_text)
         except (mlflow.MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # of a database's driver
             place = without_passwords(self.uri)
             raise UserError(f"MLflow at {place} can't be used: {first_line(error)}") from None
-        self.runs = {run.data.tags[TRIAL]: run for run in found if TRIAL in run.data.tags}
+        self.runs = {run.data.tags[TRIAL]: run for run in runs if TRIAL in run.data.tags}
         # a run without its parameters is one that was begun when a driver was killed, or a server's answer got lost
         self._begun = {name for name, run in self.runs.items() if not run.data.params}
         self.runs = {name: run for name, run in self.runs.items() if name not in self._begun}
@@ -82,9 +82,9 @@ class Tracker:
         self._closed: set[str] = set()  # what this driver has closed, or found closed
         self._epochs_sent = {name: int(run.data.metrics.get("epoch", 0)) for name, run in self.runs.items()}
 
-    def _begin_sweep(self, found: list[Run], spec_text: str) -> None:
+    def _begin_sweep(self, runs: list[Run], spec_text: str) -> None:
         """Make the sweep's own run, or go on with the one among `found`."""
-        parents = [run for run in found if TRIAL not in run.data.tags]
+        parents = [run for run in runs if TRIAL not in run.data.tags]
         if parents:
             self.parent = parents[0]
             self.client.update_run(self.parent.info.run_id, "RUNNING")
@@ -115,7 +115,7 @@ class Tracker:
             for result in new
             for key, value in _metrics(result).items()
         ]
-        tags = _trained_on(new[-1]) if new and new[0]["epoch"] == 1 else []
+        tags = _device_tags(new[-1]) if new and new[0]["epoch"] == 1 else []
         if params or metrics:
             self.client.log_batch(self._started[trial.name].info.run_id, metrics=metrics, params=params, tags=tags)
         self.runs[trial.name] = self._started[trial.name]
@@ -133,8 +133,8 @@ class Tracker:
             self._close(run.info.run_id, trial, end)
         self._closed.add(trial.name)
         self._begun.discard(trial.name)
-        for kept in (self.runs, self._started, self._epochs_sent):
-            kept.pop(trial.name, None)
+        for state in (self.runs, self._started, self._epochs_sent):
+            state.pop(trial.name, None)
 
     def _close(self, run_id: str, trial: TrialFolder, end: End) -> None:
         tags = [RunTag(STATE, STATE_TAGS[end.state])]
@@ -144,13 +144,15 @@ class Tracker:
         if end.cause:
             tags.append(RunTag("failure", end.cause))
         if results := trial.results():
-            tags += _trained_on(results[-1])  # a trial may have gone on elsewhere
+            tags += _device_tags(results[-1])  # a trial may have gone on elsewhere
         attempt = trial.newest()
         if attempt and attempt.bundle.is_dir():
-            figures = describe(attempt.bundle)["metrics"]
-            tags.append(RunTag("selection", figures["selection"]))
+            metrics_of_bundle = describe(attempt.bundle)["metrics"]
+            tags.append(RunTag("selection", metrics_of_bundle["selection"]))
             now = int(time.time() * 1000)
-            summary = {SUMMARY.get(key, key): figures[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")}
+            summary = {
+                SUMMARY.get(key, key): metrics_of_bundle[key] for key in ("val_top1", "epoch", "test_top1", "test_top5")
+            }
             metrics = [Metric(key, round(value, 4), now, 0) for key, value in summary.items() if value is not None]
             self.client.log_artifacts(run_id, str(attempt.bundle), "bundle")
         self.client.log_batch(run_id, metrics=metrics, tags=tags)
@@ -161,7 +163,7 @@ class Tracker:
         """Makes a registered model of the best prompt, called as the sweep; its URI."""
         return registry.register(self.client, self.uri, self.parent.info.run_id, self.spec.name, bundle, trial, verdict)
 
-    def try_to(self, send: Callable[[], None], patience: float = 60.0) -> bool:
+    def retry(self, send: Callable[[], None], patience: float = 60.0) -> bool:
         """Whether MLflow took it, within `patience` s: at its end, a sweep does not fail because a server is away."""
         deadline = time.monotonic() + patience
         while True:
@@ -243,21 +245,21 @@ class Tracker:
         run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
         self._started[trial.name] = run
         values = flatten(config.canonical())
-        return [Param(short, _short(values[key])) for key, short in self._param_names.items() if key in values]
+        return [Param(short, _param_text(values[key])) for key, short in self._param_names.items() if key in values]
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
     """An epoch's, what the user compares by before all else: MLflow's pages begin with the first."""
-    values = {key: value for key, value in epoch_metrics(result).items() if key not in NO_METRICS}
+    values = {key: value for key, value in epoch_metrics(result).items() if key not in NOT_METRICS}
     return {"val_top1": values.pop("val_top1")} | values
 
 
-def _trained_on(result: dict[str, Any]) -> list[RunTag]:
+def _device_tags(result: dict[str, Any]) -> list[RunTag]:
     """The GPU or processor, NVIDIA's driver and the precision of an epoch, as tags."""
     return [RunTag(key, result[key]) for key in ("device", "driver", "precision") if result.get(key)]
 
 
-def _short(value: Any) -> str:
+def _param_text(value: Any) -> str:
     """A parameter as MLflow's table has room for it; a bundle has the whole."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -290,11 +292,11 @@ def remove_drafts(path: Path) -> None:
     """Remove the folders of drivers that were killed as they made the tables of this file."""
     for draft in path.parent.glob(f".{path.name}.*/"):
         with suppress(OSError):  # another driver may do the same
-            if not _being_made(draft, path):
+            if not _in_use(draft, path):
                 shutil.rmtree(draft)
 
 
-def _being_made(draft: Path, path: Path) -> bool:
+def _in_use(draft: Path, path: Path) -> bool:
     try:
         host, process, started, name = draft.name.removeprefix(f".{path.name}.").rsplit(".", 3)
         maker = Holder(host, int(process), float(started), name)

@@ -46,7 +46,7 @@ class StandIns:
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         for trial in trials:
-            trial.submitted(str(next(self._ids)), self.folder / "log")
+            trial.record_job(str(next(self._ids)), self.folder / "log")
         with open(self.folder / "jobs", "a") as file:
             file.writelines(f"{trial.path}\n" for trial in trials)
 

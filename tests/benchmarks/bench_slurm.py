@@ -23,8 +23,8 @@ from conftest import digits_values
 from support.slurm_sim import PROFILE, Simulation
 
 from cluster.folder import TrialFolder
+from cluster.job_manager import JobManager, make_cluster
 from cluster.profile import Profile
-from cluster.relay import Relay, make_cluster
 from lorvp.config import TrialConfig
 
 LAUNCH = Path(__file__).parents[2] / "sweeps" / "launch.py"
@@ -38,7 +38,7 @@ def row(what: str, measured: str, goal: str) -> None:
 def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
     profile = Profile(kind="slurm", gres="gpu:rtx8000:1", allow_cpu=True, cpus_per_gpu=1, memory_gb_per_gpu=1.5)
     cluster = make_cluster(profile, folder, "benchmark", concurrent=1)
-    relay = Relay(folder / "trials", cluster)
+    manager = JobManager(folder / "trials", cluster)
     empty, trials = [], []
     for i in range(repeats):
         stamp = folder / f"empty{i}"
@@ -47,15 +47,15 @@ def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
         slurm.wait(lambda: stamp.exists() and stamp.read_text().strip() != "")  # noqa: B023
         empty.append(float(stamp.read_text()) - begun)
         config = TrialConfig.model_validate(digits_values(epochs=1, init_seed=i, label_mapping="lp"))
-        trial = TrialFolder(relay.scan.request(config).path)  # which reads what is there, and not what was seen last
+        trial = TrialFolder(manager.scan.request(config).path)  # which reads what is there, and not what was seen last
         begun = time.time()
-        relay.scan.look_at_all()
-        relay.poll()
+        manager.scan.poll_all()
+        manager.poll()
         slurm.wait(lambda: trial.ended() is not None, seconds=60)  # noqa: B023
         (result,) = trial.results()
         trials.append(result["time"] - result["seconds"] - begun)
-        relay.scan.look_at_all()
-        relay.poll()
+        manager.scan.poll_all()
+        manager.poll()
     own = statistics.median(trials) - statistics.median(empty)
     row("submit to an empty job's start, median of 7", f"{statistics.median(empty):.2f} s", "")
     row("submit to a trial's first training step, median of 7", f"{statistics.median(trials):.2f} s", "")

@@ -165,11 +165,11 @@ def test_a_job_takes_the_trials_that_it_is_handed(digits, tmp_path):
     """Three trials in one process, each with the results that it has alone; a restarted job finds where it was."""
     trials = [TrialFolder.request(tmp_path / "trials", digits(epochs=1, init_seed=seed)) for seed in range(4)]
     for place, trial in enumerate(trials[:3], start=1):
-        trial.submitted("7", tmp_path / "log", place)
+        trial.record_job("7", tmp_path / "log", place)
         if place > 1:
-            assert trials[place - 2].hand_over(trial)
-    trials[3].submitted("8", tmp_path / "log")
-    trials[2].hand_over(trials[3])  # given to another job meanwhile
+            assert trials[place - 2].assign_next(trial)
+    trials[3].record_job("8", tmp_path / "log")
+    trials[2].assign_next(trials[3])  # given to another job meanwhile
     job.run(trials[0].path, threads=1, trials=9)
     assert [t.ended() for t in trials] == [End(State.FINISHED)] * 3 + [None]
     alone = TrialFolder.request(tmp_path / "alone", trials[2].config)
@@ -180,18 +180,18 @@ def test_a_job_takes_the_trials_that_it_is_handed(digits, tmp_path):
 
 
 def test_a_job_that_is_handed_nothing_leaves(trial, monkeypatch):
-    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.3)
     job.run(trial.path, threads=1, trials=2)
-    assert not trial.hand_over(TrialFolder(trial.path.parent / "late"))
-    assert trial.handed_over() == ""
+    assert not trial.assign_next(TrialFolder(trial.path.parent / "late"))
+    assert trial.assigned_next() == ""
 
 
 def test_a_trial_that_diverges_does_not_end_its_job_others_do(digits, tmp_path):
     diverging = digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"})
     first, second = (TrialFolder.request(tmp_path / "trials", config) for config in (diverging, digits(epochs=1)))
     for place, trial in enumerate((first, second), start=1):
-        trial.submitted("7", tmp_path / "log", place)
-    first.hand_over(second)
+        trial.record_job("7", tmp_path / "log", place)
+    first.assign_next(second)
     with pytest.raises(TrialFailed):
         job.run(first.path, threads=1, trials=2)
     assert (first.ended().state, second.ended().state) == (State.FAILED, State.FINISHED)
@@ -199,21 +199,21 @@ def test_a_trial_that_diverges_does_not_end_its_job_others_do(digits, tmp_path):
     broken = TrialFolder.request(tmp_path / "trials", missing)
     with pytest.raises(UserError):
         job.run(broken.path, threads=1, trials=2)
-    assert broken.handed_over() == ""
+    assert broken.assigned_next() == ""
 
 
 def packed_jobs(trials: list[TrialFolder]) -> None:
     """Hands each of `trials` over to the job of the first."""
     log = trials[0].path.parent / "log"
     for place, trial in enumerate(trials, start=1):
-        trial.submitted("7", log, place)
+        trial.record_job("7", log, place)
     for trial, following in pairwise(trials):
-        assert trial.hand_over(following)
+        assert trial.assign_next(following)
 
 
 def test_a_packed_job_trains_its_trials_together(digits, tmp_path, monkeypatch):
     """Each with the results that it has alone; one that fails, and one that was given up, end by themselves."""
-    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.3)
     diverging = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
     configs = [digits(label_mapping="fm"), digits(optimizer=diverging), digits(init_seed=1), digits(init_seed=2)]
     trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
@@ -229,12 +229,12 @@ def test_a_packed_job_trains_its_trials_together(digits, tmp_path, monkeypatch):
     job.run(alone.path, threads=1)
     for ours, by_itself in zip(trials[2].results(), alone.results(), strict=True):
         assert (ours["val_loss"], ours["train_loss"]) == (by_itself["val_loss"], by_itself["train_loss"])
-    assert not trials[3].hand_over(trials[0])  # it has left
+    assert not trials[3].assign_next(trials[0])  # it has left
 
 
 def test_a_packed_job_that_is_started_again_goes_on_with_all(digits, tmp_path, monkeypatch):
     """One of them has another job by now."""
-    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.3)
+    monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.3)
     trials = [TrialFolder.request(tmp_path / "trials", digits(init_seed=seed)) for seed in range(3)]
     packed_jobs(trials)
     for trial in trials:
@@ -244,7 +244,7 @@ def test_a_packed_job_that_is_started_again_goes_on_with_all(digits, tmp_path, m
     for trial in trials:
         trial.clear_stop()
         (trial.path / "next").write_text("") if trial is trials[2] else None
-    trials[2].submitted("8", tmp_path / "log")
+    trials[2].record_job("8", tmp_path / "log")
     job.run(trials[0].path, threads=1, pack=3)
     assert [trial.ended() is not None for trial in trials] == [True, True, False]
 
@@ -252,12 +252,12 @@ def test_a_packed_job_that_is_started_again_goes_on_with_all(digits, tmp_path, m
 def test_how_many_to_pack_is_measured_once(digits, tmp_path, monkeypatch):
     from lorvp.training import loop
 
-    monkeypatch.setattr(job, "HAND_OVER_SECONDS", 0.1)
+    monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.1)
     asked = []
     monkeypatch.setattr(loop, "best_pack", lambda config, loaded: asked.append(1) or 4)
     for seed in range(2):
         trial = TrialFolder.request(tmp_path / "trials", digits(epochs=1, init_seed=seed))
-        trial.submitted("7", tmp_path / "log")
+        trial.record_job("7", tmp_path / "log")
         job.run(trial.path, threads=1, pack="auto")
         assert trial.ended().state == State.FINISHED
     assert json.loads(pack_file(tmp_path / "trials").read_text()) == 4
@@ -384,7 +384,7 @@ def test_jobs_of_a_sweep_train_in_what_the_first_of_them_chose(digits, tmp_path,
 @pytest.mark.parametrize("behind", [-300, 300])
 def test_a_node_whose_clock_is_minutes_apart_runs_the_trial_all_the_same(digits, tmp_path, monkeypatch, behind):
     trial = TrialFolder.request(tmp_path / "trials", digits())
-    trial.submitted("1", tmp_path / "log")
+    trial.record_job("1", tmp_path / "log")
     queued, running = status._times(trial)
     assert (queued[:5], running) == ("0:00:", "")
     here = time.time
@@ -407,7 +407,7 @@ def test_a_job_leaves_at_either_signal_and_requeues_at_one(digits, tmp_path, mon
         os.kill(os.getpid(), signum)
         assert leaving()
 
-    monkeypatch.setattr(job, "one_by_one", train)
+    monkeypatch.setattr(job, "train_one_by_one", train)
     try:
         signal.signal(signal.SIGUSR2, lambda each, _: seen.append(each))  # as submitit's
         job.run(trial.path, threads=1)

@@ -12,7 +12,7 @@ from support.stale import Stale
 
 from cluster import scan as scanning
 from cluster.folder import NEWS, State, StopReason, TrialFolder
-from cluster.scan import LONGEST, SHORTEST, STALE_SECONDS, FollowedTrial, Scan
+from cluster.scan import MAX_POLL, MIN_POLL, STALE_SECONDS, FollowedTrial, Scan
 
 
 class Clock:
@@ -40,8 +40,8 @@ def scan(tmp_path, clock) -> Scan:
 def trial(scan, digits, tmp_path) -> FollowedTrial:
     """A trial of three epochs whose job runs, once that was seen."""
     trial = scan.request(digits())
-    trial.submitted("1", tmp_path / "log")
-    scan.look()
+    trial.record_job("1", tmp_path / "log")
+    scan.poll()
     return trial
 
 
@@ -75,30 +75,30 @@ def operations(monkeypatch: pytest.MonkeyPatch, work) -> Counter[str]:
 
 def test_a_look_that_finds_nothing_costs_one_stat_of_each_trial(scan, trial, clock, digits, tmp_path, monkeypatch):
     other = scan.request(digits(init_seed=1))
-    other.submitted("2", tmp_path / "log")
+    other.record_job("2", tmp_path / "log")
     trial.claim().append(result(1))
     other.claim()
     clock.now += 1
-    scan.look()
-    clock.now += LONGEST
-    assert operations(monkeypatch, scan.look) == {"stat": 2}
-    assert operations(monkeypatch, scan.look) == {}  # none is due
+    scan.poll()
+    clock.now += MAX_POLL
+    assert operations(monkeypatch, scan.poll) == {"stat": 2}
+    assert operations(monkeypatch, scan.poll) == {}  # none is due
 
 
 def test_what_a_job_records_is_news_once(scan, trial, clock, told):
     attempt = trial.claim()
     attempt.append(result(1))
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert (told, trial.results(), trial.ended()) == ([trial.name], [result(1)], None)
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert told == [trial.name]
     attempt.append(result(2))
     attempt.append(result(3))
     attempt.end(State.FINISHED)
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert told == [trial.name] * 2
     assert trial.results() == [result(1), result(2), result(3)]
     assert trial.ended().state == State.FINISHED
@@ -112,7 +112,7 @@ def test_two_changes_within_a_tick_of_the_clock_are_both_seen(scan, trial, clock
         attempt.append(result(epoch))
         os.utime(trial.path / NEWS, (5, 5))
         clock.now += 1
-        scan.look()
+        scan.poll()
     assert told == [trial.name] * 2
     assert len(trial.results()) == 2
 
@@ -121,12 +121,12 @@ def test_a_new_attempt_takes_the_place_of_the_old(scan, trial, clock):
     first = trial.claim()
     first.append(result(1))
     clock.now += 1
-    scan.look()
+    scan.poll()
     second = trial.claim()
     first.append(result(99))  # by a job that is taken for dead
     second.append(result(2))
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert trial.results() == [result(1), result(2)]
 
 
@@ -136,73 +136,73 @@ def test_a_torn_line_is_read_once_it_is_whole(scan, trial, clock):
     with open(attempt.path / "results.jsonl", "a") as file:
         file.write('{"epoch": 2')
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert trial.results() == [result(1)]
     attempt.append(result(2))
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert trial.results() == [result(1), result(2)]
 
 
 @pytest.mark.parametrize(
     ("seconds", "elapsed", "pause"),
     [
-        (2, 0, SHORTEST),
+        (2, 0, MIN_POLL),
         (60, 0, 6),
         (60, 50, 6),
         (60, 57, 3),  # the next epoch is due then
-        (60, 60, SHORTEST),
-        (60, 65.9, SHORTEST),
+        (60, 60, MIN_POLL),
+        (60, 65.9, MIN_POLL),
         (60, 66.1, 6),  # it takes longer than the last one
-        (3600, 0, LONGEST),
-        (3600, 3600, SHORTEST),
+        (3600, 0, MAX_POLL),
+        (3600, 3600, MIN_POLL),
     ],
 )
 def test_when_the_next_look_is_due(trial, scan, clock, seconds, elapsed, pause):
     trial.claim().append(result(1, seconds))
     clock.now += 1
-    scan.look()
+    scan.poll()
     clock.now += elapsed
     assert trial.wait() == pytest.approx(pause)
 
 
 def test_a_start_and_an_end_are_seen_soon(trial, scan, clock):
-    assert trial.wait() == SHORTEST
+    assert trial.wait() == MIN_POLL
     clock.now += 100
     assert trial.wait() == 10  # its job waits, or loads the data
     attempt = trial.claim()
     for epoch in (1, 2, 3):
         attempt.append(result(epoch, 60))
-    scan.look()
-    assert trial.wait() == SHORTEST  # it has no epoch left
+    scan.poll()
+    assert trial.wait() == MIN_POLL  # it has no epoch left
     clock.now += 1000
-    assert trial.wait() == LONGEST
+    assert trial.wait() == MAX_POLL
 
 
 def test_a_trial_that_is_given_up_is_looked_at_soon(trial, scan, clock):
     trial.claim().append(result(1, 600))
     clock.now += 1
-    scan.look()
-    assert scan.until_due() == LONGEST
+    scan.poll()
+    assert scan.seconds_until_due() == MAX_POLL
     trial.stop(StopReason.SEARCH)
     assert scan.changed.is_set()
-    assert scan.until_due() == 0
-    scan.look()
-    assert scan.until_due() == SHORTEST
+    assert scan.seconds_until_due() == 0
+    scan.poll()
+    assert scan.seconds_until_due() == MIN_POLL
 
 
 def test_a_trial_without_a_job_is_not_looked_at(scan, clock, digits, monkeypatch):
     scan.request(digits())
-    scan.look()
-    clock.now += LONGEST
-    assert operations(monkeypatch, scan.look) == {}
+    scan.poll()
+    clock.now += MAX_POLL
+    assert operations(monkeypatch, scan.poll) == {}
 
 
 def test_a_bell_that_could_not_be_rung_costs_no_news(scan, trial, clock, told, monkeypatch):
     """On a full disk: a time is set, which takes no room; and who finds the job gone has the folder read."""
     attempt = trial.claim()
     clock.now += 1
-    scan.look()
+    scan.poll()
     told.clear()
     whole_open = builtins.open
 
@@ -215,25 +215,25 @@ def test_a_bell_that_could_not_be_rung_costs_no_news(scan, trial, clock, told, m
         patch.setattr(builtins, "open", full)
         attempt.append(result(1))
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert told == [trial.name]
     (trial.path / NEWS).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", full)
         attempt.append(result(2))
     trial.wake()
-    scan.look()
+    scan.poll()
     assert len(trial.results()) == 2
 
 
 def test_a_folder_that_can_not_be_read_is_tried_again(scan, trial, clock, told, monkeypatch, digits, tmp_path):
     other = scan.request(digits(init_seed=1))
-    other.submitted("2", tmp_path / "log")
-    scan.look()
+    other.record_job("2", tmp_path / "log")
+    scan.poll()
     told.clear()
     for each in (trial, other):
         each.claim().append(result(1))
-    read = FollowedTrial._read
+    read = FollowedTrial._read_new
 
     def stale(self):
         if self is trial:
@@ -242,12 +242,12 @@ def test_a_folder_that_can_not_be_read_is_tried_again(scan, trial, clock, told, 
 
     clock.now += 1
     with monkeypatch.context() as patch:
-        patch.setattr(FollowedTrial, "_read", stale)
+        patch.setattr(FollowedTrial, "_read_new", stale)
         with pytest.raises(OSError, match="Stale file handle"):
-            scan.look()
+            scan.poll()
     assert told == [other.name]
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert told == [other.name, trial.name]
 
 
@@ -260,7 +260,7 @@ def test_a_survey_has_each_trial_once(scan, trial, clock, digits):
     clock.now += 1
     seen = []
     scan.subscribe(lambda _: seen.append(scan.survey()))  # while listeners are told
-    scan.look()
+    scan.poll()
     assert seen == [([waits], [trial])]
     assert scan.survey() == ([waits], [])
 
@@ -270,8 +270,8 @@ def test_a_line_that_nobody_wrote_costs_the_others_no_news(scan, trial, clock, t
     """As a power cut may leave it."""
     others = [scan.request(digits(init_seed=seed)) for seed in (1, 2)]
     for each in others:
-        each.submitted(each.name, tmp_path / "log")
-    scan.look()
+        each.record_job(each.name, tmp_path / "log")
+    scan.poll()
     told.clear()
     others[0].claim().end(State.FAILED)
     broken = trial.claim()
@@ -279,14 +279,14 @@ def test_a_line_that_nobody_wrote_costs_the_others_no_news(scan, trial, clock, t
     (broken.path / "results.jsonl").write_text(line)
     others[1].claim().append(result(1))
     for _ in range(2):  # it is tried again
-        clock.now += LONGEST
+        clock.now += MAX_POLL
         with pytest.raises(json.JSONDecodeError):
-            scan.look()
+            scan.poll()
     assert told == [each.name for each in others]
     others[1].newest().append(result(2))
-    clock.now += LONGEST
+    clock.now += MAX_POLL
     with pytest.raises(json.JSONDecodeError):
-        scan.look()
+        scan.poll()
     assert len(others[1].results()) == 2
 
 
@@ -301,7 +301,7 @@ def test_a_listener_that_fails_costs_the_others_no_news(scan, trial, clock):
     trial.claim().append(result(1))
     clock.now += 1
     with pytest.raises(OSError, match="Input/output error"):
-        scan.look()
+        scan.poll()
     assert heard == [trial.name]
 
 
@@ -313,7 +313,7 @@ def test_what_was_there_before_is_news_at_the_first_look(tmp_path, digits, clock
     scan = Scan(tmp_path)
     found = {}
     scan.subscribe(lambda trial: found.update({trial.name: (len(trial.results()), trial.ended())}))
-    scan.look()
+    scan.poll()
     assert {name: results for name, (results, _) in found.items()} == {done.name: 1, begun.name: 1, waits.name: 0}
     assert [trial.name for trial in scan.open()] == [begun.name, waits.name]
     again = scan.request(digits(init_seed=0))  # a search asks for it once more
@@ -329,7 +329,7 @@ def test_what_a_network_disk_shows_late_is_seen_once(scan, trial, clock, told, m
     """The rest of it may be seen before; a trial is not through before all of its epochs are there."""
     trial.claim().append(result(1))
     clock.now += 1
-    scan.look()
+    scan.poll()
     told.clear()
     stale = Stale(monkeypatch)
     if late == NEWS:
@@ -342,14 +342,14 @@ def test_what_a_network_disk_shows_late_is_seen_once(scan, trial, clock, told, m
         stale.hide(trial.path / late)
     for _ in range(4):
         clock.now += STALE_SECONDS / 5
-        scan.look()
+        scan.poll()
         assert scan.open() == [trial]
     assert trial.ended() is None
     if late in (NEWS, SECOND):
         assert (told, trial.results()) == ([], [result(1)])
     stale.show()
-    clock.now += LONGEST
-    scan.look()
+    clock.now += MAX_POLL
+    scan.poll()
     assert trial.results() == [result(1), result(2), result(3)]
     assert trial.ended().state == State.FINISHED
     assert scan.open() == []
@@ -364,7 +364,7 @@ def test_a_network_disk_is_asked_again_where_something_is_missing(scan, trial, c
     stale = Stale(monkeypatch, until_listed=True)
     stale.hide(attempt.path / "end.json")
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert trial.ended().state == State.FINISHED
 
 
@@ -382,8 +382,8 @@ def test_what_a_stale_job_says_delays_the_end_by_so_long(scan, trial, clock):
     second.append(result(1))
     second.end(State.STOPPED)
     clock.now += 1
-    scan.look()
+    scan.poll()
     assert (trial.results(), trial.ended()) == ([result(1)], None)
-    clock.now += STALE_SECONDS + LONGEST
-    scan.look()
+    clock.now += STALE_SECONDS + MAX_POLL
+    scan.poll()
     assert trial.ended().state == State.STOPPED

@@ -12,8 +12,8 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 from cluster import slurm_commands
 from cluster.folder import JobState, TrialFolder
+from cluster.job_manager import JobManager
 from cluster.profile import Profile
-from cluster.relay import Relay
 from cluster.slurm import UNLISTED, SlurmCluster, sbatch_file, submit_driver
 
 ANSWERS = {"scontrol": "echo MaxArraySize = 1001", "srun": "exit 0", "squeue": "exit 0", "scancel": "exit 0"}
@@ -73,7 +73,7 @@ def test_scontrol(cluster, trials):
 
 def asked_again(cluster: SlurmCluster, *job_ids: str) -> dict[str, JobState]:
     """What the next question gives, whenever that is due."""
-    cluster._next_question = 0.0
+    cluster._next_query = 0.0
     return cluster.states(job_ids)
 
 
@@ -94,11 +94,11 @@ def test_sacct_that_hangs_is_not_asked_again(cluster, tmp_path):
 )
 def test_a_job_that_squeue_calls_alive_is_not_dead(answering, trials, state):
     made = answering(squeue=f"echo '7|{state}|None|node1'", sbatch="exit 1")
-    relay = Relay(trials[0].path.parent, made)
-    for trial in relay.scan.open():
-        trial.submitted("7", made.folder / "log")
-    relay.poll()
-    assert relay.states[trials[0].name].alive
+    manager = JobManager(trials[0].path.parent, made)
+    for trial in manager.scan.open():
+        trial.record_job("7", made.folder / "log")
+    manager.poll()
+    assert manager.states[trials[0].name].alive
     assert all(trial.job()["submissions"] == 1 for trial in trials)
 
 
@@ -139,7 +139,7 @@ VARIABLES += ("SCANCEL_STATE", "SLURM_CLUSTERS", "SALLOC_MEM_PER_CPU")
 
 def test_the_users_shell_does_not_reach_slurms_commands(answering, trials, tmp_path, monkeypatch):
     """But where the configuration lies, what the profile names, and all that is not SLURM's."""
-    monkeypatch.setattr(slurm_commands, "_kept", set(slurm_commands._kept))
+    monkeypatch.setattr(slurm_commands, "_visible", set(slurm_commands._visible))
     for name in (*VARIABLES, "OF_THE_USER"):
         monkeypatch.setenv(name, "1")
     note = f"env >> {tmp_path}/$(basename $0).env"
@@ -150,7 +150,7 @@ def test_the_users_shell_does_not_reach_slurms_commands(answering, trials, tmp_p
         sacct=f"{note}; exit 0",
         scontrol=f"{note}; echo MaxArraySize = 1001",
     )
-    slurm_commands.keep(["SLURM_CLUSTERS"])
+    slurm_commands.show_variables(["SLURM_CLUSTERS"])
     made.submit(trials, exclude="")
     made.states(["7", "8"])
     made.cancel(["7"])
@@ -182,16 +182,16 @@ echo "Submitted batch job 1$have"
         made.submit(trials, exclude="")
     assert [trial.job_id for trial in trials] == ["10_0", "10_1", "12", None]
     assert not list(made.folder.glob("*.json"))
-    relay = Relay(tmp_path / "trials", made)
+    manager = JobManager(tmp_path / "trials", made)
     made.jobs_in_flight = 4
     (tmp_path / "commands" / "squeue").write_text(
         '#!/bin/sh\nfor id in 10_0 10_1 12; do echo "$id|RUNNING|None|node1"; done\n'
     )
     with pytest.raises(OSError, match=r"submission refused, again in 1 s: .*QOSMaxSubmitJobPerUserLimit"):
-        relay.poll()
+        manager.poll()
     (tmp_path / "have").write_text("2")
-    relay._refused_until = 0.0
-    relay.poll()
+    manager._refused_until = 0.0
+    manager.poll()
     assert trials[3].job_id == "12"
     assert [trial.job()["submissions"] for trial in trials] == [1] * 4
 
@@ -220,7 +220,7 @@ def test_who_only_looks_adopts_nothing(answering, trials, tmp_path):
     """`--status` beside a driver: the driver finds its job by what it has written down, and submits no other."""
     made = answering(sbatch="exit 1")
     lost(made, trials[0], tmp_path)
-    Relay(tmp_path / "trials", made)
+    JobManager(tmp_path / "trials", made)
     assert trials[0].job() is None
     assert len(list(made.folder.glob("*.json"))) == 1
 
@@ -229,13 +229,13 @@ def test_who_only_looks_adopts_nothing(answering, trials, tmp_path):
 def test_an_adopted_job_is_alive_and_has_its_work(answering, trials, tmp_path, name, comment):
     """Whatever was answered before; submitit, which had no answer, has not written down what it does."""
     made = answering(sbatch="exit 1")
-    relay = Relay(tmp_path / "trials", made)
+    manager = JobManager(tmp_path / "trials", made)
     assert made.states([]) == {}  # the answer that is kept for a while
     lost(made, trials[0], tmp_path, name, comment)
     made.jobs_in_flight = 1
-    relay.poll()
+    manager.poll()
     assert trials[0].job()["id"] == "7"
-    assert relay.states[trials[0].name].state == "PENDING"
+    assert manager.states[trials[0].name].state == "PENDING"
     assert trials[1].job() is None
     work = DelayedSubmission.load(JobPaths(made.folder, "7").submitted_pickle)
     assert work.args[0] == trials[0].path
@@ -243,9 +243,9 @@ def test_an_adopted_job_is_alive_and_has_its_work(answering, trials, tmp_path, n
 
 @pytest.mark.parametrize("said", ["12", "12;cluster", "Welcome!\n\n12\n", "job 7 of yours ended\n12;sim"])
 def test_the_id_is_found_in_what_sbatch_prints(said):
-    assert slurm_commands.job_id(said) == "12"
+    assert slurm_commands.parse_job_id(said) == "12"
 
 
 def test_no_id_in_what_sbatch_prints():
     with pytest.raises(OSError, match=r"sbatch: no job id in 'queue is full'"):
-        slurm_commands.job_id("queue is full\n")
+        slurm_commands.parse_job_id("queue is full\n")

@@ -42,13 +42,13 @@ print(json.dumps({"parameters": result.parameters, "class_names": names, "config
 RELAY = """
 from pathlib import Path
 from cluster import profile
-from cluster.relay import Relay, make_cluster
+from cluster.job_manager import JobManager, make_cluster
 from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
-relay = Relay(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
-trial = relay.scan.request(spec.trial_config(spec.example()))
-relay.poll()
+manager = JobManager(spec.trials, make_cluster(profile.load(spec.cluster), spec.folder, "", concurrent=1))
+trial = manager.scan.request(spec.trial_config(spec.example()))
+manager.poll()
 print(trial.path.absolute())
 """
 SUBMIT = """
@@ -57,10 +57,10 @@ from sweeps import launch
 from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
-relay = launch.make_relay(spec, "")
+manager = launch.make_job_manager(spec, "")
 Path("mine.py").write_text("raise RuntimeError")
-trial = relay.scan.request(spec.trial_config(spec.example()))
-relay.poll()
+trial = manager.scan.request(spec.trial_config(spec.example()))
+manager.poll()
 print(trial.path.absolute())
 """
 HOW_NICE = """

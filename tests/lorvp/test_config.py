@@ -104,7 +104,9 @@ def test_names_in_the_config_are_those_that_exist():
 
 @pytest.mark.slow
 def test_configs_and_drivers_need_no_torch():
-    modules = "lorvp.config, cluster.relay, cluster.local, sweeps.spec, sweeps.search.controller, sweeps.run.driver"
+    modules = (
+        "lorvp.config, cluster.job_manager, cluster.local, sweeps.spec, sweeps.search.controller, sweeps.run.driver"
+    )
     code = f"import sys; import {modules}, sweeps.results.leaderboard, sweeps.launch; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -15,7 +15,7 @@ from lorvp.result import EpochResult
 from lorvp.utils.files import write_json
 from sweeps.folder import RECORD
 from sweeps.results import confirm
-from sweeps.simulate.curves import Curve, Curves, Family
+from sweeps.simulate.curves import AssumedCurves, Curve, Curves
 from sweeps.spec.model import Axis, Scalar, Spec, active
 
 EPOCH_SECONDS = 2.0
@@ -29,24 +29,24 @@ def make(spec: Spec, trials: int, stopped: int = 0, failed: int = 0, curves: Cur
 
     The search's trials lie at random points, the same for the same spec. Returns them, those that finished first.
     """
-    curves = curves or Family(spec, EPOCH_SECONDS, seed=0)
+    curves = curves or AssumedCurves(spec, EPOCH_SECONDS, seed=0)
     spec.folder.mkdir(parents=True)
     write_json(spec.folder / RECORD, {"id": "synthetic", "spec": spec.model_dump(mode="json", by_alias=True)})
     clock = _Clock()
     for config in spec.control_configs():
-        _train(spec, config, curves.of(config, control=True), clock)
+        _train(spec, config, curves.curve(config, control=True), clock)
     causes, made = cycle(Cause), []
     for i, config in enumerate(_points(spec, trials)):
         state = (
             State.FINISHED if i < trials - stopped - failed else State.STOPPED if i < trials - failed else State.FAILED
         )
         cause = next(causes) if state == State.FAILED else None
-        made.append(_train(spec, config, curves.of(config, control=False), clock, state, cause))
+        made.append(_train(spec, config, curves.curve(config, control=False), clock, state, cause))
     if spec.confirm:
         for choice in confirm.choose(spec):
             for seed in choice.seeds:
                 config = spec.confirmed(TrialFolder(spec.trials / choice.trial).config, seed)
-                _train(spec, config, curves.of(config, choice.control), clock)
+                _train(spec, config, curves.curve(config, choice.control), clock)
     return made
 
 

@@ -20,9 +20,9 @@ from support import synthetic
 from support.waiting import wait_for
 
 from cluster.folder import StopReason, TrialFolder
+from cluster.job_manager import JobManager
 from cluster.local import LocalCluster
 from cluster.profile import Profile
-from cluster.relay import Relay
 from lorvp.errors import UserError
 from lorvp.utils import files
 from sweeps import launch, lock
@@ -150,8 +150,8 @@ def bystander():
             process.kill()
 
 
-def relay_of(spec) -> Relay:
-    return Relay(spec.trials, LocalCluster(Profile(kind="local"), spec.folder, "", 1, 1))
+def manager_of(spec) -> JobManager:
+    return JobManager(spec.trials, LocalCluster(Profile(kind="local"), spec.folder, "", 1, 1))
 
 
 def test_cancel_signals_no_process_that_is_no_driver(tmp_path, monkeypatch):
@@ -161,11 +161,11 @@ def test_cancel_signals_no_process_that_is_no_driver(tmp_path, monkeypatch):
     (spec.folder / lock.LOCK).touch()
     with bystander() as pid:
         left(spec.folder, replace(Holder.this_process(), process=pid, started=1.0))
-        assert status.cancel(spec, relay_of(spec)) == 0
+        assert status.cancel(spec, manager_of(spec)) == 0
         (spec.folder / ALIVE).unlink()
         left(spec.folder, replace(of_another_machine(), process=pid))
         with pytest.raises(UserError, match=f"its driver is process {pid} on node7; end it there first"):
-            status.cancel(spec, relay_of(spec))
+            status.cancel(spec, manager_of(spec))
 
 
 # disks without hard links
@@ -188,9 +188,9 @@ def test_a_trials_folder_needs_no_links(digits, tmp_path):
     trial.stop(StopReason.SEARCH)
     trial.stop(StopReason.INTERRUPT)
     assert trial.stop_reason() == StopReason.SEARCH
-    assert trial.hand_over(trial)
-    assert not trial.hand_over(None)
-    assert trial.handed_over() == trial.name
+    assert trial.assign_next(trial)
+    assert not trial.assign_next(None)
+    assert trial.assigned_next() == trial.name
 
 
 def test_what_is_not_whole_yet_has_not_been_said(digits, tmp_path):
@@ -198,7 +198,7 @@ def test_what_is_not_whole_yet_has_not_been_said(digits, tmp_path):
     trial = TrialFolder.request(tmp_path / "trials", digits())
     (trial.path / "next").touch()
     (trial.path / "stop").touch()
-    assert trial.handed_over() is None
+    assert trial.assigned_next() is None
     assert trial.stop_reason() is None
 
 
@@ -213,7 +213,7 @@ def test_a_sweep_that_was_moved_and_renamed(tmp_path):
     log = spec.folder / "jobs" / "7_0_log.out"
     log.parent.mkdir()
     log.write_text("its last words\n")
-    trial.submitted("7", log)
+    trial.record_job("7", log)
     (tmp_path / "new").mkdir()
     spec.folder.rename(tmp_path / "new" / "renamed")
     (tmp_path / "link").symlink_to(tmp_path / "new")

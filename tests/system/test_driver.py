@@ -21,13 +21,13 @@ from cluster import profile as profiles
 from cluster.folder import State, TrialFolder
 from sweeps import launch
 from sweeps.lock import Holder
-from sweeps.run.ending import Ending
 from sweeps.run.follow import Follower
+from sweeps.run.signals import SignalHandler
 from sweeps.search.controller import GuardedScheduler
 from sweeps.search.suggest import SpecSearch, Suggestions
 from sweeps.search.tune_trial import SCORE
 from sweeps.simulate import replay
-from sweeps.simulate.curves import Recorded
+from sweeps.simulate.curves import RecordedCurves
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 from sweeps.tracking import store
@@ -63,7 +63,7 @@ def sweep(tmp_path, monkeypatch) -> Iterator[Spec]:
         monkeypatch.setenv(name, value)
     (tmp_path / "profile.yaml").write_text("kind: local\njobs_in_flight: 1\ntrials_per_job: 9\n")
     (tmp_path / "sweep.yaml").write_text(SPEC)
-    before = {signum: signal.getsignal(signum) for signum in Ending.SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in SignalHandler.SIGNALS}
     yield spec_file.load(tmp_path / "sweep.yaml", [])
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -116,7 +116,7 @@ def test_a_sweep_and_its_replay_decide_the_same(sweep):
         real = Decisions(patch)
         result = run()
     assert result.exit_code == 0, result.output
-    curves = Recorded(sweep.folder / "results.parquet", sweep)
+    curves = RecordedCurves(sweep.folder / "results.parquet", sweep)
     with pytest.MonkeyPatch.context() as patch:
         virtual = Decisions(patch)
         replay.replay(sweep, curves, replay.Place(profiles.load(sweep.cluster), gpus=1))

@@ -110,7 +110,7 @@ def test_several_trials_by_one_job(slurm, tmp_path):
         alone=(CONTROL, "control: null\n"),
         short=("epochs: 3", "epochs: 2"),
     )
-    sweep.holds.set("cluster.job.HAND_OVER_SECONDS", 300.0)  # however long the search takes here
+    sweep.holds.set("cluster.job.NEXT_TRIAL_SECONDS", 300.0)  # however long the search takes here
     between = sweep.holds.hold("handing over")
     driver = sweep.start()
     between.reached(driver)

@@ -174,7 +174,7 @@ def test_a_site_that_lets_a_user_have_two_jobs(tmp_path):
         concurrent = ("concurrent: 2", "concurrent: 4")
         profile = PROFILE.replace("flight: 2", "flight: 4") + "account: lab\n"
         sweep = make_sweep(slurm, tmp_path, profile, concurrent=concurrent, alone=(CONTROL, "control: null\n"))
-        sweep.holds.set("cluster.relay.LONGEST_WAIT", 2.0)
+        sweep.holds.set("cluster.job_manager.MAX_WAIT", 2.0)
         step = sweep.holds.hold("step", epoch=2, step=3)
         driver = sweep.start()
         step.reached(driver, count=2)

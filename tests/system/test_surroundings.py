@@ -23,7 +23,7 @@ from lorvp.utils import files
 from sweeps import launch
 from sweeps.folder import read_record
 from sweeps.run.driver import one_line
-from sweeps.run.ending import Ending
+from sweeps.run.signals import SignalHandler
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 from sweeps.tracking import store
@@ -38,7 +38,7 @@ def sweep(tmp_path, monkeypatch) -> Iterator[Spec]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Path("sweep.yaml").write_text(GOOD)
-    before = {signum: signal.getsignal(signum) for signum in Ending.SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in SignalHandler.SIGNALS}
     yield spec_file.load(Path("sweep.yaml"))
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -149,7 +149,7 @@ def test_a_sweep_that_has_begun_is_not_taken_back(sweep, begun):
 
 def test_a_signal_that_was_ignored_stays_ignored(sweep):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    Ending()
+    SignalHandler()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
 
@@ -170,9 +170,9 @@ def no_home(tmp_path, monkeypatch) -> Iterator[None]:
     for name in ("LORVP_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, "")  # so that it is as it was at the end
         monkeypatch.delenv(name)
-    files._written.cache_clear()
+    files._writable_folder.cache_clear()
     yield
-    files._written.cache_clear()
+    files._writable_folder.cache_clear()
 
 
 def test_a_home_that_can_not_be_written_costs_the_cache_alone(no_home, digits, capsys):

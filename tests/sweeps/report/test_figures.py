@@ -21,7 +21,7 @@ from lorvp.bundle.format import DESCRIPTION, EXAMPLE, FORMAT_VERSION, PICTURE, P
 from lorvp.config import TrialConfig
 from lorvp.utils.files import write_json
 from sweeps.report.drawing import DARKER_IS_BETTER, lightness, png
-from sweeps.report.figures import PARTS
+from sweeps.report.figures import SECTIONS
 from sweeps.report.space_figures import BINS, importances
 from sweeps.results.comparison import val_top1
 from sweeps.results.leaderboard import Entry
@@ -36,7 +36,7 @@ STEP = 1.5
 class Stated:
     """Two points for each step of rank, two for fm, half a point an epoch; an epoch takes 1.5 s."""
 
-    def of(self, config: TrialConfig, control: bool) -> Curve:
+    def curve(self, config: TrialConfig, control: bool) -> Curve:
         end = CONTROL if control else 70 + 2 * config.prompt.rank + 2 * (config.label_mapping == "fm")
         values = [end - 0.5 * (config.epochs - epoch) for epoch in range(1, config.epochs + 1)]
         return Curve(values, [STEP] * config.epochs, config.epochs)
@@ -83,7 +83,7 @@ def folders(spec: Spec) -> list[TrialFolder]:
 
 
 def plots(outcome: Outcome, name: str) -> list[Axes]:
-    return PARTS[name].make(outcome).axes
+    return SECTIONS[name].make(outcome).axes
 
 
 def texts(plot: Axes) -> list[str]:
@@ -91,7 +91,7 @@ def texts(plot: Axes) -> list[str]:
 
 
 def columns(outcome: Outcome, name: str) -> dict[str, list[str]]:
-    return {column.header: list(column.cells) for column in PARTS[name].make(outcome).columns}
+    return {column.header: list(column.cells) for column in SECTIONS[name].make(outcome).columns}
 
 
 def test_heat_map(sweep: Spec, outcome: Outcome):
@@ -128,7 +128,7 @@ def test_a_heat_map_needs_one_of_its_axes(tmp_path):
     def made(name: str, space: dict[str, Any]) -> Any:
         spec = make_spec(tmp_path, name=name, space=space)
         synthetic.make(spec, 3, curves=Stated())
-        return PARTS["heat_map"].make(Outcome.read(spec.folder))
+        return SECTIONS["heat_map"].make(Outcome.read(spec.folder))
 
     assert made("rank", {"prompt.rank": {"choice": [1, 2, 4]}}).axes[0].images[0].get_array().shape == (3, 1)
     assert made("rate", {"optimizer.lr": {"choice": [0.1, 0.2, 0.4]}}).axes[0].images[0].get_array().shape == (1, 3)
@@ -137,12 +137,12 @@ def test_a_heat_map_needs_one_of_its_axes(tmp_path):
 
 def test_a_heat_map_of_one_trial_that_is_always_right(tmp_path):
     class Right(Stated):
-        def of(self, config: TrialConfig, control: bool) -> Curve:
+        def curve(self, config: TrialConfig, control: bool) -> Curve:
             return Curve([100.0] * config.epochs, [STEP] * config.epochs, config.epochs)
 
     spec = make_spec(tmp_path)
     synthetic.make(spec, 1, curves=Right())
-    figure = PARTS["heat_map"].make(Outcome.read(spec.folder))
+    figure = SECTIONS["heat_map"].make(Outcome.read(spec.folder))
     assert [text.get_text() for plot in figure.axes for text in plot.texts] == ["100.0\n(1)"]
 
 
@@ -178,7 +178,7 @@ def test_learning_curves(sweep: Spec, outcome: Outcome):
 
 def test_near_the_top_each_half_of_the_error_takes_as_much_room(tmp_path):
     class High(Stated):
-        def of(self, config: TrialConfig, control: bool) -> Curve:
+        def curve(self, config: TrialConfig, control: bool) -> Curve:
             return Curve([20.0, 90.0, 95.0, 97.5][-config.epochs :], [STEP] * config.epochs, config.epochs)
 
     spec = make_spec(tmp_path)
@@ -197,7 +197,7 @@ def test_parallel_coordinates(sweep: Spec, outcome: Outcome):
     (plot,) = plots(outcome, "parallel")
     others, lines = plot.collections
     assert len(others.get_segments()) == 6
-    finished = [entry for entry in outcome.board.searched() if entry.finished]
+    finished = [entry for entry in outcome.board.search_entries() if entry.finished]
     assert len(lines.get_segments()) == len(finished) == 14
     tops = [val_top1(entry) for entry in finished]
     for entry, segment in zip(reversed(finished), lines.get_segments(), strict=True):
@@ -216,7 +216,7 @@ def test_parallel_coordinates(sweep: Spec, outcome: Outcome):
 
 
 def test_importance(sweep: Spec, outcome: Outcome):
-    entries = [entry for entry in outcome.board.searched() if entry.finished]
+    entries = [entry for entry in outcome.board.search_entries() if entry.finished]
     found = importances(sweep, entries)
     assert next(iter(found)) == "prompt.rank"  # 6 points between its ends, 2 by the label mapping
     assert found["prompt.rank"] > 0.6
@@ -264,13 +264,13 @@ def test_gain_over_the_control(sweep: Spec, outcome: Outcome):
     assert [bar.get_height() for bar in plot.patches] == sorted((end - CONTROL for end in ends), reverse=True)
     assert texts(plot) == [f"{bar.get_height():+.1f}" for bar in plot.patches]
     names = [label.get_text() for label in plot.get_xticklabels()]
-    assert names[0] in [entry.trial.name for entry in outcome.board.searched() if val_top1(entry) == max(ends)]
+    assert names[0] in [entry.trial.name for entry in outcome.board.search_entries() if val_top1(entry) == max(ends)]
 
 
 def test_gain_in_a_confirmation(tmp_path):
     class Lucky(Stated):
-        def of(self, config: TrialConfig, control: bool) -> Curve:
-            curve = super().of(config, control)
+        def curve(self, config: TrialConfig, control: bool) -> Curve:
+            curve = super().curve(config, control)
             return Curve([value + config.init_seed**2 / 10 for value in curve.values], curve.seconds, curve.known)
 
     spec = make_spec(tmp_path, confirm={"top": 2, "seeds": [1, 2, 3]})
@@ -298,15 +298,15 @@ def bundle(entry: Entry, **values: Any) -> Path:
 
 
 def test_prompts(outcome: Outcome):
-    assert PARTS["prompts"].make(outcome) is None  # no bundle says anything
+    assert SECTIONS["prompts"].make(outcome) is None  # no bundle says anything
     values = [[3.0, 2.0, 1.0], [2.5, 2.0, 0.5], [1.0, 0.5, 0.0]]
-    entries = outcome.board.searched()[:3]
+    entries = outcome.board.search_entries()[:3]
     first = bundle(entries[0], prompt={"largest": 0.25, "singular_values": values})
     for shade, name in enumerate((PICTURE, EXAMPLE, PROMPTED)):
         Image.new("RGB", (8, 8), (shade, 0, 0)).save(first / name)
     bundle(entries[1])
     bundle(entries[2], format_version=FORMAT_VERSION - 2)
-    figure = PARTS["prompts"].make(outcome)
+    figure = SECTIONS["prompts"].make(outcome)
     picture, spectrum, example, prompted = figure.axes
     assert [plot.images[0].get_array()[0, 0, 0] for plot in (picture, example, prompted)] == [0, 1, 2]
     assert [list(line.get_ydata()) for line in spectrum.lines] == values
@@ -320,13 +320,13 @@ def test_prompts(outcome: Outcome):
 
 def test_tables(sweep: Spec, outcome: Outcome):
     shown = columns(outcome, "leaderboard")
-    assert shown["trial"][:-1] == [entry.trial.name for entry in outcome.board.searched()]
+    assert shown["trial"][:-1] == [entry.trial.name for entry in outcome.board.search_entries()]
     assert shown["trial"][-1] == outcome.control().trial.name
     failed = [trial for trial in folders(sweep) if trial.ended().state == State.FAILED]
     shown = columns(outcome, "failures")
     assert dict(zip(shown["trial"], shown["cause"], strict=True)) == {t.name: t.ended().cause for t in failed}
     assert shown["reason"] == [f"as if: {cause}" for cause in shown["cause"]]
-    assert PARTS["confirmation"].make(outcome) is None
+    assert SECTIONS["confirmation"].make(outcome) is None
 
 
 def test_lightness_falls_evenly():
@@ -341,7 +341,7 @@ def test_pictures_are_whole(outcome: Outcome):
     """Nothing is drawn beyond the picture: a margin without ink is all around."""
     for name in ("heat_map", "gain", "parallel"):
         path = Path(outcome.spec.folder / f"{name}.png")
-        path.write_bytes(png(PARTS[name].make(outcome)))
+        path.write_bytes(png(SECTIONS[name].make(outcome)))
         pixels = np.asarray(Image.open(path).convert("L"))
         edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert edges.min() == 255, name

@@ -25,7 +25,7 @@ from sweeps import lock
 from sweeps.folder import RECORD
 from sweeps.report import __main__ as command
 from sweeps.report import page as report
-from sweeps.report.figures import PARTS
+from sweeps.report.figures import SECTIONS
 from sweeps.results.outcome import Outcome
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
@@ -74,21 +74,21 @@ def test_one_page_without_links(sweep: Spec):
     assert "url(" not in path.read_text()
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     pictures = {each.stem: each.read_bytes() for each in (sweep.folder / "report").iterdir()}
-    assert set(pictures) == set(PARTS) - {"confirmation", "prompts"}
+    assert set(pictures) == set(SECTIONS) - {"confirmation", "prompts"}
     inlined = [base64.b64decode(link.partition(",")[2]) for link in page.links]
-    assert inlined == [pictures[name] for name in PARTS if name in set(pictures) - {"leaderboard", "failures"}]
+    assert inlined == [pictures[name] for name in SECTIONS if name in set(pictures) - {"leaderboard", "failures"}]
     for name in pictures:
         with Image.open(sweep.folder / "report" / f"{name}.png") as picture:
             picture.load()
             assert picture.width > 300, name
     outcome = Outcome.read(sweep.folder)
-    names = [entry.trial.name for entry in outcome.board.searched()]
+    names = [entry.trial.name for entry in outcome.board.search_entries()]
     assert [row[1] for row in page.rows if len(row) > 3 and row[1] in names] == names
     said = " ".join(page.said)
-    assert all(line in said for line in [*outcome.verdict(), *outcome.board.trust()])
+    assert all(line in said for line in [*outcome.verdict(), *outcome.board.rung_correlation()])
     assert "22 trials: 16 finished, 4 stopped early, 2 failed" in said
     assert "<script src='http://a.b/c.js'>[/red]$x_" in said
-    assert PARTS["confirmation"].otherwise in said
+    assert SECTIONS["confirmation"].otherwise in said
     stale = sweep.folder / "report" / "stale.png"
     stale.touch()
     report.write(outcome)

@@ -15,7 +15,7 @@ from support.confirmed import SEEDS, confirmed, make_confirmed, ran, searched
 
 from cluster.folder import Cause, State, TrialFolder
 from sweeps.results import confirm
-from sweeps.results.comparison import LEARNED, MAY_BE_NONE, PUBLISHED, Comparison, paired
+from sweeps.results.comparison import MAY_BE_NONE, PUBLISHED_BIAS, VAL_TRAINED_ON, Comparison, paired_difference
 from sweeps.results.leaderboard import NO_VAL, Bias, Leaderboard
 from sweeps.spec.model import Spec
 
@@ -49,7 +49,7 @@ def test_how_far_a_rung_can_be_trusted(spec: Spec, tmp_path: Path):
         record(spec, rank, values)
     record(spec, 4, [10], State.STOPPED)
     board = Leaderboard.read(spec)
-    assert board.trust() == ["rank correlation with the end, of 3 finished trials: epoch 1 0.50"]
+    assert board.rung_correlation() == ["rank correlation with the end, of 3 finished trials: epoch 1 0.50"]
 
 
 def test_an_epoch_at_a_rung_is_never_the_best(spec: Spec):
@@ -123,7 +123,7 @@ def test_where_val_was_trained_on_the_search_says_which_is_best(tmp_path):
     comparison = Comparison.of(Leaderboard.read(spec), choices)
     assert comparison.best_row().choice == low_rank
     first, second, *_ = comparison.verdict()
-    assert first == LEARNED
+    assert first == VAL_TRAINED_ON
     assert second.startswith(f"best config {low_rank.trial} ")
 
 
@@ -161,7 +161,7 @@ def test_figures_over_seeds(tmp_path):
     assert f"{low_rank.trial} (prompt.kind low_rank) less the control: val +4.67 [+0.87, +8.46], test -0.33 [" in said
     assert f"{low_rank.trial}, test: {MAY_BE_NONE}" in said
     assert said.count(MAY_BE_NONE) == 1
-    assert PUBLISHED not in said
+    assert PUBLISHED_BIAS not in said
     assert [row["kind"] for row in comparison.cells()] == ["low_rank", "border", "-"]
 
 
@@ -242,7 +242,7 @@ def test_comparison_files(tmp_path):
     assert (
         f"| low_rank | {choices[0].trial} | 59.00 ± 0.00 | 72.00 ± 0.00 | 3 | 34 | 5 | - | 100 | 3 | 0.5 | 12 |" in text
     )
-    assert PUBLISHED in text
+    assert PUBLISHED_BIAS in text
     assert "against the epoch that is best on val: +2.00 points (mean of 9 trials, +2.00 to +2.00)" in text
     assert "test top-1 70.00 ± 0.00 %, less the control +0.00 [+0.00, +0.00] points" in text
     assert {path.name for path in spec.folder.iterdir()} == {"trials", "confirm.json", parquet.name, markdown.name}
@@ -299,10 +299,10 @@ def test_without_validation_images_no_bias_is_told(spec: Spec):
 
 
 def test_an_interval_is_scipys():
-    assert (paired([3.0]).mean, paired([3.0]).low) == (3, None)
-    assert (paired([2.0, 2.0]).low, paired([2.0, 2.0]).high) == (2, 2)
+    assert (paired_difference([3.0]).mean, paired_difference([3.0]).low) == (3, None)
+    assert (paired_difference([2.0, 2.0]).low, paired_difference([2.0, 2.0]).high) == (2, 2)
     values = [0.3, -1.2, 2.4, 0.1, 0.9]
-    found = paired(values)
+    found = paired_difference(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.may_be_none == (stats.ttest_1samp(values, 0).pvalue > 0.05)

@@ -39,17 +39,17 @@ def follower(spec):
 
     def make() -> Follower:
         scan = Scan(spec.trials)
-        relay = SimpleNamespace(states={}, troubles={})
-        made = Follower(spec, relay, Console(file=StringIO(), width=200))
-        scan.subscribe(made.see)
-        scan.look()
+        manager = SimpleNamespace(states={}, troubles={})
+        made = Follower(spec, manager, Console(file=StringIO(), width=200))
+        scan.subscribe(made.show)
+        scan.poll()
         made.start()
 
-        def look() -> None:
-            scan.look_at_all()
+        def poll() -> None:
+            scan.poll_all()
             made.check()
 
-        made.request, made.look = scan.request, look
+        made.request, made.poll = scan.request, poll
         return made
 
     return make
@@ -73,12 +73,12 @@ def test_stages_are_counted_apart(spec, follower):
     for config in [*configs[:3], *spec.control_configs()]:
         ended(following, config)
     earlier = ended(following, spec.confirmed(configs[3], 1))  # of a shorter search
-    following.look()
+    following.poll()
     assert summary(following).startswith("4 of 5 trials begun: 4 finished")
     ended(following, configs[3])
     names = {ended(following, spec.confirmed(configs[0], seed)) for seed in (1, 2)} | {"still to come"}
     assert earlier not in names
-    following.look()
+    following.poll()
     assert summary(following).startswith("5 of 5 trials begun: 5 finished")
     following.confirm(names)
     assert summary(following).startswith("2 of 3 trials of the confirmation begun: 2 finished")
@@ -92,11 +92,11 @@ def test_what_fails_in_the_confirmation_does_not_end_the_sweep(spec, follower):
     ended(following, configs[0], State.FAILED)
     for seed in (1, 2):
         ended(following, spec.confirmed(configs[0], seed), State.FAILED)
-    following.look()
+    following.poll()
     ended(following, configs[1], State.FAILED)
     with pytest.raises(GivenUp, match=r"^2 of the first 2 trials failed \(failure_limit\)$"):
-        following.look()
-    follower().look()
+        following.poll()
+    follower().poll()
 
 
 def test_of_an_ended_trial_the_name_is_kept_until_mlflow_has_it(spec, follower):
@@ -118,12 +118,12 @@ def test_of_an_ended_trial_the_name_is_kept_until_mlflow_has_it(spec, follower):
     running = following.request(config)
     attempt = running.claim()
     attempt.append({"epoch": 1, "val_top1": 50.0})
-    following.look()
-    sender.see(running)
+    following.poll()
+    sender.enqueue(running)
     assert sender._pending == {running.name: running}
     attempt.end(State.FINISHED)
-    following.look()
-    sender.see(running)
+    following.poll()
+    sender.enqueue(running)
     assert sender._pending == {running.name: None}
     sender.start()
     assert sender.finish(patience=20)

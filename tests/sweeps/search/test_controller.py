@@ -239,7 +239,7 @@ class Breaks(SpecSearch):
 
     def _break(self, at: str) -> None:
         self.calls_since += self.broken
-        if at == self.at and len(self._share_of) == 2:
+        if at == self.at and len(self._arm_of_trial) == 2:
             self.broken = True
             raise OSError(28, "No space left on device", "suggestions.jsonl")
 
@@ -320,7 +320,7 @@ def test_ended_trials_are_forgotten(tmp_path):
     assert made.get_trials() == []
     for name in ("_live_trials", "_stopped_trials", "_failed_trials", "_trials_to_cache", "_trial_to_actor"):
         assert not getattr(made, name), name
-    share = search._shares[None]
+    share = search._arms[None]
     assert (share._ot_trials, share._completed_trials) == ({}, set())
     told = share._ot_study.get_trials(deepcopy=False)
     assert [(trial.value, trial.intermediate_values) for trial in told] == 6 * [(50.0, {})]
@@ -433,7 +433,7 @@ def test_what_is_taken_of_other_classes(tmp_path):
     assert trial.temporary_state.ray_actor is None
     trial.update_last_result({"epoch": 1})
     assert trial.last_result == {"epoch": 1, "trial_id": "0"}
-    share = SpecSearch(spec(tmp_path))._shares[None]
+    share = SpecSearch(spec(tmp_path))._arms[None]
     assert hasattr(share, "_ot_trials")
     assert hasattr(share, "_completed_trials")
 

@@ -15,7 +15,7 @@ from cluster.folder import State, TrialFolder
 from cluster.profile import Profile
 from lorvp.config import TrialConfig
 from sweeps.search.stopping import make_scheduler
-from sweeps.search.suggest import RecordingSearch, SpecSearch, Spent, Suggestions
+from sweeps.search.suggest import ArmSeconds, RecordingSearch, SpecSearch, Suggestions
 from sweeps.search.tune_trial import SCORE
 from sweeps.simulate.curves import Curve
 from sweeps.simulate.replay import Place, replay
@@ -72,8 +72,8 @@ def test_values_take_turns(make, algorithm):
     for point in points:
         assert ("prompt.kind" in point) == (point["method"] == "lorvp")
         assert ("prompt.rank" in point) == (point.get("prompt.kind") == "low_rank")
-        assert spec.share(spec.trial_config(point)) == point["method"]
-    assert [share.number_of_trials() for share in spec.shares().values()] == [5, 4]
+        assert spec.arm(spec.trial_config(point)) == point["method"]
+    assert [share.number_of_trials() for share in spec.arms().values()] == [5, 4]
 
 
 def test_each_value_is_searched_by_itself(make):
@@ -109,7 +109,7 @@ def record(spec: Spec, point: dict, seconds: list[float]) -> TrialFolder:
 def test_a_share_that_had_its_seconds_is_passed_over(make):
     spec = make(20, search={"seconds": 10}, confirm={})
     spec.folder.mkdir()
-    spent = Spent(spec)
+    spent = ArmSeconds(spec)
     search = RecordingSearch(spec, Suggestions(spec.folder), spent)
     suggested = []
     while (point := search.suggest(str(len(suggested)))) != Searcher.FINISHED:
@@ -180,7 +180,7 @@ def test_a_trial_is_never_paused(make):
 class _Flat:
     """Every epoch takes a second; linear_probe's take ten."""
 
-    def of(self, config: TrialConfig, control: bool) -> Curve:
+    def curve(self, config: TrialConfig, control: bool) -> Curve:
         seconds = 10.0 if config.method == "linear_probe" else 1.0
         return Curve([config.optimizer.head_lr] * config.epochs, [seconds] * config.epochs, config.epochs)
 
@@ -200,6 +200,6 @@ def test_replay_of_shares_and_confirmation(make):
 
 def test_without_equal_shares_the_search_is_one(make):
     spec = make(search={"equal": None})
-    assert list(spec.shares().items()) == [(None, spec)]
-    assert spec.share(spec.trial_config(spec.example())) is None
+    assert list(spec.arms().items()) == [(None, spec)]
+    assert spec.arm(spec.trial_config(spec.example())) is None
     assert len({point["method"] for point in run(SpecSearch(spec), 8)}) == 2

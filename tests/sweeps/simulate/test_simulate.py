@@ -18,8 +18,8 @@ from lorvp.utils import cli
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.tune_trial import SCORE
 from sweeps.simulate import __main__ as simulate
-from sweeps.simulate.curves import Family, Recorded
-from sweeps.simulate.replay import Outcome, Place, replay
+from sweeps.simulate.curves import AssumedCurves, RecordedCurves
+from sweeps.simulate.replay import Place, ReplayResult, replay
 from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 
@@ -65,8 +65,8 @@ def place(gpus: int, profile: dict | None = None, **times: float) -> Place:
     return Place(Profile.model_validate({"kind": "local"} | (profile or {})), gpus, **times)
 
 
-def steady(spec: Spec, seed: int = 0) -> Family:
-    return Family(spec, 10.0, seed)
+def steady(spec: Spec, seed: int = 0) -> AssumedCurves:
+    return AssumedCurves(spec, 10.0, seed)
 
 
 def record(path: Path, curves: dict[str, tuple], axes: list[str]) -> Path:
@@ -118,7 +118,7 @@ def test_limits_of_the_cluster(make, gpus, profile, makespan, gpu_seconds):
 def test_time_limit_loses_nothing_but_start_up(make):
     spec = make("space.prompt.rank.choice=[1]")
     profile = {"kind": "slurm", "time_limit_minutes": 1}
-    found = replay(spec, Family(spec, 40.0, 0), place(1, profile, submission_delay=3, start_up=10))
+    found = replay(spec, AssumedCurves(spec, 40.0, 0), place(1, profile, submission_delay=3, start_up=10))
     # four starts of 10 + 50 s, 40, 40 and 40 of them for an epoch or the parts of two; 160 = 50 + 50 + 50 + 10
     assert (found.makespan, found.gpu_seconds) == (4 * 3 + 3 * 60 + 20, 3 * 60 + 20)
     assert (found.states, found.failed_starts, found.training_seconds) == ([State.FINISHED], 0, 160)
@@ -174,19 +174,19 @@ def test_recorded_curves(make, tmp_path):
         "label_mapping: {choice: [flm, lp]}\n  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}",
     )
     spec = make("search={algorithm: random, trials: 2}", text=text)
-    recorded = Recorded(path, spec)
+    recorded = RecordedCurves(path, spec)
 
-    def of(label_mapping: str, prompt_lr: float, control: bool = False):
+    def curve(label_mapping: str, prompt_lr: float, control: bool = False):
         params = {"label_mapping": label_mapping, "optimizer.prompt_lr": prompt_lr}
-        return recorded.of(spec.trial_config(params), control)
+        return recorded.curve(spec.trial_config(params), control)
 
-    assert of("lp", 0.06).values == [10, 20, 20, 20]  # by the logarithm it is nearer to 0.01 than to 0.5
-    assert of("lp", 0.06).known == 2
-    assert of("lp", 0.08).values == [30, 40, 50, 60]
-    assert of("lp", 0.08).seconds == [2] * 4
-    assert of("flm", 0.9).values == [5] * 4  # another choice is as far as the whole of an axis
-    assert of("lp", 0.9, control=True).values == [70] * 4
-    assert Recorded(path, spec, epoch_seconds=9).of(spec.trial_config({}), False).seconds == [9] * 4
+    assert curve("lp", 0.06).values == [10, 20, 20, 20]  # by the logarithm it is nearer to 0.01 than to 0.5
+    assert curve("lp", 0.06).known == 2
+    assert curve("lp", 0.08).values == [30, 40, 50, 60]
+    assert curve("lp", 0.08).seconds == [2] * 4
+    assert curve("flm", 0.9).values == [5] * 4  # another choice is as far as the whole of an axis
+    assert curve("lp", 0.9, control=True).values == [70] * 4
+    assert RecordedCurves(path, spec, epoch_seconds=9).curve(spec.trial_config({}), False).seconds == [9] * 4
     arguments = [str(tmp_path / "sweep.yaml"), "--gpus", "2", "--curves", str(path)]
     overrides = ["--set", "search={algorithm: grid}", "--set", "space.optimizer.prompt_lr={choice: [0.01]}"]
     shown = CliRunner().invoke(simulate.app, [*arguments, *overrides]).output
@@ -201,7 +201,7 @@ def test_asha_stops_what_falls_behind(make, tmp_path):
     curves = {str(rank): (False, (rank,), [value] * 4, 10.0) for rank, value in enumerate((50.0, 90.0, 80.0, 60.0), 1)}
     path = record(tmp_path / "results.parquet", curves, ["prompt.rank"])
     spec = make("early_stopping={rule: asha, grace_epochs: 1, reduction_factor: 2}", "search.concurrent=1")
-    found = replay(spec, Recorded(path, spec), place(1))
+    found = replay(spec, RecordedCurves(path, spec), place(1))
     assert found.states == [State.FINISHED] * 3 + [State.STOPPED]
     assert found.gpu_seconds == (4 + 4 + 4 + 1) * 10
     assert found.best == [(10, 50.0), (50, 90.0)]
@@ -258,19 +258,19 @@ def test_median_rule_and_losses(wide):
 
 
 def test_same_seed_same_replay(wide):
-    def run(seed: int) -> Outcome:
+    def run(seed: int) -> ReplayResult:
         return replay(wide, steady(wide, seed), place(4, start_up=3, failure_rate=0.2), seed)
 
     assert run(1) == run(1) != run(2)
 
 
 def test_family(wide):
-    curves = Family(wide, 10.0, seed=0)
+    curves = AssumedCurves(wide, 10.0, seed=0)
 
     def last(prompt_lr: float) -> float:
-        return curves.of(wide.trial_config({"label_mapping": "flm", "optimizer.prompt_lr": prompt_lr}), False).values[
-            -1
-        ]
+        return curves.curve(
+            wide.trial_config({"label_mapping": "flm", "optimizer.prompt_lr": prompt_lr}), False
+        ).values[-1]
 
     middle = last(10**-1.5)
     assert middle - last(10**-0.5) == pytest.approx(10, abs=3 * 0.3 * 2)

@@ -8,7 +8,7 @@ import signal
 EXIT_INTERRUPTED = 130
 
 
-class Ending:
+class SignalHandler:
     """Makes a signal raise KeyboardInterrupt in the main thread, so that the jobs are ended before the driver is.
 
     A second signal ends the process at once and leaves the jobs as they are. A signal that was ignored when the driver
@@ -19,16 +19,16 @@ class Ending:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        for each in self.SIGNALS:
-            if signal.getsignal(each) != signal.SIG_IGN:
-                signal.signal(each, self._interrupt)
+        for signum in self.SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._interrupt)
 
     @property
     def time_limit_nears(self) -> bool:
         """Whether this driver is a job that will be ended soon; the sweep's own jobs need not be."""
         return self.signal == signal.SIGUSR2 and "SLURM_JOB_ID" in os.environ
 
-    def begin(self) -> None:
+    def exit_on_next(self) -> None:
         """The driver ends by itself: from now on a signal ends it at once."""
         self.signal = self.signal or signal.SIGINT
 
