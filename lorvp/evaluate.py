@@ -120,18 +120,18 @@ def accuracy(image_hits: np.ndarray, images: datasets.Images, where: Path, corru
     )
 
 
-def class_index(asked: Sequence[str], known: Sequence[str], where: Path) -> np.ndarray:
-    """Return the index in `known` of each `asked` class, by name, or by number if the names are numbers.
+def class_index(wanted: Sequence[str], known: Sequence[str], where: Path) -> np.ndarray:
+    """Return the index in `known` of each `wanted` class, by name, or by number if the names are numbers.
 
     Raises UserError for unknown classes.
     """
     places = {name: place for place, name in enumerate(known)}
-    if all(name.isdigit() and name not in places for name in asked) and max(map(int, asked)) < len(known):
-        return np.array([int(name) for name in asked])
-    unknown = [name for name in asked if name not in places]
+    if all(name.isdigit() and name not in places for name in wanted) and max(map(int, wanted)) < len(known):
+        return np.array([int(name) for name in wanted])
+    unknown = [name for name in wanted if name not in places]
     if unknown:
         raise UserError(f"{where}: {len(unknown)} of its classes are not the bundle's: {', '.join(unknown[:3])}")
-    return np.array([places[name] for name in asked])
+    return np.array([places[name] for name in wanted])
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -142,13 +142,13 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return 100 * (centre - half), 100 * (centre + half)
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+def paired_difference(ours: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """Return the difference of two accuracies on the same images, (N,) bool each, in points, with its 95 % interval.
 
     Only images on which the two differ count (Agresti & Min 2005: half an image is added to each of the four cells).
     """
     count = len(ours)
-    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    gained, lost = int((ours & ~reference).sum()), int((reference & ~ours).sum())
     size, up, down = count + 2, gained + 0.5, lost + 0.5
     half = NORMAL_95 * math.sqrt((up + down) - (up - down) ** 2 / size) / size
     centre = (up - down) / size

@@ -277,18 +277,18 @@ def check_same(existing: store.Store, requested: Description, source: Source, sk
 
     Up to SAMPLE images of each split are compared by their bytes, the others by name, label and size.
     """
-    found = existing.description
+    description = existing.description
     counts = {split: len(rows) for split, rows in existing.splits.items()}
     wanted = {split: len(rows) for split, rows in source.splits.items()}
     if counts.keys() != wanted.keys() or any(counts[split] > wanted[split] for split in wanted):
         other = f"has {amounts(counts)}, and the source {amounts(wanted)}"
-    elif found.class_names != requested.class_names:
-        odd = sorted({*found.class_names} ^ {*requested.class_names}) or ["in another order"]
+    elif description.class_names != requested.class_names:
+        odd = sorted({*description.class_names} ^ {*requested.class_names}) or ["in another order"]
         other = f"has other classes than the source: {', '.join(odd[:3])}"
-    elif found.source != requested.source:
+    elif description.source != requested.source:
         other = "was made of other files than lie in the source: their names, classes or sizes differ"
-    elif bool(found.transform) != bool(requested.transform):
-        other = f"has images {found.transform or 'as they were'}, not {requested.transform or 'as they are'}"
+    elif bool(description.transform) != bool(requested.transform):
+        other = f"has images {description.transform or 'as they were'}, not {requested.transform or 'as they are'}"
     elif counts != wanted and not skip_unreadable:
         left_out = sum(wanted.values()) - sum(counts.values())
         other = f"leaves out {left_out:,} images that could not be read, which --skip-unreadable would accept"
@@ -339,13 +339,13 @@ def check_room(folder: Path, source: Source, size: int, encoded: bool) -> None:
     splits = source.splits.values()
     rows = sum(map(len, splits))
     takes = {"pixels": rows * (3 * size**2 + ROW_BYTES)}
-    if all(each.pixels is None for each in splits):
-        takes["--encoded"] = sum(int(each.sizes.sum()) for each in splits) + rows * ROW_BYTES
+    if all(split.pixels is None for split in splits):
+        takes["--encoded"] = sum(int(split.sizes.sum()) for split in splits) + rows * ROW_BYTES
     there = sum(path.stat().st_size for path in folder.glob("*.arrow")) if folder.is_dir() else 0
     needed = takes["--encoded" if encoded else "pixels"] - there
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    choices = ", ".join(f"{gib(each)} as {kind}" for kind, each in takes.items())
+    choices = ", ".join(f"{gib(size)} as {kind}" for kind, size in takes.items())
     console.print(f"{folder}: {rows:,} images, {choices}; {gib(there)} done, {gib(free)} free", highlight=False)
     if needed > free:
         raise UserError(f"{existing}: has {gib(free)} free, and the store takes {gib(needed)} more")

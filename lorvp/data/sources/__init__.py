@@ -214,9 +214,9 @@ def read_source(name: str, root: Path, partial: bool = False, nested: bool = Fal
     if nested and name != "image_folder":
         raise UserError(f"--nested is about image_folder; {name} has a layout of its own")
     source = folders.image_folder(root, nested) if nested else SOURCES[name](_folder(root))
-    found = {"classes": len(source.class_names)} | {split: len(rows) for split, rows in source.splits.items()}
-    expected = source.expected or EXPECTED.get(name, found)
-    if found != expected and not partial:
-        both = ", ".join(f"{found.get(key, 0):,} {key} (should be {expected[key]:,})" for key in expected)
+    counts = {"classes": len(source.class_names)} | {split: len(rows) for split, rows in source.splits.items()}
+    expected = source.expected or EXPECTED.get(name, counts)
+    if counts != expected and not partial:
+        both = ", ".join(f"{counts.get(key, 0):,} {key} (should be {expected[key]:,})" for key in expected)
         raise UserError(f"{root}: not all of {name}: {both}; --partial takes what there is")
     return source

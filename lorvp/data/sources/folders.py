@@ -107,12 +107,12 @@ def class_folders(root: Path, class_names: Sequence[str] | None = None) -> tuple
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; an image folder holds CLASS/IMAGE files")
-    found = inner_folders(root)
-    names = found if class_names is None else list(class_names)
-    if not names or not found:
+    present = inner_folders(root)
+    names = present if class_names is None else list(class_names)
+    if not names or not present:
         raise UserError(f"{root}: no class folders; an image folder holds CLASS/IMAGE files")
-    if set(found) != set(names):
-        odd = sorted(set(found) ^ set(names))
+    if set(present) != set(names):
+        odd = sorted(set(present) ^ set(names))
         raise UserError(f"{root}: its class folders are not those of the other split: {', '.join(odd[:5])}")
     left_out = _beside(root)
     images: list[str] = []
@@ -130,13 +130,13 @@ def class_folders(root: Path, class_names: Sequence[str] | None = None) -> tuple
 
 def _beside(root: Path) -> Counter[str]:
     """Count the entries in `root` that are no class folders."""
-    found: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for entry in os.scandir(root):
         if entry.is_dir():
-            found.update([f"{entry.name}/"] if is_system(entry.name) else [])
+            others.update([f"{entry.name}/"] if is_system(entry.name) else [])
         else:
-            found[f"images in no class folder ({root.name})" if _is_image(entry.name) else _kind(entry.name)] += 1
-    return found
+            others[f"images in no class folder ({root.name})" if _is_image(entry.name) else _kind(entry.name)] += 1
+    return others
 
 
 def image_folder(root: Path, nested: bool = False) -> Source:
@@ -174,24 +174,24 @@ def image_folder(root: Path, nested: bool = False) -> Source:
 def _split_folders(root: Path) -> dict[str, str]:
     """Return the split folders in `root` by split; an empty dictionary if there is none to train on."""
     names = inner_folders(root)
-    found = by_split(names, root)
-    if "train" in found and inner_folders(root / found["train"]):
-        return found
-    if len(found) > 1 and not any(inner_folders(root / name) for name in found.values()):
-        raise UserError(f"{root}: {' and '.join(found.values())} are splits, and have no class folders in them")
+    splits = by_split(names, root)
+    if "train" in splits and inner_folders(root / splits["train"]):
+        return splits
+    if len(splits) > 1 and not any(inner_folders(root / name) for name in splits.values()):
+        raise UserError(f"{root}: {' and '.join(splits.values())} are splits, and have no class folders in them")
     return {}
 
 
 def by_split(names: Iterable[str], where: Path) -> dict[str, str]:
     """Return the names that stand for splits, by split. Raises UserError if two stand for the same."""
-    found: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for name in names:
         split = split_name(name)
-        if split in found:
-            raise UserError(f"{where}: {found[split]} and {name} would both be the {split} split; leave one there")
+        if split in splits:
+            raise UserError(f"{where}: {splits[split]} and {name} would both be the {split} split; leave one there")
         if split:
-            found[split] = name
-    return found
+            splits[split] = name
+    return splits
 
 
 def _check_classes(root: Path, names: list[str], rows: Rows) -> None:

@@ -105,10 +105,10 @@ def _split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str]]:
     if (root / "dataset_dict.json").is_file():
         names = json.loads((root / "dataset_dict.json").read_text())["splits"]
         left_out.update(f"{name}/" for name in names if folders.split_name(name) is None)
-        found = folders.by_split(names, root)
+        split_names = folders.by_split(names, root)
         return {
             split: _complete_parts(name, (root / name).glob("data-*.arrow"), root / name)
-            for split, name in found.items()
+            for split, name in split_names.items()
         }, left_out
     configurations = _parquet_files(root, left_out)
     trained = sorted(name for name, splits in configurations.items() if "train" in folders.by_split(splits, root))
@@ -131,7 +131,7 @@ def _parquet_files(root: Path, left_out: Counter[str]) -> dict[str, dict[str, li
 
     Layouts are data/SPLIT-*.parquet, CONFIG/SPLIT-*.parquet, and the hub's CONFIG/SPLIT/0000.parquet.
     """
-    found: dict[str, dict[str, list[Path]]] = {}
+    files: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(root.rglob("*.parquet")):
         inside = path.relative_to(root)
         if any(map(folders.is_system, inside.parts)):  # the hub's client keeps a .cache
@@ -144,8 +144,8 @@ def _parquet_files(root: Path, left_out: Counter[str]) -> dict[str, dict[str, li
             continue
         if parents and parents[-1] == "data":
             parents.pop()
-        found.setdefault("/".join(parents), {}).setdefault(name, []).append(path)
-    return found
+        files.setdefault("/".join(parents), {}).setdefault(name, []).append(path)
+    return files
 
 
 def _parse_file_name(path: Path) -> tuple[str, int | None, int | None]:
@@ -210,8 +210,8 @@ def _rows(files: list[Path], split: str, image: str, label: str) -> Rows:
 
 def _check_labels(rows: Rows, class_names: list[str], root: Path, split: str) -> None:
     if rows.labels.min() < 0 or rows.labels.max() >= len(class_names):
-        found = f"{rows.labels.min()} to {rows.labels.max()}"
-        raise UserError(f"{root}: {split} has labels from {found}, and {len(class_names)} classes")
+        label_range = f"{rows.labels.min()} to {rows.labels.max()}"
+        raise UserError(f"{root}: {split} has labels from {label_range}, and {len(class_names)} classes")
 
 
 @lru_cache(maxsize=4)
