@@ -1,9 +1,9 @@
-"""CLIP's text tower as the source classes of its image tower: zero-shot weights, made once, by open_clip.
+"""Make zero-shot weights with open_clip: text embeddings as the source classes of CLIP's image tower.
 
     python -m lorvp.clip ViT-B-32 openai --classes NAMES.txt --out imagenet.safetensors
 
-`backbone.zero_shot` names the file: each text's unit vector is then a source class, its logit the published 100 times
-the cosine (Radford et al. 2021), and RLM, FLM, ILM and FM map from those. open_clip is the optional extra `clip`.
+`backbone.zero_shot` names the file. Each text's unit vector is then a source class, whose logit is 100 times the cosine
+(Radford et al. 2021), and RLM, FLM, ILM and FM map from these classes. open_clip is the optional extra `clip`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorvp.utils import cli
 from lorvp.utils.files import replacing
 
 TEXTS = "a photo of a {}."
-"""What is said of each class, by default."""
+"""Default text of a class."""
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     out: Annotated[Path, typer.Option(help="safetensors file to write")],
     text: Annotated[list[str], typer.Option(help="with {} for the name; several are averaged")] = [TEXTS],  # noqa: B006
 ) -> None:
-    """Writes the text tower's unit vectors of class names."""
+    """Write the text tower's unit vectors of class names."""
     try:
         import open_clip
     except ImportError:
@@ -42,8 +42,11 @@ def main(
     tower = open_clip.create_model(model, pretrained=pretrained or None).eval()
     tokenize = open_clip.get_tokenizer(model)
     with torch.inference_mode():
-        each = [F.normalize(tower.encode_text(tokenize([one.format(name) for name in names])), dim=1) for one in text]
-        texts = F.normalize(torch.stack(each).mean(0), dim=1)
+        embeddings = [
+            F.normalize(tower.encode_text(tokenize([template.format(name) for name in names])), dim=1)
+            for template in text
+        ]
+        texts = F.normalize(torch.stack(embeddings).mean(0), dim=1)
     with replacing(out) as temporary:
         save_file({"texts": texts.float().contiguous()}, temporary, metadata={"classes": "\n".join(names)})
 

@@ -222,7 +222,7 @@ class TokensConfig(Part):
     keep: Fraction | None = Field(
         None,
         description="for vqt: fraction of features (largest weights) that the final head reads. One third of the "
-        "epochs trains queries and head, one a new head under group_lasso, and one a new head on the chosen features",
+        "epochs trains queries and head, one a new head under group_lasso, and one a new head on the features it chose",
     )
 
 

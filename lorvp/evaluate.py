@@ -1,6 +1,6 @@
-"""python -m lorvp.evaluate BUNDLE --data STORE: how good a tuned prompt is on prepared datasets, OOD sets included.
+"""Evaluate a tuned prompt on prepared datasets, OOD sets included: python -m lorvp.evaluate BUNDLE --data STORE.
 
-With `--corruptions` also on their images blurred, noisy, as JPEG and at less contrast (`lorvp/data/corruptions.py`).
+`--corruptions` adds their images with blur, noise, JPEG artefacts and low contrast (`lorvp/data/corruptions.py`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ console = cli.make_console()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """On the test images of one dataset, in percent, with 95 % intervals (Wilson 1927)."""
+    """Hold the accuracy on one dataset's test images, in percent, with 95 % intervals (Wilson 1927)."""
 
     data: str
     corruption: str | None
-    """What was done to the images; None where they are as they are."""
+    """Kind of corruption; None for clean images."""
     strength: int | None
     images: int
     classes: int
@@ -62,14 +62,14 @@ SCHEMA = pa.schema(
 
 
 def evaluate(method: Method, opened: Store, batch_size: int = 512, corruption: Corruption | None = None) -> Accuracy:
-    """The accuracy of a loaded bundle on a store's test images; raises UserError as `test_images` and `hits` do."""
+    """Evaluate a loaded bundle on a store's test images. Raises UserError as `test_images` and `hits` do."""
     images = test_images(opened, method.backbone.image_size)
-    found = hits(method, images, opened.folder, batch_size, corruption)
-    return accuracy(found, images, opened.folder, corruption)
+    image_hits = hits(method, images, opened.folder, batch_size, corruption)
+    return accuracy(image_hits, images, opened.folder, corruption)
 
 
 def test_images(opened: Store, image_size: int) -> datasets.StoreImages:
-    """What a store has to evaluate on. Raises UserError for images that were resized to another size."""
+    """Return a store's images to evaluate on. Raises UserError if they were resized to another size."""
     datasets.check_size(opened, image_size)
     return datasets.store_images(opened, "test" if "test" in opened.splits else "train", image_size)
 
@@ -81,15 +81,15 @@ def hits(
     batch_size: int = 512,
     corruption: Corruption | None = None,
 ) -> np.ndarray:
-    """Of each image, corrupted at the size that the backbone takes: whether its class comes first, and is among the
-    first five; (N, 2) bool. `where` names the images.
+    """Return for each image whether its class comes first, and whether it is among the first five: (N, 2) bool.
 
-    Where they have a part of the bundle's classes only, the others' logits are left out (ImageNet-R and -A, as
-    published by their authors). Raises UserError for classes that the bundle doesn't know.
+    Images are corrupted at the backbone's input size. If they have only a part of the bundle's classes, the logits of
+    the others are left out, as the authors of ImageNet-R and -A do. `where` names the images in errors. Raises
+    UserError for classes that the bundle doesn't know.
     """
     device = method.backbone.mean.device
     known = torch.from_numpy(class_index(images.class_names, method.class_names, where)).to(device)
-    found: list[torch.Tensor] = []
+    batch_hits: list[torch.Tensor] = []
     micro_batches = MicroBatches(batch_size)
     done = 0
     with torch.inference_mode():
@@ -99,14 +99,14 @@ def hits(
                 pixels = corruption(resize(pixels, method.backbone.image_size), places)
             logits = torch.cat(micro_batches.run(method, pixels))[:, known]
             ranked = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
-            found.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))
+            batch_hits.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))
             done += len(labels)
-    return torch.cat(found).cpu().numpy()
+    return torch.cat(batch_hits).cpu().numpy()
 
 
-def accuracy(found: np.ndarray, images: datasets.Images, where: Path, corruption: Corruption | None) -> Accuracy:
-    """What `hits` come to."""
-    count, (top1, top5) = len(found), found.sum(0).tolist()
+def accuracy(image_hits: np.ndarray, images: datasets.Images, where: Path, corruption: Corruption | None) -> Accuracy:
+    """Summarise what `hits` returned as accuracies with their intervals."""
+    count, (top1, top5) = len(image_hits), image_hits.sum(0).tolist()
     return Accuracy(
         where.name,
         corruption.kind if corruption else None,
@@ -120,32 +120,35 @@ def accuracy(found: np.ndarray, images: datasets.Images, where: Path, corruption
     )
 
 
-def class_index(asked: Sequence[str], known: Sequence[str], where: Path) -> np.ndarray:
-    """Which of the `known` classes each of the `asked` ones is: by name, or by number where the names are numbers."""
+def class_index(wanted: Sequence[str], known: Sequence[str], where: Path) -> np.ndarray:
+    """Return the index in `known` of each `wanted` class, by name, or by number if the names are numbers.
+
+    Raises UserError for unknown classes.
+    """
     places = {name: place for place, name in enumerate(known)}
-    if all(name.isdigit() and name not in places for name in asked) and max(map(int, asked)) < len(known):
-        return np.array([int(name) for name in asked])
-    unknown = [name for name in asked if name not in places]
+    if all(name.isdigit() and name not in places for name in wanted) and max(map(int, wanted)) < len(known):
+        return np.array([int(name) for name in wanted])
+    unknown = [name for name in wanted if name not in places]
     if unknown:
         raise UserError(f"{where}: {len(unknown)} of its classes are not the bundle's: {', '.join(unknown[:3])}")
-    return np.array([places[name] for name in asked])
+    return np.array([places[name] for name in wanted])
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count`, in percent."""
-    share, z2 = right / count, NORMAL_95**2 / count
-    centre = (share + z2 / 2) / (1 + z2)
-    half = NORMAL_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / count / 4)
+    """Return the 95 % interval of the fraction `right` / `count`, in percent (Wilson 1927)."""
+    fraction, z2 = right / count, NORMAL_95**2 / count
+    centre = (fraction + z2 / 2) / (1 + z2)
+    half = NORMAL_95 / (1 + z2) * math.sqrt(fraction * (1 - fraction) / count + z2 / count / 4)
     return 100 * (centre - half), 100 * (centre + half)
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Of two accuracies on the same images, (N,) bool each: in points, with its 95 % interval.
+def paired_difference(ours: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """Return the difference of two accuracies on the same images, (N,) bool each, in points, with its 95 % interval.
 
-    Only images on which they differ count (Agresti & Min 2005: half an image is added to each of the four cells).
+    Only images on which the two differ count (Agresti & Min 2005: half an image is added to each of the four cells).
     """
     count = len(ours)
-    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    gained, lost = int((ours & ~reference).sum()), int((reference & ~ours).sum())
     size, up, down = count + 2, gained + 0.5, lost + 0.5
     half = NORMAL_95 * math.sqrt((up + down) - (up - down) ** 2 / size) / size
     centre = (up - down) / size
@@ -160,23 +163,23 @@ def command(
     out: Annotated[Path | None, typer.Option(help="a Parquet file to write, too")] = None,
     module: cli.Module = None,
 ) -> None:
-    """Evaluates a bundle on the test images of prepared datasets."""
+    """Evaluate a bundle on the test images of prepared datasets."""
     opened = [Store.open(path) for path in stores]
     method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu", module)
-    ways = [None, *CORRUPTIONS] if corruptions else [None]
-    found = [evaluate(method, each, corruption=way) for each in opened for way in ways]
+    applied = [None, *CORRUPTIONS] if corruptions else [None]
+    accuracies = [evaluate(method, data, corruption=corruption) for data in opened for corruption in applied]
     table = Table(box=None)
     for column in ("data", "corruption", "images", "classes", "top-1 %", "95 %", "top-5 %", "95 %"):
         table.add_column(column, justify="left" if column in ("data", "corruption") else "right")
-    for a in found:
+    for a in accuracies:
         top1, top5 = f"{a.top1_low:.2f} to {a.top1_high:.2f}", f"{a.top5_low:.2f} to {a.top5_high:.2f}"
-        corruption = f"{a.corruption} {a.strength}" if a.corruption else ""
-        table.add_row(a.data, corruption, f"{a.images:,}", str(a.classes), f"{a.top1:.2f}", top1, f"{a.top5:.2f}", top5)
+        name = f"{a.corruption} {a.strength}" if a.corruption else ""
+        table.add_row(a.data, name, f"{a.images:,}", str(a.classes), f"{a.top1:.2f}", top1, f"{a.top5:.2f}", top5)
     console.print(table)
     if out is not None:
         try:
             with replacing(out) as temporary:
-                pq.write_table(pa.Table.from_pylist([asdict(a) for a in found], SCHEMA), temporary)
+                pq.write_table(pa.Table.from_pylist([asdict(a) for a in accuracies], SCHEMA), temporary)
         except OSError as error:
             raise UserError(f"{out}: can't be written ({error.strerror})") from None
         console.print(f"written: {out}", highlight=False)

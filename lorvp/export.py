@@ -1,4 +1,4 @@
-"""python -m lorvp.export BUNDLE --to torch-export|onnx: a tuned model as one file that runs without this package."""
+"""Export a tuned model to one file that runs without this package: python -m lorvp.export BUNDLE --to FORMAT."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Format = Literal["torch-export", "onnx"]
 Program = Callable[[torch.Tensor], torch.Tensor]
 
 ABOUT = "lorvp.json"
-"""Of a torch-export file's extra files the one that has, as JSON, what `about` says."""
+"""Name of the extra file in a torch-export file that holds the values of `about` as JSON."""
 TOLERANCE = 1e-4
 TRACED = 2
 CHECKED = (1, 5)
-"""Images of the batch that a program is made from, and of those that it is checked on."""
+"""Batch sizes of the images that a program is traced with, and of those that it is checked on."""
 
 USE: dict[Format, tuple[str, str, str]] = {
     "torch-export": (
@@ -45,22 +45,22 @@ USE: dict[Format, tuple[str, str, str]] = {
         "# an array (N, 3, {side}, {side}) uint8 to one (N, {classes}) float32",
     ),
 }
-"""What a program's file is called unless told, and how it is run."""
+"""Default file name of each format, and the lines that run it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 console = cli.make_console()
 
 
 def export(method: Method, to: Format, out: Path) -> float:
-    """Writes a loaded bundle, on the CPU, as a program to `out`; the largest deviation of its logits from the bundle's.
+    """Write a loaded bundle, on the CPU, as a program to `out`; return the largest deviation of its logits.
 
     The program takes images (N, 3, L, L) uint8 of any N, resized to the backbone's L as `lorvp.data.decode` does, and
-    returns logits (N, classes) float32. It computes in fp32 whatever the trial's precision was, since half precision
-    is a matter of the device that it will run on, and it is compared with the bundle in fp32.
+    returns logits (N, classes) float32. It computes in fp32 whatever the trial's precision was, because half precision
+    depends on the device that it will run on.
 
-    The written file is read again and run on a few random images, and only then it takes its place. Raises UserError
-    where a logit deviates by more than 1e-4 of the largest one (of 1, where all are smaller), and for a model that
-    can't be exported, missing packages, and an `out` that can't be written.
+    The written file is read again, run on a few random images, compared with the bundle in fp32, and then renamed to
+    `out`. Raises UserError if a logit deviates by more than 1e-4 of the largest one (of 1 if all are smaller), if the
+    model can't be exported, if packages are missing, or if `out` can't be written.
     """
     if to == "onnx":
         _check_installed("onnx", "onnxscript", "onnxruntime")
@@ -79,7 +79,7 @@ def export(method: Method, to: Format, out: Path) -> float:
 
 
 def about(method: Method) -> dict[str, Any]:
-    """What one has to know to use a program."""
+    """Return what a program's users need: class names, image size and trial."""
     return {
         "class_names": method.class_names,
         "image_size": method.side,
@@ -94,7 +94,7 @@ def command(
     out: Annotated[Path | None, typer.Option(help="the file to write; default: model.pt2 or model.onnx, here")] = None,
     module: cli.Module = None,
 ) -> None:
-    """Exports a bundle as a program that runs without this package, and checks that it says the same."""
+    """Export a bundle as a program that runs without this package, and check that its outputs are the same."""
     file_name, *lines = USE[to]
     out = out or Path(file_name)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it leaves unsimplified
@@ -124,7 +124,7 @@ def _in_fp32(method: Method) -> Iterator[None]:
 
 
 def _images(method: Method, count: int) -> torch.Tensor:
-    """Random pixels, of each count always the same."""
+    """Draw random pixels, the same each time for the same count."""
     side = method.side
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
@@ -180,16 +180,16 @@ def _refused(method: Method) -> Iterator[None]:
 
 
 def _deviation(method: Method, program: Program) -> float:
-    """How far logits are from the bundle's at most, as a share of the largest one, or of 1 where all are smaller."""
-    found = []
+    """Return the largest deviation from the bundle's logits, relative to the largest logit, or to 1 if larger."""
+    deviations = []
     for count in CHECKED:
         images = _images(method, count)
         expected = method(images)
         logits = program(images)
         if (logits.shape, logits.dtype) != (expected.shape, expected.dtype):
             return math.inf
-        found.append((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
-    return torch.stack(found).max().item()  # NaN where one is
+        deviations.append((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return torch.stack(deviations).max().item()  # NaN where one is
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m lorvp.predict BUNDLE IMAGE...: what a tuned prompt makes of images, in class names and probabilities."""
+"""Predict the classes of images with a tuned prompt: python -m lorvp.predict BUNDLE IMAGE..."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorvp.methods.base import Method
 from lorvp.utils import cli
 
 AT_ONCE = 64
-"""Images that go through the backbone together."""
+"""Number of images that go through the backbone together."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 console = cli.make_console()
@@ -27,29 +27,28 @@ console = cli.make_console()
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image, with their probabilities."""
+    """Hold the likeliest classes of an image with their probabilities."""
 
     image: Path
     classes: list[tuple[str, float]]
 
 
 def predict(method: Method, paths: Sequence[Path], top: int = 5) -> Iterator[Prediction]:
-    """The `top` likeliest classes of each image file, by a loaded bundle.
+    """Yield the `top` likeliest classes of each image file, by a loaded bundle.
 
-    Images are decoded and resized as the trial's were (`lorvp.data.decode`).
-
-    Raises UserError naming one that can't be read.
+    Images are decoded and resized as the trial's were (`lorvp.data.decode`). Raises UserError naming an image that
+    can't be read.
     """
     device = method.backbone.mean.device
-    for some in batched(paths, AT_ONCE):
-        decoded = np.stack([decode.decode(path, method.side) for path in some])
+    for batch in batched(paths, AT_ONCE):
+        decoded = np.stack([decode.decode(path, method.side) for path in batch])
         pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).to(device)
         with torch.inference_mode():
             probabilities = method(pixels).softmax(1)
         values, places = probabilities.topk(min(top, method.classes), dim=1)
-        for path, row, found in zip(some, values.tolist(), places.tolist(), strict=True):
+        for path, row, indices in zip(batch, values.tolist(), places.tolist(), strict=True):
             yield Prediction(
-                path, [(method.class_names[place], value) for place, value in zip(found, row, strict=True)]
+                path, [(method.class_names[place], value) for place, value in zip(indices, row, strict=True)]
             )
 
 
@@ -60,13 +59,13 @@ def command(
     top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 3,
     module: cli.Module = None,
 ) -> None:
-    """Prints the likeliest classes of images."""
+    """Print the likeliest classes of images."""
     method = bundle.load(folder, "cuda" if torch.cuda.is_available() else "cpu", module)
     table = Table("image", "class", "probability", box=None)
     table.columns[0].overflow, table.columns[-1].justify = "fold", "right"
-    for found in list(predict(method, paths, top)):  # all of them, or the error alone
-        for place, (name, probability) in enumerate(found.classes):
-            table.add_row("" if place else str(found.image), name, f"{probability:.4f}")
+    for prediction in list(predict(method, paths, top)):  # all of them, or the error alone
+        for place, (name, probability) in enumerate(prediction.classes):
+            table.add_row("" if place else str(prediction.image), name, f"{probability:.4f}")
     console.print(table, markup=False)
 
 

@@ -24,13 +24,13 @@ from lorvp.utils.files import replacing
 
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of `folder`/CLASS/* as (N, 3, 32, 32) uint8, and their class indices as (N,) int64."""
+    """Read `folder`/CLASS/* as images (N, 3, 32, 32) uint8 and class indices (N,) int64."""
     images = image_folder(folder, size=32)
     return images.read(range(len(images))), torch.as_tensor(images.labels)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A flip for half of the batch, and one shift of up to 4 px per image; (N, 3, 32, 32) uint8 in and out."""
+    """Flip half of the batch and shift each image by up to 4 px; (N, 3, 32, 32) uint8 in and out."""
     n, _, size, _ = images.shape
     padded = F.pad(images, (4, 4, 4, 4))
     flip = torch.rand(n, generator=generator) < 0.5
@@ -47,6 +47,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
+    """Train a backbone as the command line says, and write its weights."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", type=Path, required=True, help="a folder with train/CLASS/* and test/CLASS/*")
     arguments.add_argument("--model", choices=["lorvp_tiny_32", "lorvp_tiny_vit_32"], default="lorvp_tiny_32")
@@ -65,7 +66,8 @@ def main() -> None:
     mean, std = (torch.tensor(model.default_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
-        return model(((batch / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+        outputs: torch.Tensor = model(((batch / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+        return outputs
 
     steps_per_epoch = len(images) // batch_size
     optimizer: torch.optim.Optimizer
@@ -84,7 +86,7 @@ def main() -> None:
             batch = order[step * batch_size : (step + 1) * batch_size]
             loss = F.cross_entropy(logits(augment(images[batch], generator)), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         print(
@@ -99,7 +101,7 @@ def main() -> None:
     with torch.inference_mode():
         hits = sum(
             (logits(x).argmax(1) == y).sum().item()
-            for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True)
+            for x, y in zip(torch.split(test_images, 1000), torch.split(test_labels, 1000), strict=True)
         )
     accuracy = 100 * hits / len(test_labels)
     weights.parent.mkdir(exist_ok=True)

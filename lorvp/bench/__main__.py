@@ -1,19 +1,19 @@
-"""python -m lorvp.bench step: how fast the trial's loop is, beside the published one and the speed of light.
+"""Benchmark a trial: python -m lorvp.bench step|pack|memory.
 
-plain:      ours, with every way of lorvp/models/speed.py switched off.
-light:      forward and backward to the input, of the same backbone, precision and memory format, on one batch
-            that lies on the device, and nothing else.
+`step` measures the speed of the trial's loop against the published one and a roofline:
+
 ours:       the trial's own loop, data included (`images_per_second` of its epochs).
+plain:      ours with every optimization of lorvp/models/speed.py switched off.
 published:  the loop of the public code (`lorvp/bench/published.py`).
+light:      the roofline: forward and backward to the input, with the same backbone, precision and memory format, on one
+            batch that lies on the device.
 
-The images are pixels in memory, as of a small set, or, with --jpegs, files like ImageNet's: the published loop decodes
-each in every epoch, ours reads a store that was made of them before.
+The images are pixels in memory, as in a small dataset, or with --jpegs files like ImageNet's: the published loop
+decodes each in every epoch, and ours reads a store made from them before. All take turns, so that a disturbance of the
+machine affects all of them.
 
-All take turns, so that what disturbs the machine disturbs all of them.
-
-python -m lorvp.bench pack: trials that share each batch, against one alone and as many processes at once.
-
-python -m lorvp.bench memory: what the allocator gave a trial at most, beside what --dry-run predicts.
+`pack` measures trials that share each batch against one alone and as many processes at once. `memory` measures the
+allocator's peak against the prediction of --dry-run.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ console = cli.make_console()
 
 @app.callback()
 def main() -> None:
-    """Benchmarks of a trial."""
+    """Benchmark a trial."""
 
 
-def rate(trial: published.Trial, loader: DataLoader, images: int) -> float:
-    """Images per second of one pass, by the public code's loop."""
+def rate(trial: published.Trial, loader: published.Loader, images: int) -> float:
+    """Measure the images per second of one pass of the public code's loop."""
     start = time.perf_counter()
     trial.epoch(loader)
     return images / (time.perf_counter() - start)
 
 
-def light(backbone: Backbone, batch: int, steps: int) -> float:
-    """Images per second of forward and backward to the input, and nothing else."""
+def roofline(backbone: Backbone, batch: int, steps: int) -> float:
+    """Measure the images per second of forward and backward to the input alone."""
     device = backbone.mean.device
     size = backbone.image_size
     x = torch.randn(batch, 3, size, size, device=device)
@@ -84,15 +84,15 @@ def light(backbone: Backbone, batch: int, steps: int) -> float:
     for _ in range(steps):
         with backbone.autocast():
             output = backbone.model.forward_head(backbone.model.forward_features(x), pre_logits=True)
-        output.backward(torch.ones_like(output))
+        torch.autograd.backward(output, torch.ones_like(output))
         x.grad = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return batch * steps / (time.perf_counter() - start)
 
 
-def kept(on: bool, run: Callable[[], float]) -> float:
-    """`run`, with or without the memory that it frees being kept."""
+def with_memory_kept(on: bool, run: Callable[[], float]) -> float:
+    """Call `run` with freed memory kept in the process or not, and return its result."""
     keep_memory(on)
     return run()
 
@@ -108,41 +108,50 @@ def step(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     precision: Annotated[str, typer.Option(help="of ours and of light: auto, fp32, bf16, fp16")] = "auto",
     published_precision: Annotated[str, typer.Option(help="of the published loop")] = "fp32",
-    levers: Annotated[bool, typer.Option("--levers", help="also each way of lorvp/models/speed.py alone")] = False,
+    each_optimization: Annotated[
+        bool, typer.Option("--levers", help="also each way of lorvp/models/speed.py alone")
+    ] = False,
 ) -> None:
-    """Prints images per second of ours, of the published loop and of light, and their ratios."""
+    """Print images per second of ours, of the published loop and of light, and their ratios."""
     config = trial_config(backbone, image_size, batch_size, precision)
     count = batch_size * steps
     with tempfile.TemporaryDirectory(prefix="lorvp-bench-") as folder:
-        images, theirs = photos(Path(folder), count, image_size) if jpegs else pixels(count, native_size)
-        loader = DataLoader(
-            published.Photos(theirs, images.labels, image_size),
+        images, published_images = photos(Path(folder), count, image_size) if jpegs else pixels(count, native_size)
+        loader: published.Loader = DataLoader(
+            published.Photos(published_images, images.labels, image_size),
             batch_size,
             num_workers=len(os.sched_getaffinity(0)),
             persistent_workers=True,
         )
         ours = load(config, images)
-        compare(config, ours, loader, rounds, published_precision, levers)
+        compare(config, ours, loader, rounds, published_precision, each_optimization)
 
 
 def compare(
-    config: TrialConfig, ours: SharedResources, loader: DataLoader, rounds: int, published_precision: str, levers: bool
+    config: TrialConfig,
+    ours: SharedResources,
+    loader: published.Loader,
+    rounds: int,
+    published_precision: str,
+    each_optimization: bool,
 ) -> None:
-    """Prints the table of `step`; `loader` has the images for the published loop."""
+    """Print the table of `step`. `loader` yields the images for the published loop."""
     device, count = ours.backbone.mean.device, len(ours.splits.train)
     plain = Backbone(config.backbone, resolve_precision(published_precision, device), PLAIN).to(device)
     switched_off = replace(ours, backbone=Backbone(config.backbone, ours.precision, PLAIN).to(device))
-    theirs = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
+    published_trial = published.Trial(plain, CLASSES, "lp", rank=4, prompt_lr=0.02, lr=0.02)
     turns: dict[str, Callable[[], float]] = {
-        "ours": partial(kept, True, partial(trained, config, ours)),
-        "plain": partial(kept, False, partial(trained, config, switched_off)),
-        "published": partial(kept, False, partial(rate, theirs, loader, count)),
-        "light": partial(kept, True, partial(light, ours.backbone, config.batch_size, count // config.batch_size)),
+        "ours": partial(with_memory_kept, True, partial(trained, config, ours)),
+        "plain": partial(with_memory_kept, False, partial(trained, config, switched_off)),
+        "published": partial(with_memory_kept, False, partial(rate, published_trial, loader, count)),
+        "light": partial(
+            with_memory_kept, True, partial(roofline, ours.backbone, config.batch_size, count // config.batch_size)
+        ),
     }
-    for key in SpeedConfig.model_fields if levers else ():
+    for key in SpeedConfig.model_fields if each_optimization else ():
         speed = PLAIN.model_copy(update={key: True})
         alone = replace(ours, backbone=Backbone(config.backbone, ours.precision, speed).to(device))
-        turns[key] = partial(kept, speed.keep_memory, partial(trained, config, alone))
+        turns[key] = partial(with_memory_kept, speed.keep_memory, partial(trained, config, alone))
     rates = take_turns(turns, rounds)
     ratios = [("ours", other) for other in ("plain", "published", "light")]
     ratios += [(key, "plain") for key in turns if key in SpeedConfig.model_fields]
@@ -160,7 +169,7 @@ def pack(
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
     most: Annotated[int, typer.Option(min=2, help="trials at a time, at most")] = 8,
 ) -> None:
-    """Prints images per second, times trials, of trials that share each batch, and of as many processes at once."""
+    """Print images per second, times trials, of trials that share each batch and of as many processes at once."""
     config = trial_config(backbone, image_size, batch_size, precision)
     loaded = synthetic(config, native_size, steps)
     counts = [2**n for n in range(most.bit_length()) if 2**n <= most]
@@ -171,6 +180,7 @@ def pack(
 
 
 def trial_config(backbone: str, image_size: int, batch_size: int, precision: str) -> TrialConfig:
+    """Make the config of a trial with random weights and one epoch."""
     return TrialConfig.model_validate(
         {
             "backbone": {"name": backbone, "pretrained": False, "image_size": image_size},
@@ -184,14 +194,14 @@ def trial_config(backbone: str, image_size: int, batch_size: int, precision: str
 
 
 def pixels(count: int, size: int) -> tuple[Images, np.ndarray]:
-    """Random images for us, and the same for the published loop, (N, H, W, 3) uint8."""
+    """Draw random images for our loop, and return the same for the published loop, (N, H, W, 3) uint8."""
     drawn = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     names = tuple(map(str, range(CLASSES)))
     return ArrayImages(torch.from_numpy(drawn).permute(0, 3, 1, 2), np.arange(count) % CLASSES, names), drawn
 
 
 def photos(folder: Path, count: int, size: int) -> tuple[Images, list[Path]]:
-    """A store of so many JPEGs at `size`, made in `folder`, and the JPEGs' files, in the same order."""
+    """Make JPEG files in `folder` and a store of them at `size`; return both, in the same order."""
     random = np.random.default_rng(0)
     for i in range(count):
         path = folder / "images" / f"class{i % CLASSES}" / f"{i:06}.jpg"
@@ -203,7 +213,7 @@ def photos(folder: Path, count: int, size: int) -> tuple[Images, list[Path]]:
 
 
 def jpeg(random: np.random.Generator, path: Path) -> None:
-    """Writes one of 500 x 375 pixels and 100 KB, as ImageNet's are."""
+    """Write a JPEG of 500 x 375 pixels and 100 KB, like ImageNet's."""
     small = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC))
     grain = random.normal(0, 16, (375, 500, 1))
@@ -211,7 +221,7 @@ def jpeg(random: np.random.Generator, path: Path) -> None:
 
 
 def load(config: TrialConfig, images: Images) -> SharedResources:
-    """The backbone, and the images to train on."""
+    """Load the backbone, with `images` to train on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
     few = images.subset(np.arange(2))
@@ -221,11 +231,12 @@ def load(config: TrialConfig, images: Images) -> SharedResources:
 
 
 def synthetic(config: TrialConfig, native_size: int, steps: int) -> SharedResources:
-    """The backbone, and random images for so many steps."""
+    """Load the backbone, with random images for so many steps."""
     return load(config, pixels(config.batch_size * steps, native_size)[0])
 
 
 def title(config: TrialConfig, loaded: SharedResources) -> str:
+    """Return the title of a table: backbone, size, batch, precision and device."""
     device = loaded.backbone.mean.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     size = loaded.backbone.image_size
@@ -233,28 +244,28 @@ def title(config: TrialConfig, loaded: SharedResources) -> str:
 
 
 def trained(config: TrialConfig, loaded: SharedResources, count: int = 1) -> float:
-    """Images per second of an epoch by the trial's own loop, times the trials that share it."""
+    """Measure the images per second of an epoch of the trial's loop, times the trials that share it."""
     waiting = [Trainer(config, loaded) for _ in range(count)]
-    said = train_together(lambda _: [waiting.pop() for _ in list(waiting)])
-    return count * min(result.images_per_second for _, result in said if isinstance(result, EpochResult))
+    results = train_together(lambda _: [waiting.pop() for _ in list(waiting)])
+    return count * min(result.images_per_second for _, result in results if isinstance(result, EpochResult))
 
 
 def side_by_side(config: TrialConfig, native_size: int, steps: int, count: int) -> float:
-    """The same of as many processes at once, each with its share of the cores; their starts are not counted."""
+    """Measure the images per second of `count` processes at once, which share the cores; start-up is not counted."""
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(count)
     threads = max(1, torch.get_num_threads() // count)
-    with spawn.Pool(count, _meet_at, (barrier, threads)) as pool:
-        return sum(pool.starmap(_one_of_them, [(config, native_size, steps)] * count, chunksize=1))
+    with spawn.Pool(count, _set_barrier, (barrier, threads)) as pool:
+        return sum(pool.starmap(_measure_in_process, [(config, native_size, steps)] * count, chunksize=1))
 
 
-def _meet_at(barrier: Barrier, threads: int) -> None:
+def _set_barrier(barrier: Barrier, threads: int) -> None:
     global _barrier
     _barrier = barrier
     torch.set_num_threads(threads)
 
 
-def _one_of_them(config: TrialConfig, native_size: int, steps: int) -> float:
+def _measure_in_process(config: TrialConfig, native_size: int, steps: int) -> float:
     loaded = synthetic(config, native_size, steps)
     trained(config, loaded)
     _barrier.wait()
@@ -270,7 +281,7 @@ def memory(
     batch_size: Annotated[int, typer.Option(min=1, help="of training and of evaluation")] = 32,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
 ) -> None:
-    """Prints the memory of a trial's tensors at its peak, as predicted and as measured on this machine."""
+    """Print the peak memory of a trial's tensors, as predicted and as measured on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = resolve_precision(precision, device)
     table = Table(box=None, title=f"MiB, batch {batch_size}, {known}, on the {device.type}", title_justify="left")
@@ -291,14 +302,16 @@ def memory(
             }
         )
         predicted, (measured, state) = predict(config, CLASSES).peak, measured_peak(config, device)
-        figures = f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}", f"{state:.2f}"
-        table.add_row(f"{name}, {kind}", *figures)
+        cells = f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.2f}", f"{state:.2f}"
+        table.add_row(f"{name}, {kind}", *cells)
     console.print(table)
 
 
 def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, float]:
-    """MiB that torch's allocator has given at most, in an epoch of two steps and an evaluation on random images, and of
-    the optimizers' states."""
+    """Measure the peak MiB of torch's allocator, and the MiB of the optimizers' state.
+
+    The trial runs an epoch of two steps and an evaluation on random images.
+    """
     backbone = Backbone(config.backbone, resolve_precision(config.precision, device), config.backbone_speed).to(device)
     side = backbone.image_size
     count = max(2 * config.batch_size, config.eval_batch_size)
@@ -308,7 +321,7 @@ def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, flo
     loaded = SharedResources(backbone, Splits(train_images, few, few), resolve_precision(config.precision, device))
     frozen = sum(t.nbytes for t in (*backbone.parameters(), *backbone.buffers()))
     if device.type == "cuda":
-        others = torch.cuda.memory_allocated(device) - frozen  # of what ran before in this process
+        others = torch.cuda.memory_allocated(device) - frozen  # memory of earlier runs in this process
         torch.cuda.reset_peak_memory_stats(device)
         (result,) = train(config, shared=loaded)
         return result.peak_memory_mib - others / 2**20, result.optimizer_state_mib
@@ -319,7 +332,7 @@ def measured_peak(config: TrialConfig, device: torch.device) -> tuple[float, flo
 
 
 def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The rate of each in every round; one round before them is not counted."""
+    """Measure the rate of each in every round, after one round that is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):
         for name, run in turns.items():
@@ -330,14 +343,17 @@ def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def show(rates: dict[str, list[float]], ratios: list[tuple[str, str]], heading: str) -> None:
+    """Print the median and range of the rates and of their ratios."""
     table = Table(box=None, title=heading, title_justify="left")
     for column in ("", "images/s", "range"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, found in rates.items():
-        table.add_row(name, f"{statistics.median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}")
+    for name, values in rates.items():
+        table.add_row(name, f"{statistics.median(values):.1f}", f"{min(values):.1f} to {max(values):.1f}")
     for ours, other in ratios:
-        found = [one / another for one, another in zip(rates[ours], rates[other], strict=True)]
-        table.add_row(f"{ours} : {other}", f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}")
+        values = [one / another for one, another in zip(rates[ours], rates[other], strict=True)]
+        table.add_row(
+            f"{ours} : {other}", f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"
+        )
     console.print(table)
 
 

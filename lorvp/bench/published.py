@@ -1,8 +1,8 @@
-"""The public code's trial, written anew from its description, for benchmarks to be compared with.
+"""Reimplement the public code's trial from its description, as a baseline for benchmarks.
 
-PIL resizes each image, worker processes feed the loop, loss and accuracy are read in every step, one SGD has all
-parameters, the backbone is as timm makes it, ILM takes a pass of its own before every epoch. It shares the greedy
-matching with ours, which is faster than the published one.
+PIL resizes each image, worker processes feed the loop, loss and accuracy are read in every step, one SGD optimizes all
+parameters, the backbone is timm's own, and ILM makes a separate pass before every epoch. The greedy matching is ours,
+which is faster than the published one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from lorvp import mappings
 from lorvp.mappings.base import count, greedy_matching
 from lorvp.models.backbone import Backbone
 
+Loader = DataLoader[tuple[torch.Tensor, int]]
+"""Batches of images (n, 3, L, L) float32 and labels (n,) int64."""
 
-class Photos(Dataset):
-    """Images, each (H, W, 3) uint8 or a file, and labels (N,), resized by PIL to (size, size), one at a time."""
+
+class Photos(Dataset[tuple[torch.Tensor, int]]):
+    """Hold images, each (H, W, 3) uint8 or a file, and labels (N,); PIL resizes them one at a time to (size, size)."""
 
     def __init__(self, images: Sequence[np.ndarray | Path] | np.ndarray, labels: np.ndarray, size: int) -> None:
         self.images, self.labels = images, labels
@@ -34,13 +37,13 @@ class Photos(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        given = self.images[i]
-        image = Image.open(given).convert("RGB") if isinstance(given, Path) else Image.fromarray(given)
+        source = self.images[i]
+        image = Image.open(source).convert("RGB") if isinstance(source, Path) else Image.fromarray(source)
         return self.transform(image), int(self.labels[i])
 
 
 class Trial:
-    """A prompt and a label mapping on a backbone that has no way of `lorvp/models/speed.py` in it."""
+    """Hold a prompt and a label mapping on a backbone without the optimizations of `lorvp/models/speed.py`."""
 
     def __init__(self, backbone: Backbone, classes: int, mapping: str, rank: int, prompt_lr: float, lr: float) -> None:
         self.model, self.mean, self.std, self.dtype = backbone.model, backbone.mean, backbone.std, backbone.dtype
@@ -55,43 +58,45 @@ class Trial:
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
-    def says(self, images: torch.Tensor, prompted: bool = True) -> torch.Tensor:
-        """(N, source classes) logits or (N, features), by what the mapping reads."""
+    def outputs(self, images: torch.Tensor, prompted: bool = True) -> torch.Tensor:
+        """Return the logits (N, source classes) or features (N, d), whichever the mapping reads."""
         x = ((images + self.b @ self.a if prompted else images) - self.mean) / self.std
         if self.mapping.input == "logits":
-            return self.model(x)
-        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+            logits: torch.Tensor = self.model(x)
+            return logits
+        features: torch.Tensor = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return features
 
-    def epoch(self, loader: DataLoader, share: float = 1.0) -> None:
-        """One pass; `share` of the learning rates."""
+    def epoch(self, loader: Loader, lr_factor: float = 1.0) -> None:
+        """Train for one pass, with the learning rates multiplied by `lr_factor`."""
         device = self.mean.device
         for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-            group["lr"] = base * share
+            group["lr"] = base * lr_factor
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                output = self.mapping(self.says(images))
+                output = self.mapping(self.outputs(images))
                 loss = F.cross_entropy(output.log_softmax(1), labels)
             self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             loss.item(), (output.argmax(1) == labels).float().mean().item()
 
     @torch.no_grad()
-    def map_labels(self, loader: DataLoader, prompted: bool) -> None:
-        """FLM's mapping, or ILM's of this epoch."""
+    def map_labels(self, loader: Loader, prompted: bool) -> None:
+        """Compute FLM's mapping, or ILM's for this epoch, by a pass over the images."""
         counts = torch.zeros(self.source_classes, self.classes, dtype=torch.int32, device=self.mean.device)
         for images, labels in loader:
-            top = self.says(images.to(self.mean.device), prompted).argmax(1)
+            top = self.outputs(images.to(self.mean.device), prompted).argmax(1)
             count(counts, top, labels.to(self.mean.device))
         self.mapping.index.copy_(greedy_matching(counts))
 
     @torch.no_grad()
-    def accuracy(self, loader: DataLoader) -> float:
-        """In percent."""
+    def accuracy(self, loader: Loader) -> float:
+        """Return the top-1 accuracy in percent."""
         hits = total = 0
         for images, labels in loader:
-            hits += (self.mapping(self.says(images.to(self.mean.device))).argmax(1).cpu() == labels).sum().item()
+            hits += (self.mapping(self.outputs(images.to(self.mean.device))).argmax(1).cpu() == labels).sum().item()
             total += len(labels)
         return 100 * hits / total

@@ -1,7 +1,7 @@
-"""Makes stores: decodes a dataset once, for all trials that will read it.
+"""Make stores: decode a dataset once for all trials that will read it.
 
-What is done is kept: a store is made in files of 32 MiB, each renamed into place when it is whole, and a second call
-goes on with the missing ones. `store.json` comes last.
+A store is made in files of 32 MiB, each renamed into place when it is complete. A second call makes the missing ones.
+`store.json` comes last.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from lorvp.utils.files import write_json
 
 PART_BYTES = 32 << 20
 ROW_BYTES = 256
-"""What a row's label and name take, at most, of the index and of the plan."""
+"""Largest number of bytes of a row's label and name in the index."""
 SAMPLE = 16
-"""Of so many images of a split it is asked whether a store was made of them."""
+"""Number of images of a split that are compared with an existing store."""
 PLAN = "plan.json"
 DEFAULT_SIZE = 224
 
@@ -45,7 +45,7 @@ console = cli.make_console()
 
 @dataclass(frozen=True)
 class Task:
-    """One file of images to be made."""
+    """Describe one file of images to make."""
 
     path: Path
     rows: Rows
@@ -57,14 +57,17 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Done:
+class PartResult:
+    """Hold the result of a task: the file, which rows are in it, and the errors of the others."""
+
     file: File | None
+    """None if unreadable images may not be left out."""
     kept: list[bool]
     problems: list[str]
 
 
-def make_part(task: Task, skip_unreadable: bool) -> Done:
-    """Makes one file, in a process of its own. Writes nothing where an image can't be read and may not be skipped."""
+def make_part(task: Task, skip_unreadable: bool) -> PartResult:
+    """Make one file in a process of its own. Write nothing if an image is unreadable and may not be skipped."""
     kept: list[bool] = []
     problems: list[str] = []
 
@@ -84,17 +87,17 @@ def make_part(task: Task, skip_unreadable: bool) -> Done:
             write_json(task.path.with_suffix(".skipped.json"), {"kept": kept, "problems": problems})
 
     try:
-        return Done(store.write_part(task.path, readable(), task.description), kept, problems)
+        return PartResult(store.write_part(task.path, readable(), task.description), kept, problems)
     except Unreadable:
-        return Done(None, kept, problems)
+        return PartResult(None, kept, problems)
 
 
 class Unreadable(Exception):
-    """A part has images that can't be read, and may not be left out."""
+    """Report that a part has unreadable images that may not be left out."""
 
 
 def make_image(task: Task, row: int) -> StoredImage:
-    """What is stored of one image. Raises UserError when it can't be read."""
+    """Decode one image to what is stored of it. Raises UserError if it can't be read."""
     size, rows = task.description.image_size, task.rows
     if rows.pixels is not None:
         pixels = np.ascontiguousarray(rows.pixels[row])
@@ -105,13 +108,13 @@ def make_image(task: Task, row: int) -> StoredImage:
         file = rows.file(row)
     except OSError as error:
         raise UserError(f"{name}: not a readable image ({error.strerror})") from None
-    # one that is kept as it is must be readable, too
+    # an image that is stored encoded must be readable, too
     pixels = decode.decode(file, size or DEFAULT_SIZE, task.resize or size is None, name)
     return StoredImage(file if size is None else pixels, zlib_ng.crc32(file))
 
 
-def done_before(task: Task) -> Done | None:
-    """What an earlier call made of the task."""
+def load_finished_part(task: Task) -> PartResult | None:
+    """Return what an earlier call made for the task; None if there is no complete file."""
     if not task.path.exists():
         return None
     skipped = task.path.with_suffix(".skipped.json")
@@ -125,7 +128,7 @@ def done_before(task: Task) -> Done | None:
         return None
     if rows != sum(values["kept"]):
         return None
-    return Done(store.described(task.path, rows), values["kept"], values["problems"])
+    return PartResult(store.describe_file(task.path, rows), values["kept"], values["problems"])
 
 
 def prepare(
@@ -140,11 +143,11 @@ def prepare(
     name: str = "",
     nested: bool = False,
 ) -> Path:
-    """Makes the store of `dataset`, or goes on making it, and returns its folder, `name`-`size` in `out`.
+    """Make the store of `dataset`, or continue making it, and return its folder, `name`-`size` in `out`.
 
-    `size` is the side of the images in pixels: by default their own where all have the same, else 224. `encoded` keeps
-    image files as they are. Raises UserError for a source that isn't the dataset, images that can't be read, a disk
-    without room, a folder that can't be written or holds another store.
+    `size` is the side of the images in pixels; the default is their own if all have the same, else 224. `encoded` keeps
+    image files as they are. Raises UserError for a source that isn't the dataset, unreadable images, a full disk, and a
+    folder that can't be written or holds another store.
     """
     source = read_source(dataset, source_folder, partial, nested)
     for remark in source.remarks(source_folder):
@@ -171,20 +174,20 @@ def prepare(
     with progress_bar(sum(map(len, source.splits.values()))) as bar:
         for split, rows in source.splits.items():
             tasks = plan(folder, split, rows, description, resize)
-            done = carry_out(tasks, processes or len(os.sched_getaffinity(0)), skip_unreadable, bar)
+            done = make_parts(tasks, processes or len(os.sched_getaffinity(0)), skip_unreadable, bar)
             skipped += problems(done, skip_unreadable)
-            kept = np.concatenate([each.kept for each in done])
+            kept = np.concatenate([part.kept for part in done])
             names = [name for name, keep in zip(rows.names, kept, strict=True) if keep]
-            with written(folder):
+            with translate_write_errors(folder):
                 index = store.write_index(folder / f"{split}-index.arrow", rows.labels[kept], names, description)
-            splits[split] = SplitFiles(index=index, parts=[each.file for each in done])
+            splits[split] = SplitFiles(index=index, parts=[part.file for part in done if part.file])
     for split, files in splits.items():
-        found = len(np.unique(store.Split(folder, files, size).labels))
-        if found < len(np.unique(source.splits[split].labels)):
+        classes = len(np.unique(store.Split(folder, files, size).labels))
+        if classes < len(np.unique(source.splits[split].labels)):
             raise UserError(f"{folder}: a class has no readable image in {split}: {'; '.join(skipped[:3])}")
         store.verify_file(folder, files.index)  # the images have been, as they were made
     manifest = Manifest(format_version=store.FORMAT_VERSION, description=description, splits=splits)
-    with written(folder):
+    with translate_write_errors(folder):
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     for leftover in [folder / PLAN, *folder.glob("*.skipped.json"), *folder.glob(".*.tmp")]:
         leftover.unlink()
@@ -196,8 +199,8 @@ def prepare(
 
 
 @contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """Raises UserError in place of the system's, for a disk that fills up or goes away."""
+def translate_write_errors(folder: Path) -> Iterator[None]:
+    """Translate the system's errors of a full or missing disk to UserError."""
     try:
         yield
     except OSError as error:
@@ -206,7 +209,7 @@ def written(folder: Path) -> Iterator[None]:
 
 
 def plan(folder: Path, split: str, rows: Rows, description: Description, resize: bool) -> list[Task]:
-    """The files of one split, in the order of its images, of about PART_BYTES each."""
+    """Divide one split, in the order of its images, into tasks of about PART_BYTES each."""
     size = description.image_size
     sizes = rows.sizes if size is None else np.full(len(rows), 3 * size**2)
     ends = np.flatnonzero(np.diff(np.cumsum(sizes) // PART_BYTES, append=-1)) + 1
@@ -217,46 +220,46 @@ def plan(folder: Path, split: str, rows: Rows, description: Description, resize:
     ]
 
 
-def carry_out(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progress) -> list[Done]:
-    """Makes the files that are not there yet, several at a time. Raises UserError when they can't be written."""
-    done = {number: before for number, task in enumerate(tasks) if (before := done_before(task))}
+def make_parts(tasks: list[Task], workers: int, skip_unreadable: bool, bar: Progress) -> list[PartResult]:
+    """Make the files that are missing, `workers` at a time. Raises UserError if they can't be written."""
+    done = {number: before for number, task in enumerate(tasks) if (before := load_finished_part(task))}
     bar.advance(bar.task_ids[0], sum(len(before.kept) for before in done.values()))
     todo = [number for number in range(len(tasks)) if number not in done]
     with (
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
         ThreadPoolExecutor(1) as reader,
     ):
-        running: dict[Future[Done], int] = {}
+        running: dict[Future[PartResult], int] = {}
         verified: list[Future[None]] = []
         while todo or running:
-            while todo and len(running) < 2 * workers:  # few at a time: a task may hold the pixels themselves
+            while todo and len(running) < 2 * workers:  # few at a time, because a task may hold pixels
                 number = todo.pop(0)
                 running[pool.submit(make_part, tasks[number], skip_unreadable)] = number
             finished = next(as_completed(running))
             number = running.pop(finished)
-            with written(tasks[number].path.parent):
+            with translate_write_errors(tasks[number].path.parent):
                 done[number] = finished.result()
             file = done[number].file
-            if file:  # what the disk has is read beside the decoding, which leaves the disk idle
+            if file:  # the file is verified while others are decoded, which leaves the disk idle
                 verified.append(reader.submit(store.verify_file, tasks[number].path.parent, file))
             bar.advance(bar.task_ids[0], len(tasks[number]))
-        for each in verified:
-            each.result()
+        for verification in verified:
+            verification.result()
     return [done[number] for number in range(len(tasks))]
 
 
-def problems(done: list[Done], skip_unreadable: bool) -> list[str]:
-    """What could not be read, one line each. Raises UserError where it may not be left out."""
-    found = [problem for each in done for problem in each.problems]
-    if any(each.file is None for each in done):
-        listing = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+def problems(done: list[PartResult], skip_unreadable: bool) -> list[str]:
+    """Collect the errors of unreadable images, one line each. Raises UserError if those may not be left out."""
+    lines = [line for part in done for line in part.problems]
+    if any(part.file is None for part in done):
+        listing = "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
         hint = "no image near them can" if skip_unreadable else "--skip-unreadable leaves them out"
-        raise UserError(f"{len(found)} unreadable images: {listing}. {hint}")
-    return found
+        raise UserError(f"{len(lines)} unreadable images: {listing}. {hint}")
+    return lines
 
 
 def begin(folder: Path, description: Description) -> None:
-    """Makes the folder, or makes sure that what lies there is a part of the same store."""
+    """Make the folder, or check that it holds a part of the same store. Raises UserError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / PLAN
@@ -269,38 +272,38 @@ def begin(folder: Path, description: Description) -> None:
         raise UserError(f"--out {folder.parent}: can't be written ({error.strerror})") from None
 
 
-def check_same(there: store.Store, asked: Description, source: Source, skip_unreadable: bool) -> None:
-    """Raises UserError where the store that is there is not the one that is asked for.
+def check_same(existing: store.Store, requested: Description, source: Source, skip_unreadable: bool) -> None:
+    """Raise UserError if the existing store is not the requested one.
 
-    Of each split the bytes of up to SAMPLE images are compared, the rest by names, labels and sizes.
+    Up to SAMPLE images of each split are compared by their bytes, the others by name, label and size.
     """
-    found = there.description
-    counts = {split: len(rows) for split, rows in there.splits.items()}
+    description = existing.description
+    counts = {split: len(rows) for split, rows in existing.splits.items()}
     wanted = {split: len(rows) for split, rows in source.splits.items()}
     if counts.keys() != wanted.keys() or any(counts[split] > wanted[split] for split in wanted):
         other = f"has {amounts(counts)}, and the source {amounts(wanted)}"
-    elif found.class_names != asked.class_names:
-        odd = sorted({*found.class_names} ^ {*asked.class_names}) or ["in another order"]
+    elif description.class_names != requested.class_names:
+        odd = sorted({*description.class_names} ^ {*requested.class_names}) or ["in another order"]
         other = f"has other classes than the source: {', '.join(odd[:3])}"
-    elif found.source != asked.source:
+    elif description.source != requested.source:
         other = "was made of other files than lie in the source: their names, classes or sizes differ"
-    elif bool(found.transform) != bool(asked.transform):
-        other = f"has images {found.transform or 'as they were'}, not {asked.transform or 'as they are'}"
+    elif bool(description.transform) != bool(requested.transform):
+        other = f"has images {description.transform or 'as they were'}, not {requested.transform or 'as they are'}"
     elif counts != wanted and not skip_unreadable:
         left_out = sum(wanted.values()) - sum(counts.values())
         other = f"leaves out {left_out:,} images that could not be read, which --skip-unreadable would accept"
-    elif changed := next(changed_images(there, source), None):
+    elif changed := next(changed_images(existing, source), None):
         other = f"was made when {changed} was another image"
     else:
         return
-    raise UserError(f"{there.folder}: {other}; --name NAME makes another store, or remove this one first")
+    raise UserError(f"{existing.folder}: {other}; --name NAME makes another store, or remove this one first")
 
 
-def changed_images(there: store.Store, source: Source) -> Iterator[str]:
-    """The names of those of a sample whose source is not what it was."""
+def changed_images(existing: store.Store, source: Source) -> Iterator[str]:
+    """Yield the names of sampled images whose source has changed since the store was made."""
     for split, rows in source.splits.items():
-        kept = there.splits[split]
-        if len(kept) < len(rows):  # without some that could not be read, rows are not at their places
+        stored = existing.splits[split]
+        if len(stored) < len(rows):  # unreadable images were left out, so rows have moved
             continue
         for row in np.unique(np.linspace(0, len(rows) - 1, SAMPLE, dtype=np.int64)).tolist():
             try:
@@ -308,16 +311,17 @@ def changed_images(there: store.Store, source: Source) -> Iterator[str]:
             except OSError:  # it could be read before
                 yield rows.names[row]
             else:
-                if zlib_ng.crc32(content) != kept.checksum(row):
+                if zlib_ng.crc32(content) != stored.checksum(row):
                     yield rows.names[row]
 
 
 def amounts(counts: dict[str, int]) -> str:
+    """Format the number of images of each split."""
     return " and ".join(f"{count:,} {split}" for split, count in counts.items())
 
 
 def digest(source: Source) -> str:
-    """Of the names, labels and sizes of the source's images."""
+    """Compute a digest of the names, labels and sizes of the source's images, and of pixels in memory."""
     seen = hashlib.blake2b(digest_size=16)
     for split, rows in source.splits.items():
         seen.update(f"{split}\0".encode())
@@ -331,28 +335,29 @@ def digest(source: Source) -> str:
 
 
 def check_room(folder: Path, source: Source, size: int, encoded: bool) -> None:
-    """Says what the store takes, and would take otherwise; raises UserError, before anything is written, if there is
-    no room for it."""
+    """Print the store's size, as pixels and encoded. Raises UserError, before anything is written, if it won't fit."""
     splits = source.splits.values()
     rows = sum(map(len, splits))
     takes = {"pixels": rows * (3 * size**2 + ROW_BYTES)}
-    if all(each.pixels is None for each in splits):
-        takes["--encoded"] = sum(int(each.sizes.sum()) for each in splits) + rows * ROW_BYTES
+    if all(split.pixels is None for split in splits):
+        takes["--encoded"] = sum(int(split.sizes.sum()) for split in splits) + rows * ROW_BYTES
     there = sum(path.stat().st_size for path in folder.glob("*.arrow")) if folder.is_dir() else 0
     needed = takes["--encoded" if encoded else "pixels"] - there
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    choices = ", ".join(f"{gib(each)} as {kind}" for kind, each in takes.items())
+    choices = ", ".join(f"{gib(size)} as {kind}" for kind, size in takes.items())
     console.print(f"{folder}: {rows:,} images, {choices}; {gib(there)} done, {gib(free)} free", highlight=False)
     if needed > free:
         raise UserError(f"{existing}: has {gib(free)} free, and the store takes {gib(needed)} more")
 
 
 def gib(count: int) -> str:
+    """Format a number of bytes in GiB."""
     return f"{count / 2**30:.2f} GiB"
 
 
 def progress_bar(total: int) -> Progress:
+    """Make a progress bar with one task of `total` images."""
     left = (TimeRemainingColumn(), TextColumn("left"))
     bar = Progress(BarColumn(), MofNCompleteColumn(), SpeedColumn(), *left, console=console)
     bar.add_task("images", total=total)
@@ -360,5 +365,8 @@ def progress_bar(total: int) -> Progress:
 
 
 class SpeedColumn(ProgressColumn):
+    """Show the speed in images per second."""
+
     def render(self, task: progress.Task) -> Text:
+        """Format the speed; nothing before it is known."""
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "")

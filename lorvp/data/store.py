@@ -1,16 +1,15 @@
-"""A dataset decoded once: a folder of Arrow files that all trials on a machine map into memory.
+"""Read and write stores: datasets decoded once into a folder of Arrow files, which all trials map into memory.
 
-    train-index.arrow      a row per image: its label, and its name in the source
-    train-00000.arrow      the first images' pixels, (H, W, 3) uint8 as fixed-size binary; then -00001 and so on; in
-                           record batches of 4 MiB, all of one length but the last, with the CRC-32 of what each image
-                           was in the source, a file or pixels
-    test-...               the same of the other splits
+    train-index.arrow      a row for each image: its label, and its name in the source
+    train-00000.arrow      the first images' pixels, (H, W, 3) uint8 as fixed-size binary; then -00001 and so on. Record
+                           batches have 4 MiB and, but for the last, one length. Each row has the CRC-32 of the image in
+                           the source, a file or pixels
+    test-...               the same for the other splits
+    store.json             the description, and each file's size and checksum; written last, so that its presence means
+                           that the store is complete
 
-(of an encoded store the images are files as they came, as binary, in place of pixels), and
-
-    store.json             what it is, and each file's size and checksum; written last, so that it tells a whole store
-
-Every Arrow file carries the description in its schema's metadata, too, so that none of them is ever nameless.
+An encoded store holds the image files as they came, as binary, in place of pixels. Every Arrow file also carries the
+description in its schema's metadata.
 """
 
 from __future__ import annotations
@@ -41,37 +40,39 @@ MANIFEST = "store.json"
 METADATA_KEY = b"lorvp"
 BATCH_BYTES = 4 << 20
 ENCODED_BATCH = 32
-"""Images of a record batch: in pixels as many as these bytes take, encoded so many."""
+"""Number of images in a record batch of an encoded store; in other stores BATCH_BYTES limits it."""
 ENCODED = "encoded"
-"""What stands in the name of an encoded store's folder in place of a size."""
+"""Part of the name of an encoded store's folder, in place of a size."""
 
 
 class File(Part):
-    """One Arrow file of a store."""
+    """Describe one Arrow file of a store."""
 
     name: str
     rows: int
     bytes: int
     checksum: int
-    """CRC-32, which finds what a disk or a copy has spoiled."""
+    """CRC-32, which detects damage by a disk or a copy."""
 
 
 class SplitFiles(Part):
+    """List the files of one split."""
+
     index: File
     parts: list[File]
 
 
 class Description(Part):
-    """What a store holds, without the list of its files."""
+    """Describe what a store holds, without the list of its files."""
 
     dataset: str
     image_size: int | None
-    """Side in pixels; None of an encoded store, whose images are decoded to the size that a trial asks for."""
+    """Side in pixels; None for an encoded store, whose images are decoded to the size that a trial asks for."""
     transform: str
-    """How the pixels came about; empty where they are the source's own."""
+    """How the pixels were resized; empty if they are the source's own."""
     class_names: tuple[str, ...]
     source: str
-    """A digest of the names, labels and sizes of the source's images."""
+    """Digest of the names, labels and sizes of the source's images."""
 
     @property
     def native(self) -> bool:
@@ -80,20 +81,22 @@ class Description(Part):
 
 
 class Manifest(Part):
+    """Hold the contents of store.json."""
+
     format_version: int
     description: Description
     splits: dict[str, SplitFiles]
 
 
 class StoredImage(NamedTuple):
-    """(H, W, 3) uint8 pixels or an image file, and the CRC-32 of its source."""
+    """Hold (H, W, 3) uint8 pixels or an image file, and the CRC-32 of its source."""
 
     content: np.ndarray | bytes
     source: int
 
 
 class Writer:
-    """Writes one Arrow file, batch by batch; it takes its name when it is `whole`."""
+    """Write one Arrow file, batch by batch; it gets its final name when it is complete."""
 
     def __init__(self, path: Path, column_types: dict[str, pa.DataType], description: Description) -> None:
         metadata = {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION} | description.model_dump())}
@@ -105,6 +108,7 @@ class Writer:
 
     @contextmanager
     def open(self) -> Iterator[Writer]:
+        """Open a temporary file, which takes the final name when the block ends without an error."""
         with (
             replacing(self._path) as temporary,
             open(temporary, "wb") as self._file,
@@ -113,85 +117,95 @@ class Writer:
             yield self
 
     def add(self, *columns: pa.Array) -> None:
-        """Writes a record batch."""
+        """Write a record batch."""
         self._rows += len(columns[0])
         self._arrow.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=self._schema))
-        uncache(self._file)
+        drop_page_cache(self._file)
 
-    def whole(self) -> File:
-        """The file as the manifest names it."""
+    def entry(self) -> File:
+        """Return the complete file's entry for the manifest."""
         return File(name=self._path.name, rows=self._rows, bytes=self._size, checksum=self._checksum)
 
-    # what pyarrow asks of a file: every byte is counted and summed up on its way to the disk
+    # pyarrow's interface of a file: every byte is counted and added to the checksum on its way to the disk
 
     closed = False
 
     def write(self, data: bytes) -> int:
+        """Write bytes, count them and add them to the checksum."""
         self._checksum = zlib_ng.crc32(data, self._checksum)
         self._size += len(data)
         return self._file.write(data)
 
     def flush(self) -> None:
+        """Flush the file."""
         self._file.flush()
 
     def close(self) -> None:
-        pass
+        """Do nothing: `open` closes the file."""
 
 
 def write_index(path: Path, labels: np.ndarray, names: list[str], description: Description) -> File:
-    """Writes a split's labels (N,) and names."""
+    """Write a split's labels (N,) and names; return the file's entry for the manifest."""
     with Writer(path, {"label": pa.int32(), "name": pa.string()}, description).open() as writer:
         writer.add(pa.array(labels.astype(np.int32)), pa.array(names, pa.string()))
-    return writer.whole()
+    return writer.entry()
 
 
 def write_part(path: Path, images: Iterable[StoredImage], description: Description) -> File:
-    """Writes images as they come; never more of them in memory than a record batch has."""
+    """Write images as they come, with at most one record batch in memory; return the file's entry."""
     if description.image_size is None:
-        kind, each, make_column = pa.binary(), ENCODED_BATCH, lambda files: pa.array(files, pa.binary())
+        kind, batch_length = pa.binary(), ENCODED_BATCH
+
+        def make_column(contents: list[Any]) -> pa.Array:
+            return pa.array(contents, pa.binary())
+
     else:
         size = 3 * description.image_size**2
-        kind, each = pa.binary(size), max(1, BATCH_BYTES // size)
-        room = np.empty((each, size), dtype=np.uint8)
+        kind, batch_length = pa.binary(size), max(1, BATCH_BYTES // size)
+        buffer = np.empty((batch_length, size), dtype=np.uint8)
 
-        def make_column(images: list[np.ndarray]) -> pa.Array:
-            for place, pixels in enumerate(images):
-                room[place] = pixels.reshape(-1)
-            return pa.FixedSizeBinaryArray.from_buffers(kind, len(images), [None, pa.py_buffer(room[: len(images)])])
+        def make_column(contents: list[Any]) -> pa.Array:
+            for place, pixels in enumerate(contents):
+                buffer[place] = pixels.reshape(-1)
+            return pa.FixedSizeBinaryArray.from_buffers(
+                kind, len(contents), [None, pa.py_buffer(buffer[: len(contents)])]
+            )
 
     with Writer(path, {"image": kind, "source": pa.uint32()}, description).open() as writer:
-        for batch in batched(images, each):
+        for batch in batched(images, batch_length):
             sources = pa.array([image.source for image in batch], pa.uint32())
             writer.add(make_column([image.content for image in batch]), sources)
-    return writer.whole()
+    return writer.entry()
 
 
 def batched(items: Iterable[Any], count: int) -> Iterator[list[Any]]:
-    """As itertools has it from Python 3.12 on."""
-    left = iter(items)
-    while batch := list(islice(left, count)):
+    """Yield lists of `count` items, the last one shorter, as itertools.batched does from Python 3.12 on."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, count)):
         yield batch
 
 
-def uncache(file: IO[bytes]) -> None:
-    """Gives the disk's cache of a file back. A store that is being made is read once more, to verify what the disk has,
-    and may be larger than memory: its next file had better take the same pages than push other people's data out.
+def drop_page_cache(file: IO[bytes]) -> None:
+    """Drop a file from the system's page cache.
+
+    A new store is read once more to verify it, and may be larger than memory. Dropping its pages leaves the cache to
+    other data.
     """
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def described(path: Path, rows: int) -> File:
-    """A file as the manifest names it. Reads all of it."""
+def describe_file(path: Path, rows: int) -> File:
+    """Read a complete file and return its entry for the manifest."""
     checksum = 0
     with open(path, "rb") as file:
         while data := file.read(BATCH_BYTES):
             checksum = zlib_ng.crc32(data, checksum)
-        uncache(file)
+        drop_page_cache(file)
     return File(name=path.name, rows=rows, bytes=path.stat().st_size, checksum=checksum)
 
 
 def open_file(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """An Arrow file of a store, mapped into memory. Raises UserError for a damaged one."""
+    """Map an Arrow file of a store into memory. Raises UserError for a damaged file."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except (pa.ArrowInvalid, OSError) as error:
@@ -200,7 +214,7 @@ def open_file(path: Path) -> pa.ipc.RecordBatchFileReader:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a store. Nothing is read before it is asked for."""
+    """Hold one split of a store. Nothing is read before it is needed."""
 
     folder: Path
     files: SplitFiles
@@ -212,12 +226,15 @@ class Split:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(N,) int64."""
-        return self._index.column("label").to_numpy().astype(np.int64)
+        """Labels, (N,) int64."""
+        labels: np.ndarray = self._index.column("label").to_numpy().astype(np.int64)
+        return labels
 
     @property
     def names(self) -> list[str]:
-        return self._index.column("name").to_pylist()
+        """Names of the images in the source."""
+        names: list[str] = self._index.column("name").to_pylist()
+        return names
 
     @property
     def _index(self) -> pa.RecordBatch:
@@ -228,9 +245,9 @@ class Split:
         return np.cumsum([0, *(part.rows for part in self.files.parts)])
 
     def read(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The images at `rows` as (len(rows), H, W, 3) uint8, in `out` if that is given: the only copy."""
+        """Read the images at `rows` as (len(rows), H, W, 3) uint8, into `out` if it is given; they are copied once."""
         size = self.image_size
-        assert size is not None  # encoded images are not read so
+        assert size is not None  # encoded images are read by `encoded`
         images = np.empty((len(rows), size, size, 3), dtype=np.uint8) if out is None else out
         in_part = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(in_part):
@@ -242,21 +259,22 @@ class Split:
         return images
 
     def encoded(self, row: int) -> bytes:
-        """The image file at `row` of an encoded store."""
+        """Return the image file at `row` of an encoded store."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         batches = self._part(part)
         number, offset = divmod(row - int(self._starts[part]), len(batches[0]))
-        return batches[number][offset].as_py()
+        file: bytes = batches[number][offset].as_py()
+        return file
 
     def checksum(self, row: int) -> int:
-        """The CRC-32 of what the image at `row` was in the source."""
+        """Return the CRC-32 of the image at `row` in the source."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         file = open_file(self.folder / self.files.parts[part].name)
         number, offset = divmod(row - int(self._starts[part]), file.get_batch(0).num_rows)
-        return file.get_batch(number).column("source")[offset].as_py()
+        return int(file.get_batch(number).column("source")[offset].as_py())
 
     def _part(self, part: int) -> list[pa.Array]:
-        """The images of one file, as they lie on the disk, in record batches of one length."""
+        """Return the memory-mapped images of one file, in record batches of one length."""
         if part not in self._parts:
             file = open_file(self.folder / self.files.parts[part].name)
             self._parts[part] = [file.get_batch(i).column("image") for i in range(file.num_record_batches)]
@@ -265,7 +283,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. Opening it takes as long for a million images as for ten."""
+    """Hold an open store. Opening it takes as long for a million images as for ten."""
 
     folder: Path
     description: Description
@@ -273,7 +291,7 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Raises UserError for a folder that is no whole store, with what to do about it."""
+        """Open the store in `folder`. Raises UserError, which says what to do, if it is no complete store."""
         manifest = read_manifest(folder)
         for files in manifest.splits.values():
             for file in (files.index, *files.parts):
@@ -284,7 +302,7 @@ class Store:
 
 
 def how_to_make(folder: Path) -> str:
-    """The command that makes the store of that name."""
+    """Return the command that makes the store of that name."""
     name, _, size = folder.name.rpartition("-")
     dataset = name if name in SOURCES else f"image_folder --name {name}"
     option = "--encoded" if size == ENCODED else f"--size {size}"
@@ -292,7 +310,7 @@ def how_to_make(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store in `folder`."""
+    """Read the manifest of the store in `folder`. Raises UserError if it is missing, damaged or of a later version."""
     try:
         values = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -312,25 +330,25 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_size(folder: Path, file: File) -> None:
-    """Raises UserError when a file of the store is missing, or cut off."""
+    """Raise UserError if a file of the store is missing or has the wrong size."""
     path = folder / file.name
     size = path.stat().st_size if path.exists() else None
     if size != file.bytes:
-        found = "is missing" if size is None else f"has {size:,} bytes and should have {file.bytes:,}"
-        raise UserError(f"{path} {found}; prepare the store anew")
+        problem = "is missing" if size is None else f"has {size:,} bytes and should have {file.bytes:,}"
+        raise UserError(f"{path} {problem}; prepare the store anew")
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Compares every byte with the checksums. Raises UserError naming the first file that differs."""
+    """Compare every byte with the checksums. Raises UserError naming the first file that differs."""
     files = [file for split in manifest.splits.values() for file in (split.index, *split.parts)]
     for file in files:
         check_size(folder, file)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:  # both reading and summing let the others run
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as readers:  # reading and checksums both release the GIL
         list(readers.map(lambda file: verify_file(folder, file), files))
 
 
 def verify_file(folder: Path, file: File) -> None:
-    """Compares every byte of one file with its checksum. Raises UserError."""
+    """Compare every byte of one file with its checksum. Raises UserError if they differ."""
     check_size(folder, file)
-    if described(folder / file.name, file.rows).checksum != file.checksum:
+    if describe_file(folder / file.name, file.rows).checksum != file.checksum:
         raise UserError(f"{folder / file.name}: not what was written (checksum); prepare the store anew")

@@ -1,7 +1,7 @@
-"""The datasets as they come: what `python -m lorvp.data prepare NAME` reads.
+"""Read datasets in their original layouts, for `python -m lorvp.data prepare NAME`.
 
-A dataset is a function here or in a module beside this one, and a line in SOURCES. Each lists its images and labels
-without decoding any, in an order that depends on nothing but their names.
+A dataset is a function here or in a module beside this one, and a line in SOURCES. The function lists images and labels
+without decoding them, in an order that depends on their names only.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from lorvp.data.sources.base import Rows, Source
 from lorvp.errors import UserError
 
 
-def listed(root: Path, labels: dict[str, str], class_names: Sequence[str], where: Path) -> Rows:
-    """The images of a flat folder by a list of file name -> class. Raises UserError where the two differ."""
+def rows_from_list(root: Path, labels: dict[str, str], class_names: Sequence[str], where: Path) -> Rows:
+    """List the images of a flat folder by a mapping of file name to class. Raises UserError if the two differ."""
     left_out: Counter[str] = Counter()
     files = folders.image_files(root, left_out)
-    odd = sorted(set(files) ^ labels.keys())
-    if odd:
-        raise UserError(f"{where}: {len(odd)} names are not those of the files in {root}: {', '.join(odd[:3])}")
+    unmatched = sorted(set(files) ^ labels.keys())
+    if unmatched:
+        listing = ", ".join(unmatched[:3])
+        raise UserError(f"{where}: {len(unmatched)} names are not those of the files in {root}: {listing}")
     unknown = sorted(set(labels.values()) - set(class_names))
     if unknown:
         raise UserError(f"{where}: classes without a folder in train: {', '.join(unknown[:3])}")
@@ -39,10 +40,10 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 
 
 def imagenet(root: Path) -> Source:
-    """ILSVRC 2012: train/WNID/*.JPEG, and val/WNID/*.JPEG or a flat val/*.JPEG.
+    """Read ILSVRC 2012: train/WNID/*.JPEG, and val/WNID/*.JPEG or a flat val/*.JPEG. Raises UserError.
 
-    What is in a flat val is said by Kaggle's LOC_val_solution.csv in `root`, or by the development kit there, as it
-    comes or unpacked. The validation images are the test split: selection happens on a part of train.
+    The classes of a flat val come from Kaggle's LOC_val_solution.csv in `root`, or from the development kit there,
+    packed or unpacked. The validation images become the test split; trials validate on a part of train.
     """
     names, train = folders.class_folders(root / "train")
     if folders.inner_folders(_folder(root / "val")):
@@ -51,18 +52,18 @@ def imagenet(root: Path) -> Source:
     if solution.is_file():
         with open(solution, newline="") as file:
             labels = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        return Source(names, {"train": train, "test": listed(root / "val", labels, names, solution)})
+        return Source(names, {"train": train, "test": rows_from_list(root / "val", labels, names, solution)})
     kit = next((path for path in (root / DEVKIT, root / f"{DEVKIT}.tar.gz") if path.exists()), None)
     if kit is None:
         raise UserError(
             f"{root / 'val'}: no WNID folders, and neither {solution.name} nor {DEVKIT}.tar.gz in {root} "
             f"that say which is which"
         )
-    return Source(names, {"train": train, "test": listed(root / "val", _ground_truth(kit), names, kit)})
+    return Source(names, {"train": train, "test": rows_from_list(root / "val", _ground_truth(kit), names, kit)})
 
 
 def _ground_truth(kit: Path) -> dict[str, str]:
-    """The WNID of each validation image, by file name, from ILSVRC's development kit."""
+    """Read the WNID of each validation image, by file name, from ILSVRC's development kit."""
     from scipy.io import loadmat  # reads values only, no code
 
     try:
@@ -70,7 +71,7 @@ def _ground_truth(kit: Path) -> dict[str, str]:
             synsets = loadmat(file, squeeze_me=True)["synsets"]
         with _member(kit, "data/ILSVRC2012_validation_ground_truth.txt") as file:
             numbers = [int(line) for line in file]
-        wnids = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets}
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
         return {f"ILSVRC2012_val_{i:08}.JPEG": wnids[number] for i, number in enumerate(numbers, start=1)}
     except (OSError, KeyError, ValueError, TypeError, IndexError, tarfile.TarError) as error:
         raise UserError(f"{kit}: not ILSVRC's development kit ({error})") from None
@@ -78,7 +79,7 @@ def _ground_truth(kit: Path) -> dict[str, str]:
 
 @contextmanager
 def _member(kit: Path, name: str) -> Iterator[IO[bytes]]:
-    """A file of the development kit, a folder or an archive."""
+    """Open a file of the development kit, which is a folder or an archive."""
     if kit.is_dir():
         with open(kit / name, "rb") as file:
             yield file
@@ -91,13 +92,13 @@ def _member(kit: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def only_test(root: Path) -> Source:
-    """CLASS/IMAGE with nothing to train on: ImageNet-R, -A and -Sketch, whose classes are WNIDs of ImageNet's."""
+    """Read CLASS/IMAGE as a test split only: ImageNet-R, -A and -Sketch, whose classes are ImageNet's WNIDs."""
     names, rows = folders.class_folders(root)
     return Source(names, {"test": rows})
 
 
 def imagenet_v2(root: Path) -> Source:
-    """0/IMAGE to 999/IMAGE: the folders are ImageNet's class numbers, in the order of numbers and not of text."""
+    """Read ImageNet-V2: 0/IMAGE to 999/IMAGE. The folders are class numbers and are sorted as numbers."""
     names = folders.inner_folders(root)
     wrong = sorted(name for name in names if not name.isdigit())
     if wrong:
@@ -107,7 +108,7 @@ def imagenet_v2(root: Path) -> Source:
 
 
 def tiny_imagenet(root: Path) -> Source:
-    """wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG with val/val_annotations.txt; 64 px."""
+    """Read wnids.txt, train/WNID/images/*.JPEG and val/images/*.JPEG with val/val_annotations.txt; 64 px."""
     names, train = folders.class_folders(root / "train")
     annotations = root / "val" / "val_annotations.txt"
     for needed in (root / "wnids.txt", annotations):
@@ -117,13 +118,15 @@ def tiny_imagenet(root: Path) -> Source:
         raise UserError(f"{root / 'wnids.txt'}: not the class folders of {root / 'train'}")
     rows = [line.split("\t") for line in annotations.read_text().splitlines()]
     labels = {row[0]: row[1] for row in rows}
-    return Source(names, {"train": train, "test": listed(root / "val" / "images", labels, names, annotations)}, 64)
+    return Source(
+        names, {"train": train, "test": rows_from_list(root / "val" / "images", labels, names, annotations)}, 64
+    )
 
 
 def gtsrb(root: Path) -> Source:
-    """The German traffic signs, as torchvision's download leaves them or from the official archives, unpacked.
+    """Read the German traffic signs from torchvision's download or from the unpacked official archives.
 
-    Of the latter each class folder has its GT-CLASS.csv, and GT-final_test.csv has the classes of the test images.
+    In the archives each class folder has its GT-CLASS.csv, and GT-final_test.csv has the test images' classes.
     """
     if (root / "gtsrb").is_dir():
         return torchvision_sets.SOURCES["gtsrb"](root)
@@ -154,7 +157,7 @@ def gtsrb(root: Path) -> Source:
 
 
 def _signs(path: Path) -> list[tuple[str, int]]:
-    """The image files and classes of one of GTSRB's lists: semicolons between columns, the image's place among them."""
+    """Read the image files and classes of one of GTSRB's lists, whose columns are separated by semicolons."""
     with open(path, newline="") as file:
         try:
             signs = [(row["Filename"], int(row["ClassId"])) for row in csv.DictReader(file, delimiter=";")]
@@ -167,7 +170,7 @@ def _signs(path: Path) -> list[tuple[str, int]]:
 
 
 GTSRB = {"classes": 43, "train": 39_209, "test": 12_630}
-"""The official archives; torchvision has the 26,640 that the competition had to train on."""
+"""Counts of the official archives; torchvision has the competition's 26,640 training images."""
 
 
 def _folder(path: Path) -> Path:
@@ -202,18 +205,18 @@ EXPECTED: dict[str, dict[str, int]] = {
 
 
 def read_source(name: str, root: Path, partial: bool = False, nested: bool = False) -> Source:
-    """What `prepare` stores. Raises UserError for an unknown name, a wrong layout, and counts that are not its.
+    """Read the source that `prepare` stores. Raises UserError for an unknown name, a wrong layout or wrong counts.
 
-    `partial` lets a part of a dataset pass, `nested` folders that do not look like classes.
+    `partial` accepts a part of a dataset, `nested` accepts folders that do not look like classes.
     """
     if name not in SOURCES:
         raise UserError(f"no dataset is called {name!r}; one of {', '.join(sorted(SOURCES))}")
     if nested and name != "image_folder":
         raise UserError(f"--nested is about image_folder; {name} has a layout of its own")
     source = folders.image_folder(root, nested) if nested else SOURCES[name](_folder(root))
-    found = {"classes": len(source.class_names)} | {split: len(rows) for split, rows in source.splits.items()}
-    expected = source.expected or EXPECTED.get(name, found)
-    if found != expected and not partial:
-        both = ", ".join(f"{found.get(key, 0):,} {key} (should be {expected[key]:,})" for key in expected)
+    counts = {"classes": len(source.class_names)} | {split: len(rows) for split, rows in source.splits.items()}
+    expected = source.expected or EXPECTED.get(name, counts)
+    if counts != expected and not partial:
+        both = ", ".join(f"{counts.get(key, 0):,} {key} (should be {expected[key]:,})" for key in expected)
         raise UserError(f"{root}: not all of {name}: {both}; --partial takes what there is")
     return source

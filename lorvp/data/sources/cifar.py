@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official python archives, which are pickles, without running what they may hold."""
+"""Read CIFAR-10 and CIFAR-100 from their official Python archives without running code in their pickles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lorvp.errors import UserError
 
 
 def cifar10(root: Path) -> Source:
-    """The python version's archive, cifar-10-python.tar.gz, or the folder in it."""
+    """Read cifar-10-python.tar.gz in `root`, or its unpacked folder. Raises UserError if it is missing or damaged."""
     batches = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     return _cifar(root, "cifar-10-python.tar.gz", "cifar-10-batches-py", "batches.meta", batches, "label")
 
 
 def cifar100(root: Path) -> Source:
-    """The python version's archive, cifar-100-python.tar.gz, or the folder in it; the 100 fine labels."""
+    """Read cifar-100-python.tar.gz in `root`, or its unpacked folder, with the 100 fine labels. Raises UserError."""
     batches = {"train": ["train"], "test": ["test"]}
     return _cifar(root, "cifar-100-python.tar.gz", "cifar-100-python", "meta", batches, "fine_label")
 
@@ -69,18 +69,19 @@ PLAIN = {
 
 
 class _Plain(pickle.Unpickler):
-    """Builds numbers, texts, lists, dictionaries and arrays; nothing in a file can have it run anything else."""
+    """Unpickle numbers, texts, lists, dictionaries and arrays only; a file can't make it run anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return one of the PLAIN classes. Raises UnpicklingError for any other."""
         if (module.replace("._core", ".core"), name) not in PLAIN:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
         return super().find_class(module, name)
 
 
 def _plain_pickle(data: bytes, name: str) -> dict[str, Any]:
-    """CIFAR's own format, which is a pickle, read without running what it may hold."""
+    """Read one of CIFAR's pickles without running code in it. Raises UserError."""
     try:
-        values = _Plain(io.BytesIO(data), encoding="latin1").load()
+        values: dict[str, Any] = _Plain(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{name}: not a batch of CIFAR ({error})") from None
     return values

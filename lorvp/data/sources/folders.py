@@ -1,4 +1,4 @@
-"""Folders of images: which of the names in them are images, classes and splits, and which are left out."""
+"""Read folders of images: tell images, classes and splits by their names, and count what is left out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = re.compile(
     r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|development)|(?P<test>test|testing))"
     r"(?:[ _-]?(?:set|split|data|images?))?"
 )
-"""What splits are called, in any case."""
+"""Names of splits, in lower case."""
 SYSTEM = {
     "#recycle",
     "#snapshot",
@@ -34,15 +34,15 @@ SYSTEM = {
     "system volume information",
     "thumbs.db",
 }
-"""What operating systems, file servers and notebooks leave, beside names that begin with a dot."""
+"""Names that operating systems, file servers and notebooks leave, apart from names that begin with a dot."""
 COMMON = (".jpg", ".png", ".webp", ".tif")
 ONLY_NAMED = {"EPS", "MPEG"}
-"""Formats that Pillow tells by their names and does not decode by itself."""
+"""Formats that Pillow recognises by name and does not decode by itself."""
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Those of the formats that Pillow reads, as it is installed here."""
+    """Return the suffixes of the formats that the installed Pillow reads."""
     Image.init()
     reads = {
         kind
@@ -53,39 +53,39 @@ def suffixes() -> frozenset[str]:
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden, or nobody's own."""
+    """Tell whether a file or folder is hidden, or left by a system."""
     return name.startswith(".") or name.casefold() in SYSTEM
 
 
 def split_name(name: str) -> str | None:
-    """Which split a name stands for: train, val or test."""
-    found = SPLITS.fullmatch(name.casefold())
-    return found.lastgroup if found else None
+    """Return the split that a name stands for: train, val, test, or None."""
+    match = SPLITS.fullmatch(name.casefold())
+    return match.lastgroup if match else None
 
 
 def inner_folders(root: Path) -> list[str]:
-    """The folders in `root` that somebody put there, sorted; links to folders among them."""
+    """List the folders in `root` that are no system's, sorted; links to folders are included."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name))
 
 
 def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """The images under `folder` by their paths in it, sorted; what else is there is counted in `left_out`.
+    """List the images under `folder` by their paths in it, sorted; count other entries in `left_out`.
 
-    Links to folders are not followed, so that none leads in a circle.
+    Links to folders are not followed, as they may form a circle.
     """
-    found: list[str] = []
+    paths: list[str] = []
     others: Counter[str] = Counter() if left_out is None else left_out
     for parent, folders, names in os.walk(folder):
         inside = os.path.relpath(parent, folder)
         there = "" if inside == "." else inside + os.sep
         images = [name for name in names if _is_image(name)]
-        found += [there + name for name in images]
+        paths += [there + name for name in images]
         if len(images) < len(names):
             others.update(_kind(name) for name in names if not _is_image(name))
         others.update(f"{name}/" for name in folders if is_system(name))
         folders[:] = [name for name in folders if not is_system(name)]
         others.update("links to folders" for name in folders if os.path.islink(os.path.join(parent, name)))
-    return sorted(found)
+    return sorted(paths)
 
 
 def _is_image(name: str) -> bool:
@@ -93,7 +93,7 @@ def _is_image(name: str) -> bool:
 
 
 def _kind(name: str) -> str:
-    """What to call a file that is no image, together with others of its kind."""
+    """Return the kind under which a file that is no image is counted."""
     suffix = os.path.splitext(name)[1].lower()
     if name.startswith("._"):  # macOS keeps a file's attributes in it
         return "._*"
@@ -101,15 +101,18 @@ def _kind(name: str) -> str:
 
 
 def class_folders(root: Path, class_names: Sequence[str] | None = None) -> tuple[list[str], Rows]:
-    """`root`/CLASS/IMAGE; classes in sorted order, or those given. Raises UserError for none, and for an empty one."""
+    """Read `root`/CLASS/IMAGE, with sorted classes or those of `class_names`.
+
+    Raises UserError if there are no class folders, other ones, or an empty one.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; an image folder holds CLASS/IMAGE files")
-    found = inner_folders(root)
-    names = found if class_names is None else list(class_names)
-    if not names or not found:
+    present = inner_folders(root)
+    names = present if class_names is None else list(class_names)
+    if not names or not present:
         raise UserError(f"{root}: no class folders; an image folder holds CLASS/IMAGE files")
-    if set(found) != set(names):
-        odd = sorted(set(found) ^ set(names))
+    if set(present) != set(names):
+        odd = sorted(set(present) ^ set(names))
         raise UserError(f"{root}: its class folders are not those of the other split: {', '.join(odd[:5])}")
     left_out = _beside(root)
     images: list[str] = []
@@ -126,21 +129,21 @@ def class_folders(root: Path, class_names: Sequence[str] | None = None) -> tuple
 
 
 def _beside(root: Path) -> Counter[str]:
-    """What lies beside the class folders in `root`, and is in none."""
-    found: Counter[str] = Counter()
+    """Count the entries in `root` that are no class folders."""
+    others: Counter[str] = Counter()
     for entry in os.scandir(root):
         if entry.is_dir():
-            found.update([f"{entry.name}/"] if is_system(entry.name) else [])
+            others.update([f"{entry.name}/"] if is_system(entry.name) else [])
         else:
-            found[f"images in no class folder ({root.name})" if _is_image(entry.name) else _kind(entry.name)] += 1
-    return found
+            others[f"images in no class folder ({root.name})" if _is_image(entry.name) else _kind(entry.name)] += 1
+    return others
 
 
 def image_folder(root: Path, nested: bool = False) -> Source:
-    """`root`/train/CLASS/IMAGE with a val and a test beside it, by any usual spelling; or undivided `root`/CLASS/IMAGE.
+    """Read `root`/SPLIT/CLASS/IMAGE, with any usual names of the splits, or undivided `root`/CLASS/IMAGE.
 
-    A val without a test is the test set, as in ImageNet's layout. `nested` takes every folder in `root` as a class.
-    Raises UserError where folders look like splits or archives that were unpacked, and not like classes.
+    A val split without a test split becomes the test set, as in ImageNet's layout. `nested` takes every folder in
+    `root` as a class. Raises UserError if folders look like splits or unpacked archives and not like classes.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; an image folder holds CLASS/IMAGE files")
@@ -169,30 +172,30 @@ def image_folder(root: Path, nested: bool = False) -> Source:
 
 
 def _split_folders(root: Path) -> dict[str, str]:
-    """The folders in `root` that are splits, by what they are; none of them where there is none to train on."""
+    """Return the split folders in `root` by split; an empty dictionary if there is none to train on."""
     names = inner_folders(root)
-    found = by_split(names, root)
-    if "train" in found and inner_folders(root / found["train"]):
-        return found
-    if len(found) > 1 and not any(inner_folders(root / name) for name in found.values()):
-        raise UserError(f"{root}: {' and '.join(found.values())} are splits, and have no class folders in them")
+    splits = by_split(names, root)
+    if "train" in splits and inner_folders(root / splits["train"]):
+        return splits
+    if len(splits) > 1 and not any(inner_folders(root / name) for name in splits.values()):
+        raise UserError(f"{root}: {' and '.join(splits.values())} are splits, and have no class folders in them")
     return {}
 
 
 def by_split(names: Iterable[str], where: Path) -> dict[str, str]:
-    """The names that stand for splits, by which. Raises UserError where two stand for one."""
-    found: dict[str, str] = {}
+    """Return the names that stand for splits, by split. Raises UserError if two stand for the same."""
+    splits: dict[str, str] = {}
     for name in names:
         split = split_name(name)
-        if split in found:
-            raise UserError(f"{where}: {found[split]} and {name} would both be the {split} split; leave one there")
+        if split in splits:
+            raise UserError(f"{where}: {splits[split]} and {name} would both be the {split} split; leave one there")
         if split:
-            found[split] = name
-    return found
+            splits[split] = name
+    return splits
 
 
 def _check_classes(root: Path, names: list[str], rows: Rows) -> None:
-    """Raises UserError for a class folder whose images lie in several folders of its own, as those of a split do."""
+    """Raise UserError for a class folder whose images lie in several subfolders, as those of a split do."""
     inner: dict[str, set[str]] = {name: set() for name in names}
     for path in rows.names:
         name, _, rest = path.partition(os.sep)

@@ -1,4 +1,4 @@
-"""Hugging Face image datasets on disk: what `save_to_disk` wrote, or the Parquet files of a dataset's repository.
+"""Read Hugging Face image datasets on disk: from `save_to_disk`, or the Parquet files of a dataset's repository.
 
 Both are Arrow tables whose schema says which column holds the encoded image and which the class (the conventions of
 huggingface/datasets: features of the types Image and ClassLabel), so that pyarrow reads them as they are.
@@ -24,21 +24,22 @@ from lorvp.data.sources.base import Rows, Source
 from lorvp.errors import UserError
 
 PART = re.compile(r"(?P<split>[^-]+)(?:-(?P<number>\d+))?(?:-of-(?P<of>\d+))?(?:-.*)?\.(?:parquet|arrow)")
-"""A file's name: its split, which of its parts it is, and of how many."""
+"""Pattern of a file's name: the split, the number of the part, and the number of parts."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-"""Which is the class where there are several columns of classes."""
+"""Columns that hold the class if there are several columns of classes."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The encoded images of one split, in the column `image` of tables on disk."""
+    """Hold the encoded images of one split, in the column `image` of tables on disk."""
 
     files: tuple[Path, ...]
     starts: np.ndarray
-    """The first row of each file, and the number of all rows."""
+    """First row of each file, and the number of all rows."""
     image: str
 
     def __getitem__(self, row: int) -> bytes:
+        """Return the encoded image at `row`. Raises UserError if the table only refers to files."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         file, row = self.files[number], int(row - self.starts[number])
         if file.suffix == ".parquet":
@@ -48,31 +49,31 @@ class Tables:
             cell = _row_group(file, group, self.image)[row]
         else:
             cell = _arrow(file).column(self.image)[row]
-        encoded = cell["bytes"].as_py()
+        encoded: bytes | None = cell["bytes"].as_py()
         if encoded is None:
             raise UserError(f"{file}: its images are not in it, but files elsewhere: save them with the table")
         return encoded
 
     def sizes(self) -> np.ndarray:
-        """Bytes of each image, (N,) int64; in Parquet files the mean of each row group."""
-        found = []
+        """Return the bytes of each image, (N,) int64; in Parquet files the mean of each row group."""
+        sizes = []
         for file in self.files:
             if file.suffix == ".parquet":
                 for group in range(_parquet(file).num_row_groups):
-                    each = _parquet(file).metadata.row_group(group)
-                    columns = [each.column(i) for i in range(each.num_columns)]
-                    whole = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{self.image}.bytes")
-                    found.append(np.full(each.num_rows, whole // max(1, each.num_rows)))
+                    rows = _parquet(file).metadata.row_group(group)
+                    columns = [rows.column(i) for i in range(rows.num_columns)]
+                    total = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{self.image}.bytes")
+                    sizes.append(np.full(rows.num_rows, total // max(1, rows.num_rows)))
             else:
                 lengths = pc.binary_length(pc.struct_field(_arrow(file).column(self.image), "bytes"))
-                found.append(lengths.fill_null(0).to_numpy())
-        return np.concatenate(found).astype(np.int64)
+                sizes.append(lengths.fill_null(0).to_numpy())
+        return np.concatenate(sizes).astype(np.int64)
 
 
 def saved(root: Path) -> Source:
-    """A dataset on disk. A validation split is the test split where no other has labels.
+    """Read a dataset on disk. The validation split becomes the test split if no test split has labels.
 
-    Raises UserError where its tables don't say what is an image and what its class, or a part of a split is missing.
+    Raises UserError if the tables' columns of images and classes are unclear, or if a part of a split is missing.
     """
     files, left_out = _split_files(root)
     if "train" not in files:
@@ -97,16 +98,17 @@ def saved(root: Path) -> Source:
 
 
 def _split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str]]:
-    """The tables of each split, and what is none."""
+    """Return the tables of each split, and the count of what is left out."""
     left_out: Counter[str] = Counter()
     if (root / "state.json").is_file():
-        return {"train": _whole("train", root.glob("data-*.arrow"), root)}, left_out
+        return {"train": _complete_parts("train", root.glob("data-*.arrow"), root)}, left_out
     if (root / "dataset_dict.json").is_file():
         names = json.loads((root / "dataset_dict.json").read_text())["splits"]
         left_out.update(f"{name}/" for name in names if folders.split_name(name) is None)
-        found = folders.by_split(names, root)
+        split_names = folders.by_split(names, root)
         return {
-            split: _whole(name, (root / name).glob("data-*.arrow"), root / name) for split, name in found.items()
+            split: _complete_parts(name, (root / name).glob("data-*.arrow"), root / name)
+            for split, name in split_names.items()
         }, left_out
     configurations = _parquet_files(root, left_out)
     trained = sorted(name for name, splits in configurations.items() if "train" in folders.by_split(splits, root))
@@ -119,20 +121,22 @@ def _split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str]]:
         left_out[f"{name}/"] += 1
     named = configurations.get(chosen, {})
     return {
-        split: _whole(name, named[name], root / chosen) for split, name in folders.by_split(named, root).items()
+        split: _complete_parts(name, named[name], root / chosen)
+        for split, name in folders.by_split(named, root).items()
     }, left_out
 
 
 def _parquet_files(root: Path, left_out: Counter[str]) -> dict[str, dict[str, list[Path]]]:
-    """By configuration and split, as they are called there: data/SPLIT-*.parquet, CONFIG/SPLIT-*.parquet, or
-    CONFIG/SPLIT/0000.parquet, as the hub converts them.
+    """Find Parquet files by configuration and split, under their own names.
+
+    Layouts are data/SPLIT-*.parquet, CONFIG/SPLIT-*.parquet, and the hub's CONFIG/SPLIT/0000.parquet.
     """
-    found: dict[str, dict[str, list[Path]]] = {}
+    files: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(root.rglob("*.parquet")):
         inside = path.relative_to(root)
         if any(map(folders.is_system, inside.parts)):  # the hub's client keeps a .cache
             continue
-        own, *_ = _named(path)
+        own, *_ = _parse_file_name(path)
         parents = list(inside.parts[:-1])
         name = parents.pop() if folders.split_name(own) is None and parents else own
         if folders.split_name(name) is None:
@@ -140,27 +144,27 @@ def _parquet_files(root: Path, left_out: Counter[str]) -> dict[str, dict[str, li
             continue
         if parents and parents[-1] == "data":
             parents.pop()
-        found.setdefault("/".join(parents), {}).setdefault(name, []).append(path)
-    return found
+        files.setdefault("/".join(parents), {}).setdefault(name, []).append(path)
+    return files
 
 
-def _named(path: Path) -> tuple[str, int | None, int | None]:
-    """What a file's name says: its split, which part of it is there, and of how many."""
-    found = PART.fullmatch(path.name)
-    if found is None:
+def _parse_file_name(path: Path) -> tuple[str, int | None, int | None]:
+    """Parse a file's name into its split, the number of the part, and the number of parts."""
+    match = PART.fullmatch(path.name)
+    if match is None:
         return path.stem, None, None
-    split, *numbers = found.groups()
-    number, of = (None if each is None else int(each) for each in numbers)
-    return split, number, of
+    split, *texts = match.groups()
+    number, count = (None if text is None else int(text) for text in texts)
+    return split, number, count
 
 
-def _whole(split: str, paths: Iterable[Path], root: Path) -> list[Path]:
-    """The parts of a split. Raises UserError where their names tell of others that are not there."""
+def _complete_parts(split: str, paths: Iterable[Path], root: Path) -> list[Path]:
+    """Return the sorted parts of a split. Raises UserError if their names show that others are missing."""
     files = sorted(paths)
     if not files:
         raise UserError(f"{root}: {split} has no file there")
-    named = [_named(path) for path in files]
-    counts = {of for _, _, of in named if of is not None}
+    named = [_parse_file_name(path) for path in files]
+    counts = {count for _, _, count in named if count is not None}
     if len(counts) > 1:
         raise UserError(f"{files[0].parent}: parts of several {split} splits: of {min(counts)} and of {max(counts)}")
     for count in counts:
@@ -174,7 +178,7 @@ def _whole(split: str, paths: Iterable[Path], root: Path) -> list[Path]:
 
 
 def _columns(file: Path) -> tuple[str, str, list[str]]:
-    """The column of images, the column of classes and the classes' names."""
+    """Return the column of images, the column of classes and the classes' names. Raises UserError."""
     try:
         schema = _parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -206,8 +210,8 @@ def _rows(files: list[Path], split: str, image: str, label: str) -> Rows:
 
 def _check_labels(rows: Rows, class_names: list[str], root: Path, split: str) -> None:
     if rows.labels.min() < 0 or rows.labels.max() >= len(class_names):
-        found = f"{rows.labels.min()} to {rows.labels.max()}"
-        raise UserError(f"{root}: {split} has labels from {found}, and {len(class_names)} classes")
+        label_range = f"{rows.labels.min()} to {rows.labels.max()}"
+        raise UserError(f"{root}: {split} has labels from {label_range}, and {len(class_names)} classes")
 
 
 @lru_cache(maxsize=4)

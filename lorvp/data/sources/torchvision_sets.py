@@ -1,8 +1,8 @@
-"""The datasets of the method's peers that torchvision carries, in the layout that its own download leaves.
+"""Read datasets of the peers' papers in the layout of torchvision's download.
 
-torchvision knows the files, their labels and their splits; nothing is decoded by it here. Where it has a train and a
-val split, train is both: `prepare`'s stores have their validation images split off by the trial (VTAB does the same).
-UCF101 is not among them: torchvision reads its videos only. Its middle frames, as CoOp gives them, are an image_folder.
+torchvision lists the files, labels and splits; it decodes nothing here. If it has a train and a val split, both become
+train, because the trial splits off its validation images (as VTAB does). UCF101 is missing, as torchvision reads its
+videos only; its middle frames, as CoOp provides them, are an image_folder.
 """
 
 from __future__ import annotations
@@ -18,55 +18,56 @@ import numpy as np
 from lorvp.data.sources.base import Rows, Source
 from lorvp.errors import UserError
 
-Loaded = tuple[list[str], list[tuple[Any, int]]]
-"""Class names; the path and label of each image."""
+LabelledPaths = tuple[list[str], list[tuple[Any, int]]]
+"""Class names, and the path and label of each image."""
 
 
-def _by_loader(kind: str, split: str | None, root: Path) -> Loaded:
-    """Of the sets that take a loader: one that leaves the path as it is."""
+def _by_loader(kind: str, split: str | None, root: Path) -> LabelledPaths:
+    """Read a dataset that takes a loader, with `str` as the loader, which leaves the path as it is."""
     from torchvision import datasets
 
     options = {} if split is None else {"split": split}
-    found = getattr(datasets, kind)(root, loader=str, **options)
-    return list(found.classes), [found[i] for i in range(len(found))]
+    dataset = getattr(datasets, kind)(root, loader=str, **options)
+    return list(dataset.classes), [dataset[i] for i in range(len(dataset))]
 
 
-def _pets(split: str, root: Path) -> Loaded:
+def _pets(split: str, root: Path) -> LabelledPaths:
     from torchvision.datasets import OxfordIIITPet
 
-    found = OxfordIIITPet(root, split)
-    return found.classes, list(zip(found._images, found._labels, strict=True))  # it decodes on every other way
+    dataset = OxfordIIITPet(root, split)
+    # any other access would decode the images
+    return dataset.classes, list(zip(dataset._images, dataset._labels, strict=True))
 
 
-def _gtsrb(split: str, root: Path) -> Loaded:
+def _gtsrb(split: str, root: Path) -> LabelledPaths:
     from torchvision.datasets import GTSRB
 
-    found = GTSRB(root, split)._samples  # as above
-    return [str(i) for i in range(43)], found
+    samples = GTSRB(root, split)._samples  # as above
+    return [str(i) for i in range(43)], samples
 
 
-def _files(read: Callable[[str, Path], Loaded], splits: dict[str, list[str]], root: Path) -> Source:
+def _files(read: Callable[[str, Path], LabelledPaths], splits: dict[str, list[str]], root: Path) -> Source:
     class_names: list[str] = []
     rows = {}
     for split, parts in splits.items():
         images: list[tuple[Any, int]] = []
         for part in parts:
-            class_names, found = read(part, root)
-            images += found
+            class_names, labelled_paths = read(part, root)
+            images += labelled_paths
         labels = np.array([label for _, label in images], dtype=np.int64)
         rows[split] = Rows(labels, [os.path.relpath(path, root) for path, _ in images], root)
     return Source(class_names, rows)
 
 
 def _svhn(root: Path) -> Source:
-    """32 px, in MATLAB's files; digit 0 is class 0."""
+    """Read SVHN from MATLAB files: 32 px, digit 0 is class 0."""
     from torchvision.datasets import SVHN
 
     rows = {}
     for split in ("train", "test"):
-        found = SVHN(root, split)
-        names = [f"{split}/{i}" for i in range(len(found.labels))]
-        rows[split] = Rows(np.asarray(found.labels, dtype=np.int64), names, pixels=found.data.transpose(0, 2, 3, 1))
+        dataset = SVHN(root, split)
+        names = [f"{split}/{i}" for i in range(len(dataset.labels))]
+        rows[split] = Rows(np.asarray(dataset.labels, dtype=np.int64), names, pixels=dataset.data.transpose(0, 2, 3, 1))
     return Source([str(i) for i in range(10)], rows, 32)
 
 
@@ -113,7 +114,7 @@ _DOWNLOADS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 def download(name: str, root: Path) -> None:
-    """Has torchvision fetch a dataset into `root`, and check it. Raises UserError."""
+    """Have torchvision download a dataset into `root` and check it. Raises UserError if it can't."""
     from torchvision import datasets
 
     if name not in _DOWNLOADS:
