@@ -1,4 +1,5 @@
-"""The job: trains the trial of a folder, and those that the driver hands to it, one after the other or together.
+"""Train a trial's folder as a job, and the trials that the driver assigns to it, one after the other or together.
+
 submitit starts it, the same on this machine and on a cluster.
 
 It imports neither ray nor mlflow, and torch only once it has begun, so that submitting it costs the driver nothing.
@@ -28,8 +29,7 @@ from lorvp.utils.files import create, give_libraries_caches, read_line, write_js
 
 if TYPE_CHECKING:
     from lorvp.result import EpochResult
-    from lorvp.training.loop import Training
-    from lorvp.training.trainer import Loaded, Options
+    from lorvp.training.trainer import Loaded, Options, Training
 
 ANY_GPU = "any"
 """Of a job whose GPUs the cluster chooses."""
@@ -56,6 +56,7 @@ class TrialJob:
         run(folder, threads, trials, pack, needs_gpu=bool(gpus))
 
     def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:
+        """Return what submitit submits when it requeues the job: the same call."""
         return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
@@ -79,6 +80,7 @@ class RequeueHandler:
             signal.signal(signal.SIGTERM, self._leave)
 
     def requeue(self) -> None:
+        """Call submitit's own handler, which requeues the job."""
         if self._handler:
             self._handler(signal.SIGUSR2, None)
 
@@ -90,7 +92,7 @@ class RequeueHandler:
 
 
 def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_gpu: bool = False) -> None:
-    """Trains the trial in `folder`, and those that are handed over, each from where its last attempt was.
+    """Train the trial in `folder`, and those that are handed over, each from where its last attempt was.
 
     `threads` are those of the CPU. Up to `trials` are trained one after the other; or, with `pack` other than 1,
     together, for as long as the driver hands any over, and if it is `auto` the job measures how many at a time that had
@@ -135,7 +137,7 @@ def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_
 
 
 def job_trials(first: TrialFolder) -> list[TrialFolder]:
-    """The trials that are this job's: the one that it was submitted with, and all that were handed over to it since."""
+    """Return the job's trials: the one that it was submitted with, and all that were assigned to it since."""
     trials = [first]
     for trial in trials:  # which grows meanwhile
         name = trial.assigned_next()
@@ -147,7 +149,7 @@ def job_trials(first: TrialFolder) -> list[TrialFolder]:
 
 
 def train_one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> TrialFailed | None:
-    """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
+    """Train this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
     import torch
 
     from lorvp.training import launch
@@ -176,15 +178,15 @@ def train_one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool
 
 
 def train_together(first: TrialFolder, leaving: Callable[[], bool], measure: bool) -> Exception | None:
-    """Trains this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
-    from lorvp.training import loop
+    """Train this job's trials on the same batches; new ones join between two epochs. The last failure, if any."""
+    from lorvp.training import loop, trainer
 
     loaded: Loaded | None = None
     started: set[str] = set()
     recorders: dict[Training, Run] = {}
     failed: Exception | None = None
 
-    def start(trial: TrialFolder) -> list[loop.Training]:
+    def start(trial: TrialFolder) -> list[Training]:
         nonlocal loaded, failed
         started.add(trial.name)
         run = Run(trial, leaving)
@@ -193,7 +195,7 @@ def train_together(first: TrialFolder, leaving: Callable[[], bool], measure: boo
                 loaded = load(trial)
                 if measure:
                     record_pack(trial, lambda: loop.best_pack(trial.config, loaded))
-            training = loop.Training(trial.config, loaded, **run.options())
+            training = trainer.Training(trial.config, loaded, **run.options())
         except Exception as error:
             with suppress(Fenced):
                 run.fail(error)
@@ -202,7 +204,7 @@ def train_together(first: TrialFolder, leaving: Callable[[], bool], measure: boo
         recorders[training] = run
         return [training]
 
-    def join(running: int) -> list[loop.Training]:
+    def join(running: int) -> list[Training]:
         deadline = time.monotonic() + NEXT_TRIAL_SECONDS
         while True:
             assigned = job_trials(first)
@@ -231,11 +233,11 @@ def train_together(first: TrialFolder, leaving: Callable[[], bool], measure: boo
 
 
 def load(trial: TrialFolder) -> Loaded:
-    """Reads what the job's trials share, and says what they run on."""
-    from lorvp.training import loop, precision
+    """Read what the job's trials share, and says what they run on."""
+    from lorvp.training import precision, trainer
 
     config, path = trial.config, precision.file(trial.path.parent, trial.config)
-    loaded = loop.load(config, read_line(path))
+    loaded = trainer.load(config, read_line(path))
     if config.precision == "auto" and not create(path, loaded.precision):  # another job was faster
         loaded = loaded.in_precision(precision.choose(config, loaded.backbone.mean.device, read_line(path)), config)
     print(f"on {loaded.where()}", flush=True)
@@ -243,7 +245,7 @@ def load(trial: TrialFolder) -> Loaded:
 
 
 def record_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
-    """Has it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
+    """Have it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
     path = pack_file(trial.path.parent)
     if not path.exists():
         pack_size = measure()
@@ -252,7 +254,7 @@ def record_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
 
 
 def assigned_trials(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Iterator[TrialFolder]:
-    """The trials that this job has to train, as they are handed over; those that have ended are passed over."""
+    """Return the trials that this job has to train, as they are assigned; those that have ended are passed over."""
     for place in range(1, trials + 1):
         if not trial.ended():
             yield trial
@@ -282,7 +284,7 @@ class Run:
         print(f"trial {trial.name}", flush=True)
 
     def options(self) -> Options:
-        """How it is to be trained: where to, from where, and until when."""
+        """Return the options of its training: the folder, the checkpoint to resume from, and when to stop."""
         attempt = self.attempt
         return {
             "folder": attempt.path,
@@ -291,7 +293,7 @@ class Run:
         }
 
     def record(self, result: EpochResult) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced
         if result.epoch > self._recorded:
@@ -300,7 +302,7 @@ class Run:
             print(f"{at}: val top-1 {result.val_top1:.2f} %, {result.seconds:.1f} s", flush=True)
 
     def end(self) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced
         if len(self.attempt.results()) == self.trial.config.epochs:
@@ -309,7 +311,7 @@ class Run:
             self.attempt.end(State.STOPPED)
 
     def fail(self, error: Exception) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced from error
         traceback.print_exception(error)
@@ -317,7 +319,7 @@ class Run:
 
 
 def record_failure(attempt: Attempt, error: Exception) -> None:
-    """Ends the attempt as failed, unless it may be otherwise elsewhere: the disk is full, or the node not in order."""
+    """End the attempt as failed, unless it may be otherwise elsewhere: the disk is full, or the node not in order."""
     cause = cause_of(error)
     if cause == Cause.DISK_FULL:
         print(f"{Cause.DISK_FULL}: {error}", flush=True)  # the log is all that can be written
@@ -330,7 +332,7 @@ def record_failure(attempt: Attempt, error: Exception) -> None:
 
 
 def cause_of(error: Exception) -> Cause:
-    """What kind of failure an exception is."""
+    """Return what kind of failure an exception is."""
     if isinstance(error, TrialFailed):
         return Cause.DIVERGED
     if isinstance(error, UserError):
@@ -351,6 +353,6 @@ def cause_of(error: Exception) -> Cause:
 
 
 def node_failure_line(error: Exception) -> str:
-    """The line of the log by which the driver learns which node is not in order."""
+    """Return the line of the log by which the driver learns which node is not in order."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return f"{NODE_FAILURE_PREFIX}{name}: {str(error).strip().splitlines()[0]}"

@@ -31,7 +31,7 @@ from lorvp.config import SpeedConfig, TrialConfig
 from lorvp.features import cache as feature_cache
 from lorvp.models.backbone import Backbone
 from lorvp.result import EpochResult
-from lorvp.training import loop
+from lorvp.training import loop, trainer
 from lorvp.utils import cli
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
@@ -50,7 +50,7 @@ console = cli.make_console()
 
 
 def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) -> Spec:
-    """Our sweep over the grid's space."""
+    """Return our sweep over the grid's space."""
     return Spec.model_validate(
         {
             "name": "bench",
@@ -84,15 +84,18 @@ class SearchCost:
     seconds: Counter[str] = field(default_factory=Counter)
 
     def note(self, val_top1: float) -> None:
+        """Record the accuracy (percent) if it is the best so far."""
         if not self.curve or val_top1 > self.curve[-1][1]:
             self.curve.append((self.total, val_top1))
 
     @property
     def total(self) -> float:
+        """CPU-seconds of all parts."""
         return self.seconds.total()
 
     @property
     def best(self) -> float:
+        """The best val accuracy so far, in percent."""
         return self.curve[-1][1] if self.curve else 0.0
 
 
@@ -109,8 +112,8 @@ class Clock:
         self.cost.seconds[self.part] += time.process_time() - self.start  # type: ignore[assignment]  # not an int
 
 
-def run_grid(spec: Spec, loaded: loop.Loaded, seed: int) -> SearchCost:
-    """Every cell by the published loop."""
+def run_grid(spec: Spec, loaded: trainer.Loaded, seed: int) -> SearchCost:
+    """Train every cell of the grid by the published loop."""
     found = SearchCost()
     config = spec.trial_config(spec.example())
     plain = Backbone(config.backbone, "fp32", SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False)))
@@ -149,6 +152,7 @@ class InterleavedTrial:
     recorded: list[dict[str, Any]] = field(default_factory=list)
 
     def results(self) -> list[dict[str, Any]]:
+        """Return the epochs recorded so far."""
         return self.recorded
 
     def ended(self) -> None:
@@ -158,18 +162,20 @@ class InterleavedTrial:
 class InterleavedTrials:
     """Trains the trials that a search asks for in this process, an epoch of each in turns, until one reaches `goal`."""
 
-    def __init__(self, loaded: loop.Loaded, goal: float) -> None:
+    def __init__(self, loaded: trainer.Loaded, goal: float) -> None:
         self.cost = SearchCost()
         self._loaded, self._goal = loaded, goal
         self._live: deque[InterleavedTrial] = deque()
         self._asked = 0
 
     def request(self, config: TrialConfig) -> InterleavedTrial:
+        """Add a trial of `config` to those that take turns."""
         self._asked += 1
         self._live.append(InterleavedTrial(config, config.content_hash(), loop.train(config, loaded=self._loaded)))
         return self._live[-1]
 
     def give_up(self, trial: InterleavedTrial) -> None:
+        """Give the trial no further turn."""
         self._live.remove(trial)
 
     def wait(self) -> list[str]:
@@ -188,8 +194,8 @@ class InterleavedTrials:
         return [trial.name]
 
 
-def run_ours(spec: Spec, loaded: loop.Loaded, goal: float) -> SearchCost:
-    """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
+def run_ours(spec: Spec, loaded: trainer.Loaded, goal: float) -> SearchCost:
+    """Run the sweep, `search.concurrent` trials in turns, until one has reached `goal` (percent)."""
     trials, failure = InterleavedTrials(loaded, goal), Failure()
     with suppress(GoalReached):
         SweepController(spec, SpecSearch(spec), make_scheduler(spec), trials, failure).run()
@@ -199,6 +205,7 @@ def run_ours(spec: Spec, loaded: loop.Loaded, goal: float) -> SearchCost:
 
 
 def progress(line: str) -> None:
+    """Show a line of progress, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
 
@@ -223,7 +230,7 @@ def main(
     parts: dict[str, Counter[str]] = {"published": Counter(), "ours": Counter()}
     for seed in range(seeds):
         spec = make_spec(dataset, epochs, batch_size, seed)
-        loaded = loop.load(spec.trial_config(spec.example()))
+        loaded = trainer.load(spec.trial_config(spec.example()))
         with feature_cache.forgotten():  # so that the cache is empty, and filling it is counted
             grid_cost = run_grid(spec, loaded, seed)
             goal = grid_cost.best - TOLERANCE
