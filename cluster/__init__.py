@@ -1,1 +1,1 @@
-"""Where a trial runs: its folder, the job that trains it, and the relay that submits and watches jobs."""
+"""Where a trial runs: its folder, the job that trains it, and the job manager that submits and watches jobs."""

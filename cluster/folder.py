@@ -44,6 +44,8 @@ AUTO = "auto"
 
 
 class State(StrEnum):
+    """How a trial ended."""
+
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -66,6 +68,8 @@ NODE_FAILURE_PREFIX = f"{Cause.NODE_FAILURE} on "
 
 
 class StopReason(StrEnum):
+    """Why the driver asks a trial to stop."""
+
     SEARCH = "search"
     """The search gave up on the trial: its state becomes `stopped`, for good."""
     INTERRUPT = "interrupt"
@@ -109,6 +113,7 @@ class JobState:
 
     @property
     def waiting(self) -> bool:
+        """Whether the job waits to start."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
     @property
@@ -131,6 +136,8 @@ class JobState:
 
 @dataclass(frozen=True)
 class End:
+    """How and why a trial ended."""
+
     state: State
     reason: str = ""
     cause: Cause | None = None
@@ -148,18 +155,20 @@ class Attempt:
 
     @property
     def checkpoint(self) -> Path:
+        """The path of the checkpoint after the last epoch."""
         return self.path / "checkpoint.pt"
 
     @property
     def bundle(self) -> Path:
+        """The folder of the best epoch's prompt."""
         return self.path / "bundle"
 
     def fenced(self) -> bool:
-        """Whether a newer attempt has started; what this one writes no longer counts."""
+        """Return whether a newer attempt has started; what this one writes no longer counts."""
         return (self.path.parent / f"{int(self.path.name) + 1:04}").exists()
 
     def results(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, as dictionaries of `EpochResult`; a torn last line is left out."""
+        """Return the epochs recorded so far, as dictionaries of `EpochResult`; a torn last line is left out."""
         try:
             text = (self.path / RESULTS).read_bytes()
         except FileNotFoundError:
@@ -167,7 +176,7 @@ class Attempt:
         return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
     def append(self, result: dict[str, Any]) -> None:
-        """Records one epoch, after whatever a killed writer may have torn."""
+        """Record one epoch, after whatever a killed writer may have torn."""
         path = self.path / RESULTS
         line = (json.dumps(result) + "\n").encode()
         with open(path, "ab+") as file:
@@ -181,6 +190,7 @@ class Attempt:
         self._notify()
 
     def end(self, state: State, reason: str = "", cause: Cause | None = None) -> None:
+        """Record how this attempt ended, and notify whoever follows the trial."""
         values = {"state": state, "reason": reason, "cause": cause, "time": time.time()}
         write_json(self.path / "end.json", values)
         self._notify()
@@ -189,6 +199,7 @@ class Attempt:
         notify(self.path.parent.parent)
 
     def ended(self) -> End | None:
+        """Read how this attempt ended; None while it runs, or if it died."""
         values = _read_json(self.path / "end.json")
         if values is None:
             return None
@@ -219,7 +230,7 @@ class TrialFolder:
 
     @classmethod
     def request(cls, trials: Path, config: TrialConfig) -> TrialFolder:
-        """The folder of `config` under `trials`, made if there is none: equal configs are one trial."""
+        """Return the folder of `config` under `trials`, made if there is none: equal configs are one trial."""
         folder = cls(trials / config.content_hash())
         if not (folder.path / "config.json").exists():
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -228,7 +239,7 @@ class TrialFolder:
 
     @classmethod
     def requested(cls, trials: Path) -> list[TrialFolder]:
-        """All trials under `trials`, oldest request first."""
+        """Return all trials under `trials`, oldest request first."""
         names = os.listdir(trials) if trials.is_dir() else []
         configs = [trials / name / "config.json" for name in names]
         requests = [(path.stat().st_mtime_ns, path) for path in configs if path.exists()]
@@ -236,15 +247,17 @@ class TrialFolder:
 
     @cached_property
     def config(self) -> TrialConfig:
+        """The trial's config."""
         return TrialConfig.model_validate_json((self.path / "config.json").read_text())
 
     def newest(self) -> Attempt | None:
+        """Find the newest attempt; None before the first."""
         attempts = self.path / "attempts"
         names = [name for name in os.listdir(attempts) if name.isdigit()] if attempts.is_dir() else []
         return Attempt(attempts / max(names)) if names else None
 
     def claim(self) -> Attempt:
-        """Starts the next attempt, which from then on is the newest; it holds what the one before had recorded."""
+        """Start the next attempt, which from then on is the newest; it holds what the one before had recorded."""
         attempts = self.path / "attempts"
         attempts.mkdir(exist_ok=True)
         while True:
@@ -268,17 +281,17 @@ class TrialFolder:
             return Attempt(attempts / f"{number:04}")
 
     def results(self) -> list[dict[str, Any]]:
-        """The epochs that count, from 1 on."""
+        """Return the epochs that count, from 1 on."""
         newest = self.newest()
         return newest.results() if newest else []
 
     def ended(self) -> End | None:
-        """How the trial ended; None while it waits, runs, or lies unfinished."""
+        """Return how the trial ended; None while it waits, runs, or lies unfinished."""
         newest = self.newest()
         return newest.ended() if newest else None
 
     def has_room(self) -> bool:
-        """Whether its disk takes another file."""
+        """Return whether its disk takes another file."""
         try:
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(bytes(PROBE_BYTES))
@@ -287,7 +300,7 @@ class TrialFolder:
         return True
 
     def job(self) -> dict[str, Any] | None:
-        """The job that trains it: `id`, `log`, `place` among the job's trials, `submissions`, `time` of the last."""
+        """Read the job that trains it: `id`, `log`, `place` among the job's trials, `submissions`, `time`."""
         job = _read_json(self.path / "job.json")
         return job and job | {"log": str(self._sweep / job["log"])}
 
@@ -297,6 +310,7 @@ class TrialFolder:
 
     @property
     def job_id(self) -> str | None:
+        """The id of the job that trains the trial; None before the first submission."""
         job = self.job()
         return job["id"] if job else None
 
@@ -308,6 +322,7 @@ class TrialFolder:
             return None
 
     def record_job(self, job_id: str, log: Path, place: int = 1) -> None:
+        """Record the job that trains the trial, its log and the trial's `place` in it; counts the submission."""
         previous = self.job()
         submissions = previous["submissions"] + 1 if previous else 1
         path = os.path.relpath(log, self._sweep)  # the sweep's folder may be moved
@@ -315,32 +330,35 @@ class TrialFolder:
         write_json(self.path / "job.json", values)
 
     def assign_next(self, following: TrialFolder | None) -> bool:
-        """Tells this trial's job which one to take next, or that there is none.
+        """Tell this trial's job which one to take next, or that there is none.
 
         False if that was said before: by the driver, or by the job when it left.
         """
         return create(self.path / "next", following.name if following else "")
 
     def assigned_next(self) -> str | None:
-        """The name of the trial that follows in the same job, empty if there is none; None while nobody has said."""
+        """Read the name of the trial that follows in the same job: empty if none does, None while it is undecided."""
         return read_line(self.path / "next")
 
     def clear_assigned_next(self) -> None:
+        """Forget which trial was assigned next."""
         (self.path / "next").unlink(missing_ok=True)
 
     def stop(self, reason: StopReason) -> None:
-        """Asks the job to end within a batch. The first reason given stays."""
+        """Ask the job to end within a batch. The first reason given stays."""
         create(self.path / "stop", reason)
 
     def stop_reason(self) -> StopReason | None:
+        """Read why the trial was asked to stop; None if it was not."""
         reason = read_line(self.path / "stop")
         return None if reason is None else StopReason(reason)
 
     def clear_stop(self) -> None:
+        """Withdraw the request to stop."""
         (self.path / "stop").unlink(missing_ok=True)
 
     def last_log_lines(self, count: int = 3) -> list[str]:
-        """The end of the newest job's output."""
+        """Return the end of the newest job's output."""
         job = self.job()
         try:
             return Path(job["log"]).read_text(errors="replace").strip().splitlines()[-count:] if job else []
@@ -348,7 +366,7 @@ class TrialFolder:
             return []
 
     def has_log(self) -> bool:
-        """Whether its newest job has written anything."""
+        """Return whether its newest job has written anything."""
         job = self.job()
         return job is not None and Path(job["log"]).exists()
 
@@ -377,11 +395,13 @@ def refresh_listing(folder: Path) -> None:
 
 
 def pack_file(trials: Path) -> Path:
+    """Return the path of the file that holds the measured number of trials to train together."""
     return trials.parent / "pack.json"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
+        return values
     except FileNotFoundError:
         return None

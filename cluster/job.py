@@ -1,4 +1,5 @@
-"""The job: trains the trial of a folder, and those that the driver hands to it, one after the other or together.
+"""Train a trial's folder as a job, and the trials that the driver assigns to it, one after the other or together.
+
 submitit starts it, the same on this machine and on a cluster.
 
 It imports neither ray nor mlflow, and torch only once it has begun, so that submitting it costs the driver nothing.
@@ -56,6 +57,7 @@ class TrialJob:
         run(folder, threads, trials, pack, needs_gpu=bool(gpus))
 
     def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:
+        """Return what submitit submits when it requeues the job: the same call."""
         return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
@@ -79,6 +81,7 @@ class RequeueHandler:
             signal.signal(signal.SIGTERM, self._leave)
 
     def requeue(self) -> None:
+        """Call submitit's own handler, which requeues the job."""
         if self._handler:
             self._handler(signal.SIGUSR2, None)
 
@@ -90,7 +93,7 @@ class RequeueHandler:
 
 
 def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_gpu: bool = False) -> None:
-    """Trains the trial in `folder`, and those that are handed over, each from where its last attempt was.
+    """Train the trial in `folder`, and those that are handed over, each from where its last attempt was.
 
     `threads` are those of the CPU. Up to `trials` are trained one after the other; or, with `pack` other than 1,
     together, for as long as the driver hands any over, and if it is `auto` the job measures how many at a time that had
@@ -135,7 +138,7 @@ def run(folder: Path, threads: int, trials: int = 1, pack: int | str = 1, needs_
 
 
 def job_trials(first: TrialFolder) -> list[TrialFolder]:
-    """The trials that are this job's: the one that it was submitted with, and all that were handed over to it since."""
+    """Return the job's trials: the one that it was submitted with, and all that were assigned to it since."""
     trials = [first]
     for trial in trials:  # which grows meanwhile
         name = trial.assigned_next()
@@ -147,7 +150,7 @@ def job_trials(first: TrialFolder) -> list[TrialFolder]:
 
 
 def train_one_by_one(first: TrialFolder, trials: int, leaving: Callable[[], bool]) -> TrialFailed | None:
-    """Trains this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
+    """Train this job's trials one after the other; the failure of the last that failed by its own hyperparameters."""
     import torch
 
     from lorvp.training import launch
@@ -248,7 +251,7 @@ def load(trial: TrialFolder) -> SharedResources:
 
 
 def record_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
-    """Has it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
+    """Have it measured once in a sweep how many trials to train together, and leaves it where the driver looks."""
     path = pack_file(trial.path.parent)
     if not path.exists():
         pack_size = measure()
@@ -257,7 +260,7 @@ def record_pack(trial: TrialFolder, measure: Callable[[], int]) -> None:
 
 
 def assigned_trials(trial: TrialFolder, trials: int, leaving: Callable[[], bool]) -> Iterator[TrialFolder]:
-    """The trials that this job has to train, as they are handed over; those that have ended are passed over."""
+    """Return the trials that this job has to train, as they are assigned; those that have ended are passed over."""
     for place in range(1, trials + 1):
         if not trial.ended():
             yield trial
@@ -287,7 +290,7 @@ class Run:
         print(f"trial {trial.name}", flush=True)
 
     def options(self) -> Options:
-        """How it is to be trained: where to, from where, and until when."""
+        """Return the options of its training: the folder, the checkpoint to resume from, and when to stop."""
         attempt = self.attempt
         return {
             "folder": attempt.path,
@@ -296,7 +299,7 @@ class Run:
         }
 
     def record(self, result: EpochResult) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced
         if result.epoch > self._recorded:
@@ -305,7 +308,7 @@ class Run:
             print(f"{at}: val top-1 {result.val_top1:.2f} %, {result.seconds:.1f} s", flush=True)
 
     def end(self) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced
         if len(self.attempt.results()) == self.trial.config.epochs:
@@ -314,7 +317,7 @@ class Run:
             self.attempt.end(State.STOPPED)
 
     def fail(self, error: Exception) -> None:
-        """Raises Fenced where it no longer counts."""
+        """Raise Fenced where it no longer counts."""
         if self.attempt.fenced():
             raise Fenced from error
         traceback.print_exception(error)
@@ -322,7 +325,7 @@ class Run:
 
 
 def record_failure(attempt: Attempt, error: Exception) -> None:
-    """Ends the attempt as failed, unless it may be otherwise elsewhere: the disk is full, or the node not in order."""
+    """End the attempt as failed, unless it may be otherwise elsewhere: the disk is full, or the node not in order."""
     cause = cause_of(error)
     if cause == Cause.DISK_FULL:
         print(f"{Cause.DISK_FULL}: {error}", flush=True)  # the log is all that can be written
@@ -335,7 +338,7 @@ def record_failure(attempt: Attempt, error: Exception) -> None:
 
 
 def cause_of(error: Exception) -> Cause:
-    """What kind of failure an exception is."""
+    """Return what kind of failure an exception is."""
     if isinstance(error, TrialFailed):
         return Cause.DIVERGED
     if isinstance(error, UserError):
@@ -356,6 +359,6 @@ def cause_of(error: Exception) -> Cause:
 
 
 def node_failure_line(error: Exception) -> str:
-    """The line of the log by which the driver learns which node is not in order."""
+    """Return the line of the log by which the driver learns which node is not in order."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return f"{NODE_FAILURE_PREFIX}{name}: {str(error).strip().splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""The relay: gets every trial that was asked for a job, and notices the jobs that died."""
+"""Submit a job for every requested trial, and replace the jobs that died."""
 
 from __future__ import annotations
 
@@ -34,24 +34,28 @@ LOG_LINES = 20
 
 
 class Cluster(Protocol):
-    """What the relay needs of the place where jobs run."""
+    """What the job manager needs of the place where jobs run."""
 
     jobs_in_flight: int
     trials_per_job: int
     pack: int | str
     max_submissions: int
 
-    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None: ...
+    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
+        """Submit a job for each trial, not on the nodes in `exclude`, and record its id. Raises OSError."""
 
-    def adopt(self, trials: Sequence[TrialFolder]) -> None: ...
+    def adopt(self, trials: Sequence[TrialFolder]) -> None:
+        """Find the trials' jobs that were submitted but not recorded. Raises OSError."""
 
-    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]: ...
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """Return the state of each job that is known. Raises OSError when the cluster does not answer."""
 
-    def cancel(self, job_ids: Sequence[str]) -> None: ...
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """Cancel the jobs. Raises OSError when the cluster does not answer."""
 
 
 def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str = 1) -> Cluster:
-    """The place that `profile` describes, for the sweep in the folder `sweep`; `pack` trials of it share a process."""
+    """Make the cluster that `profile` describes, for the sweep in the folder `sweep`; `pack` trials share a process."""
     snapshot.snapshot(sweep / "code")
     kinds: dict[str, Callable[..., Cluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
     return kinds[profile.kind](profile, sweep, sweep_id, concurrent, pack)
@@ -72,7 +76,7 @@ class JobManager:
         """Jobs that may be handed a trial: those of their trials that have ended and that none follows."""
         self._unread_ends: list[FollowedTrial] = []  # whose job's place is still to be found free
         self._interrupting = False
-        # What this relay has seen of a trial; an earlier driver's is another story.
+        # What this manager has seen of a trial; an earlier driver's is another story.
         self._submissions: Counter[str] = Counter()
         self._starts: dict[str, tuple[int, int]] = {}  # epochs recorded, and the starts since
         self._failed_nodes: dict[str, str] = {}  # the node that failed it
@@ -92,7 +96,7 @@ class JobManager:
         self._adopted = True
 
     def poll(self) -> None:
-        """Gets jobs for the trials that wait and those whose job died, within the limit of jobs in flight.
+        """Get jobs for the trials that wait and those whose job died, within the limit of jobs in flight.
 
         Raises OSError when that can't be.
         """
@@ -140,7 +144,7 @@ class JobManager:
             self._submit(lead_trials)
 
     def _submit(self, trials: list[FollowedTrial]) -> None:
-        """Submits, or waits longer before each next try."""
+        """Submit, or waits longer before each next try."""
         groups: dict[str, list[FollowedTrial]] = defaultdict(list)
         for trial in trials:
             nodes = self._sick_nodes | {self._failed_nodes.get(trial.name, "")}
@@ -180,7 +184,7 @@ class JobManager:
         return None if isinstance(self.cluster.pack, str) else self.cluster.pack
 
     def _lead_trials(self, due: list[FollowedTrial], running: list[FollowedTrial]) -> list[FollowedTrial]:
-        """Those that are submitted, a job each; the others are handed over to these, and wait for that."""
+        """Choose the trials to submit, a job each; the others wait until they are assigned to these jobs."""
         pack = self._pack
         if pack == 1:
             return due
@@ -234,7 +238,7 @@ class JobManager:
         self.troubles.pop(trial.name, None)
 
     def _may_start_again(self, trial: FollowedTrial, now: float) -> bool:
-        """Decides about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again.
+        """Decide about a trial whose job is gone: it ends as failed, or has `_not_before` set and starts again.
 
         What counts are the starts since its last epoch: a job that gets on is worth another.
         """
@@ -292,14 +296,14 @@ class JobManager:
                 self._unread_ends.append(trial)
 
     def _job_with_free_slot(self, ended: FollowedTrial) -> str | None:
-        """The job of a trial that has ended, if it may take another and none was given to it. Raises OSError."""
+        """Return the job of a trial that has ended, if it may take another and none was given to it. Raises OSError."""
         job = ended.job()
         if job is None or (self._pack == 1 and job["place"] >= self.cluster.trials_per_job):
             return None
         return job["id"] if ended.assigned_next() is None else None
 
     def release_idle(self) -> None:
-        """Sends jobs home that wait for a trial."""
+        """Send jobs home that wait for a trial."""
         self._find_idle_jobs(self.scan.survey()[1])
         for ended in self._idle_jobs.values():
             for trial in ended:
@@ -307,7 +311,7 @@ class JobManager:
                     trial.assign_next(None)
 
     def interrupt(self, patience: float = 20.0) -> None:
-        """Ends all jobs so that their trials can be continued.
+        """End all jobs so that their trials can be continued.
 
         Jobs that wait are cancelled at once, those that run stop by themselves, or are cancelled after `patience` s.
         """
@@ -336,7 +340,7 @@ class JobManager:
             self.scan.poll_all()
 
     def _cancel_held_job(self, trial: FollowedTrial, job_id: str) -> None:
-        """Cancels a job that would wait for ever; the next poll submits another, and the node is drained by SLURM."""
+        """Cancel a job that would wait for ever; the next poll submits another, and the node is drained by SLURM."""
         self.troubles[trial.name] = f"{HELD_BY_NODE}: job {job_id} is cancelled, and another submitted"
         self.cluster.cancel([job_id])
 
@@ -348,7 +352,7 @@ class JobManager:
 
 
 def failure_reason(log: list[str], state: str) -> str:
-    """The line of a job's log that says most of why it ended, or what the cluster says; never nothing."""
+    """Return the line of a job's log that says most of why it ended, or what the cluster says; never nothing."""
     telling = [line for line in log if any(word in line.lower() for word in TELLING_WORDS)]
     if lines := telling or log:
         return lines[-1]

@@ -40,7 +40,7 @@ class LocalCluster:
         self._gpu_of: dict[str, str] = {}
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
-        """Starts a job for each of `trials` and notes its id in the folder; there is no node to `exclude`."""
+        """Start a job for each of `trials` and notes its id in the folder; there is no node to `exclude`."""
         for trial in trials:
             gpu = self._free_gpu()
             executor = submitit.LocalExecutor(self.folder, python=self.python)
@@ -54,10 +54,11 @@ class LocalCluster:
         """Nothing to do: an id is noted in the moment that the process starts."""
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """RUNNING for those whose process runs, also when another driver started it; the others are left out."""
+        """Return RUNNING for each job whose process runs, whichever driver started it; leave out the others."""
         return {job_id: JobState("RUNNING") for job_id in job_ids if _process(job_id)}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
+        """Kill each job's controller and all its child processes."""
         for job_id in job_ids:
             controller = _process(job_id)
             if controller:
@@ -65,7 +66,7 @@ class LocalCluster:
                     process.kill()
 
     def _free_gpu(self) -> str:
-        """The GPU that the fewest jobs use, as CUDA_VISIBLE_DEVICES names it; empty where there is none."""
+        """Return the GPU that the fewest jobs use, as CUDA_VISIBLE_DEVICES names it; empty where there is none."""
         alive = self.states(list(self._gpu_of))
         self._gpu_of = {job_id: gpu for job_id, gpu in self._gpu_of.items() if job_id in alive}
         used = Counter(self._gpu_of.values())
@@ -86,14 +87,14 @@ class LocalCluster:
 
 
 def _counted_by_cuda() -> int:
-    """How many GPUs torch can use, asked in a process of its own: one that has CUDA can't be forked."""
+    """Return how many GPUs torch can use, asked in a process of its own: one that has CUDA can't be forked."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     completed = subprocess.run(command, capture_output=True, text=True)
     return int(completed.stdout.split()[-1]) if completed.returncode == 0 else 0
 
 
 def _process(job_id: str) -> psutil.Process | None:
-    """submitit's controller of a local job, whose process id is the job's id."""
+    """Find submitit's controller of a local job, whose process id is the job's id."""
     try:
         process = psutil.Process(int(job_id))
         running = process.status() != psutil.STATUS_ZOMBIE and "submitit.local._local" in process.cmdline()

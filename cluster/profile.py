@@ -76,12 +76,12 @@ class Profile(Part):
 
 
 def names() -> list[str]:
-    """The profiles that come with the project."""
+    """Return the profiles that come with the project."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
 def load(name: str) -> Profile:
-    """The profile of that name, or in the YAML file at that path. Raises UserError in one line."""
+    """Return the profile of that name, or in the YAML file at that path. Raises UserError in one line."""
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""One look at the trials' folders that feeds all who follow a sweep: the search, MLflow, the screen and the relay.
+"""Poll the trials' folders, for all who follow a sweep: the search, MLflow, the screen and the job manager.
 
 A look at a trial that has nothing new costs one `stat`, of the file that its job makes grow (`folder.NEWS`). A trial is
 looked at again after a tenth of its last epoch's time, and sooner when an epoch or its end is due.
@@ -59,26 +59,32 @@ class FollowedTrial(TrialFolder):
         self._in_doubt_since: float | None = None
 
     def job(self) -> dict[str, Any] | None:
+        """Return the job that was last recorded."""
         return self._job
 
     def record_job(self, job_id: str, log: Path, place: int = 1) -> None:
+        """Record the job, and poll the trial at once."""
         super().record_job(job_id, log, place)
         self._job = super().job()
         self._in_doubt_since = None
         self.wake()
 
     def results(self) -> list[dict[str, Any]]:
+        """Return the epochs that the last poll found."""
         return self._results
 
     def ended(self) -> End | None:
+        """Return the end that the last poll found; None if there was none."""
         return self._end
 
     def stop(self, reason: StopReason) -> None:
+        """Ask the job to end, and poll the trial soon."""
         super().stop(reason)
         self._stopping = True
         self.wake()
 
     def clear_stop(self) -> None:
+        """Withdraw the request to stop, if there is one."""
         if self._stopping:
             super().clear_stop()
         self._stopping = False
@@ -139,7 +145,7 @@ class FollowedTrial(TrialFolder):
         return changed or bool(complete_lines)
 
     def _missing_count(self, notifications: int) -> int:
-        """How much has been rung for and not been found, apart from what nothing came of."""
+        """Count the notifications whose record has not been read yet, less those that are void."""
         return notifications - self._attempt - len(self._results) - (self._end is not None) - self._void_bytes
 
     def _update_missing(self, notifications: int) -> None:
@@ -212,12 +218,12 @@ class Scan:
             return trial
 
     def open(self) -> list[FollowedTrial]:
-        """The trials that have not ended, oldest request first."""
+        """Return the trials that have not ended, oldest request first."""
         with self._lock:
             return list(self._open.values())
 
     def survey(self) -> tuple[list[FollowedTrial], list[FollowedTrial]]:
-        """The trials that have not ended, and those that have since the last survey: each is in one of the two."""
+        """Return the trials that have not ended, and those that have since the last survey."""
         with self._lock:
             ended, self._just_ended = self._just_ended, []
             return self.open(), ended
@@ -301,7 +307,7 @@ def _clamp(seconds: float) -> float:
 
 
 def _size(path: Path) -> int:
-    """A file's size, of which a network disk asks again when it is opened; 0 where there is none."""
+    """Return a file's size, of which a network disk asks again when it is opened; 0 where there is none."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_size
@@ -310,7 +316,7 @@ def _size(path: Path) -> int:
 
 
 def _signature(path: Path) -> tuple[int, int] | None:
-    """A file's size and time of change; None where there is none."""
+    """Return a file's size and time of change; None where there is none."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:

@@ -34,7 +34,7 @@ MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
 
 
 def _sbatch_with_limit(executor: submitit.SlurmExecutor, submission_file_path: Path) -> list[str]:
-    """submitit's command, with the environment and the time limit that submitit does not give it."""
+    """Return submitit's command, with the environment and the time limit that submitit does not give it."""
     return [*slurm_commands.command_prefix(), "sbatch", str(submission_file_path)]
 
 
@@ -68,7 +68,7 @@ class SlurmCluster:
         slurm_commands.show_variables(profile.slurm_variables)
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
-        """Submits a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
+        """Submit a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
 
         `exclude` names a node that is not to be used, or is empty. An array that is refused is halved, since a site
         may have room for a part. Raises OSError with SLURM's words when a single job is refused; those that were
@@ -111,7 +111,7 @@ class SlurmCluster:
         intent.unlink()
 
     def adopt(self, trials: Sequence[TrialFolder]) -> None:
-        """Finds the jobs that were submitted and not noted: by a driver that was killed, or that got no answer."""
+        """Find the jobs that were submitted and not noted: by a driver that was killed, or that got no answer."""
         by_name = {trial.name: trial for trial in trials}
         intents = list(self.folder.glob(f"{self.name}-*.json"))
         jobs = slurm_commands.rows(3, *SQUEUE, f"--user={os.getuid()}", "--format=%i|%j|%k") if intents else []
@@ -137,7 +137,7 @@ class SlurmCluster:
         trial.record_job(job_id, self.folder / f"{job_id}_0_log.out")
 
     def _write_job_pickle(self, trial: TrialFolder, job_id: str) -> None:
-        """Writes down what a job does that was submitted, where submitit has not come to that."""
+        """Write down what a job does that was submitted, where submitit has not come to that."""
         path = JobPaths(self.folder, job_id).submitted_pickle
         if not path.exists():
             submission = DelayedSubmission(TrialJob(), *self._arguments(trial))
@@ -146,7 +146,7 @@ class SlurmCluster:
                 submission.dump(temporary)
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """What SLURM last said of each job; those that nobody knows any longer are left out.
+        """Return what SLURM last said of each job; those that nobody knows any longer are left out.
 
         A job that squeue does not list is asked for by its id, then of accounting; what either calls alive is.
         """
@@ -167,12 +167,13 @@ class SlurmCluster:
         return {job_id: known[job_id] for job_id in job_ids if job_id in known}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
+        """Cancel the jobs with scancel. Raises OSError when it fails or does not answer."""
         if job_ids:
             slurm_commands.run("scancel", "--quiet", *job_ids)
             self._next_query = 0.0
 
     def _query_squeue(self, selection: str) -> dict[str, JobState]:
-        """Raises OSError when the controller doesn't answer."""
+        """Raise OSError when the controller doesn't answer."""
         rows = slurm_commands.rows(4, *SQUEUE, selection, "--format=%i|%T|%r|%N")
         return {job_id: JobState(state, reason.replace("None", ""), node) for job_id, state, reason, node in rows}
 
@@ -185,7 +186,7 @@ class SlurmCluster:
             raise
 
     def _query_accounting(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """What the site's account calls alive, where it keeps one; how the others ended goes to `_past`."""
+        """Return what the site's account calls alive, if any; store how the others ended in `_ended_states`."""
         if not (job_ids and self._accounting):
             return {}
         columns = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList"]
@@ -201,14 +202,14 @@ class SlurmCluster:
 
 
 def _sbatch_errors(output: str) -> str:
-    """What sbatch says in its own lines, if it has any, of all that was printed."""
+    """Return the error lines of sbatch in its output; without any, the last line."""
     lines = [line.strip() for line in output.strip().splitlines()]
     errors = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
     return f"sbatch: {'; '.join(dict.fromkeys(errors))}" if errors else "".join(lines[-1:])
 
 
 def sbatch_parameters(profile: Profile, name: str) -> dict[str, Any]:
-    """The profile in submitit's words."""
+    """Translate the profile to submitit's parameters."""
     limit = profile.time_limit_minutes
     parameters = {
         "job_name": name,
@@ -241,14 +242,14 @@ def _drop_memory_default(user_options: SbatchOptions, parameters: dict[str, Any]
 
 
 def sbatch_file(profile: Profile, sweep: Path) -> str:
-    """The file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
+    """Return the file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
     python, jobs = snapshot.python(sweep / "code", profile.container), sweep / "jobs"
     command = f"{python} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
     return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
 
 
 def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
-    """Submits the driver of the sweep in the folder `sweep` as a job; its id, and its log.
+    """Submit the driver of the sweep in the folder `sweep` as a job; its id, and its log.
 
     `arguments` are those of `sweeps/launch.py`. It runs where it is submitted from, as paths may be relative to there,
     and is told by SIGUSR2 that its time limit nears. Raises OSError with sbatch's own words.
@@ -279,17 +280,17 @@ def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Seque
 
 
 def requeue_this_job() -> None:
-    """Ends the job that this process is, and has SLURM start it again. Raises OSError if it can't."""
+    """End the job that this process is, and has SLURM start it again. Raises OSError if it can't."""
     slurm_commands.run("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
 
 
 def sweep_name(sweep_id: str) -> str:
-    """What the names of all jobs of a sweep begin with."""
+    """Return what the names of all jobs of a sweep begin with."""
     return f"lorvp-{sweep_id[:8]}"
 
 
 def max_array_size() -> int:
-    """How many jobs this site lets an array have."""
+    """Return how many jobs this site lets an array have."""
     for line in slurm_commands.run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":

@@ -1,5 +1,7 @@
-"""The code that jobs run, a driver that is one among them: a copy from when the sweep was started, whatever is edited
-in the checkout meanwhile."""
+"""Copy the code that a sweep's jobs run, a driver that is a job among them, when the sweep starts.
+
+Later edits of the checkout do not reach them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ CHECKOUT = ROOT
 
 
 def snapshot(folder: Path, files: Iterable[Path] = ()) -> None:
-    """Copies the packages that a job imports to `folder`, unless an earlier driver of the sweep has done so.
+    """Copy the packages that a job imports to `folder`, unless an earlier driver of the sweep has done so.
 
     And `files` of the user's own that it runs, to where `lorvp.utils.plugins` looks for them.
     """
@@ -37,7 +39,7 @@ def snapshot(folder: Path, files: Iterable[Path] = ()) -> None:
 
 
 def python(code: Path, container: str | None = None, by_shell: bool = True) -> str:
-    """The shell command that starts python, in the container if there is one, with the packages of `code` first.
+    """Return the shell command that starts python, in the container if there is one, with the packages of `code` first.
 
     The user's own PYTHONPATH comes after them: as it is in the job's shell, where one runs the command (`by_shell`),
     else as it is here. PYTHONSAFEPATH keeps out the folder where the driver was started, which may be the checkout.

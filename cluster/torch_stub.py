@@ -14,7 +14,7 @@ NAMES = ("torch._dynamo", "torch._dynamo.utils")
 class _StandIn(types.ModuleType):
     """Answers what optimizers and timm ask of `torch._dynamo` when nothing is compiled; for all else, loads it."""
 
-    def disable(self, fn: Callable | None = None, *args: Any, **kwargs: Any) -> Callable:
+    def disable(self, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         return (lambda function: function) if fn is None else fn
 
     def graph_break(self, *args: Any, **kwargs: Any) -> None:

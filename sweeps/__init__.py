@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: MLflow takes seconds."""
+    """Import on first use: MLflow takes seconds."""
     if name == "load":
         from sweeps.tracking.registry import load
 

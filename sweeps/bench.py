@@ -51,7 +51,7 @@ console = cli.make_console()
 
 
 def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) -> Spec:
-    """Our sweep over the grid's space."""
+    """Return our sweep over the grid's space."""
     return Spec.model_validate(
         {
             "name": "bench",
@@ -85,15 +85,18 @@ class SearchCost:
     seconds: Counter[str] = field(default_factory=Counter)
 
     def note(self, val_top1: float) -> None:
+        """Record the accuracy (percent) if it is the best so far."""
         if not self.curve or val_top1 > self.curve[-1][1]:
             self.curve.append((self.total, val_top1))
 
     @property
     def total(self) -> float:
+        """CPU-seconds of all parts."""
         return self.seconds.total()
 
     @property
     def best(self) -> float:
+        """The best val accuracy so far, in percent."""
         return self.curve[-1][1] if self.curve else 0.0
 
 
@@ -111,7 +114,7 @@ class Clock:
 
 
 def run_grid(spec: Spec, loaded: SharedResources, seed: int) -> SearchCost:
-    """Every cell by the published loop."""
+    """Train every cell of the grid by the published loop."""
     found = SearchCost()
     config = spec.trial_config(spec.example())
     plain = Backbone(config.backbone, "fp32", SpeedConfig(**dict.fromkeys(SpeedConfig.model_fields, False)))
@@ -150,6 +153,7 @@ class InterleavedTrial:
     recorded: list[dict[str, Any]] = field(default_factory=list)
 
     def results(self) -> list[dict[str, Any]]:
+        """Return the epochs recorded so far."""
         return self.recorded
 
     def ended(self) -> None:
@@ -166,11 +170,13 @@ class InterleavedTrials:
         self._asked = 0
 
     def request(self, config: TrialConfig) -> InterleavedTrial:
+        """Add a trial of `config` to those that take turns."""
         self._asked += 1
         self._live.append(InterleavedTrial(config, config.content_hash(), loop.train(config, shared=self._loaded)))
         return self._live[-1]
 
     def give_up(self, trial: InterleavedTrial) -> None:
+        """Give the trial no further turn."""
         self._live.remove(trial)
 
     def wait(self) -> list[str]:
@@ -190,7 +196,7 @@ class InterleavedTrials:
 
 
 def run_ours(spec: Spec, loaded: SharedResources, goal: float) -> SearchCost:
-    """The sweep, `search.concurrent` trials in turns, until one has reached `goal`."""
+    """Run the sweep, `search.concurrent` trials in turns, until one has reached `goal` (percent)."""
     trials, failure = InterleavedTrials(loaded, goal), Failure()
     with suppress(GoalReached):
         SweepController(spec, SpecSearch(spec), make_scheduler(spec), trials, failure).run()
@@ -200,6 +206,7 @@ def run_ours(spec: Spec, loaded: SharedResources, goal: float) -> SearchCost:
 
 
 def progress(line: str) -> None:
+    """Show a line of progress, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
 

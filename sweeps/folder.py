@@ -17,7 +17,7 @@ RECORD = "sweep.json"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What was recorded of the sweep when it was started: its `id` and its `spec`. Raises UserError."""
+    """Return what was recorded of the sweep when it was started: its `id` and its `spec`. Raises UserError."""
     path = folder / RECORD
     try:
         recorded = json.loads(path.read_text())
@@ -29,7 +29,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_spec(folder: Path) -> tuple[str, Spec]:
-    """A sweep's id and spec, from its folder, wherever that lies by now. Raises UserError for another version's."""
+    """Read a sweep's id and spec from its folder, which may have moved. Raises UserError for another version's."""
     values = read_record(folder)
     try:
         spec = Spec.model_validate(values["spec"])

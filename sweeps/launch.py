@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,7 +122,7 @@ def main(
 
 
 def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) -> None:
-    """Submits a driver that goes on with the sweep just begun. Raises UserError where it can't be a job."""
+    """Submit a driver that goes on with the sweep just begun. Raises UserError where it can't be a job."""
     profile = profiles.load(spec.cluster)
     if profile.kind != "slurm":
         raise UserError(f"cluster: {spec.cluster} is no SLURM profile, and --detach makes the driver a SLURM job")
@@ -139,7 +139,7 @@ def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) ->
 
 
 def show_plan(spec: Spec) -> None:
-    """Prints the resolved space, the number of trials and one example config."""
+    """Print the resolved space, the number of trials and one example config."""
     console.print(f"sweep {spec.name}: {spec.search.algorithm}, objective {spec.objective}, in {spec.folder}")
     console.print("space:")
     for name, axis in spec.ordered_axes().items():
@@ -162,7 +162,7 @@ def show_plan(spec: Spec) -> None:
 
 
 def estimate_line(spec: Spec) -> str:
-    """What the sweep will take, in a line; or why that can't be told: no data, no weights, or another error."""
+    """Return what the sweep will take, in a line; or why that can't be told: no data, no weights, or another error."""
     try:
         check_inputs(spec)
         from sweeps.simulate import __main__ as simulate  # it takes Ray, Optuna and torch
@@ -174,7 +174,7 @@ def estimate_line(spec: Spec) -> str:
 
 
 def check_inputs(spec: Spec) -> None:
-    """Raises UserError for data or weights that aren't there, before anything is written."""
+    """Raise UserError for data or weights that aren't there, before anything is written."""
     for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
         root, checkpoint = config.dataset.root, config.backbone.checkpoint
         if root is not None and config.dataset.name == "store":
@@ -191,7 +191,7 @@ def check_inputs(spec: Spec) -> None:
 
 @contextmanager
 def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
-    """The sweep's folder, new or resumed, locked for this driver; gives the sweep's id."""
+    """Lock the sweep's folder, new or resumed, for this driver; yield the sweep's id. Raises UserError."""
     values = spec.model_dump(mode="json", by_alias=True)
     if resume:
         recorded = read_record(spec.folder)
@@ -233,13 +233,14 @@ def undo_start(spec: Spec, made: bool) -> None:
 
 
 def make_job_manager(spec: Spec, sweep_id: str) -> JobManager:
+    """Make the job manager of the sweep, on the cluster that its profile describes."""
     profile = profiles.load(spec.cluster)
     snapshot(spec.folder / "code", spec.modules())
     return JobManager(spec.trials, make_cluster(profile, spec.folder, sweep_id, spec.search.concurrent, spec.pack))
 
 
-def check_same_sweep(spec: Spec, before: dict, now: dict) -> None:
-    """Raises UserError when a resumed sweep would train something else than it did before."""
+def check_same_sweep(spec: Spec, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError when a resumed sweep would train something else than it did before."""
     for key, value in now.items():
         if key in PLACE:
             continue

@@ -38,9 +38,11 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
+        """Describe this process, under a new unique name."""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), uuid.uuid4().hex)
 
     def here(self) -> bool:
+        """Return whether the driver runs on this machine."""
         return self.host == socket.gethostname()
 
     def lives_here(self) -> bool:

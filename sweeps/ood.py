@@ -58,21 +58,21 @@ class OodSet:
 
 
 def ood_sets(config: DatasetConfig, method: Method, paths: Iterable[Path], corrupt: bool) -> list[OodSet]:
-    """A trial's own test images and those of the stores at `paths`. Raises UserError for what a bundle can't take."""
+    """Open a trial's test images and the stores at `paths`. Raises UserError for what a bundle can't take."""
     own = datasets.load(config, method.backbone.image_size).test
     first = OodSet(Path(config.root or config.name), own, CORRUPTIONS if corrupt else [])
     return [first, *(OodSet(path, open_images(path, method), []) for path in paths)]
 
 
 def open_images(path: Path, method: Method) -> datasets.Images:
-    """The images of a store. Raises UserError where their size or their classes are not those of the bundle."""
+    """Open the images of a store. Raises UserError where their size or their classes are not those of the bundle."""
     images = evaluate.test_images(Store.open(path), method.backbone.image_size)
     evaluate.class_index(images.class_names, method.class_names, path)
     return images
 
 
 def find_ood_sets(config: DatasetConfig, method: Method) -> list[Path]:
-    """The OOD sets of a store's dataset that lie in the same folder, one store of each; says which don't fit."""
+    """Find the OOD sets of a store's dataset that lie in the same folder, one store of each; says which don't fit."""
     if config.name != "store" or config.root is None:
         return []
     family = Store.open(config.root).description.dataset + "-"
@@ -95,7 +95,7 @@ def find_ood_sets(config: DatasetConfig, method: Method) -> list[Path]:
 def evaluate_sets(
     entry: Entry, method: Method, sets: Iterable[OodSet], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """A row for each set, and for each corruption of it; and which of its images were right."""
+    """Yield a row for each set and each of its corruptions, with which images were right: (images,), bool."""
     digest = bundle_format.describe(entry.bundle)["sha256"]
     for each in sets:
         for corruption in [None, *each.corruptions]:
@@ -105,7 +105,7 @@ def evaluate_sets(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The best beside the control, in percent, and the difference on the same images, in points; 95 % intervals."""
+    """Make a table of the best beside the control (percent) and their difference (points), with 95 % intervals."""
     by_set: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         corruption = f"{row['corruption']} {row['strength']}" if row["corruption"] else ""
@@ -122,6 +122,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def top1(row: dict[str, Any]) -> str:
+    """Format a row's top-1 accuracy with its 95 % interval."""
     return f"{row['top1']:.2f} ({row['top1_low']:.2f} to {row['top1_high']:.2f})"
 
 

@@ -26,8 +26,11 @@ REFERENCE = Path(__file__).parent.parent / "docs" / "spec.md"
 
 
 def spec_schema() -> dict[str, Any]:
-    """Of a sweep's YAML file: `trial` has the keys of TrialConfig, none of them required, as the space gives the rest;
-    `space` and `control` have them by dotted path."""
+    """Make the schema of a sweep's YAML file.
+
+    `trial` has the keys of TrialConfig, none of them required, as the space gives the rest; `space` and `control` have
+    them by dotted path.
+    """
     schema, trial = Spec.model_json_schema(by_alias=True), trial_schema()
     definitions = schema.setdefault("$defs", {}) | trial.pop("$defs")
     for part in (trial, *(definitions[name] for name in _parts_of_trial(TrialConfig))):
@@ -58,7 +61,7 @@ def profile_schema() -> dict[str, Any]:
 
 
 def _parts_of_trial(model: type[Part]) -> set[str]:
-    """The models that a config has as the value of a key."""
+    """Return the models that a config has as the value of a key."""
     names = set()
     for field in model.model_fields.values():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
@@ -67,11 +70,12 @@ def _parts_of_trial(model: type[Part]) -> set[str]:
 
 
 def to_json(schema: dict[str, Any]) -> str:
+    """Format a schema as the text of its file."""
     return json.dumps(schema, indent=1, default=str) + "\n"
 
 
 def generated_files() -> dict[Path, str]:
-    """Every file that is made here, as it must be."""
+    """Return every file that is made here, as it must be."""
     spec, profile = spec_schema(), profile_schema()
     return {
         SPEC_SCHEMA: to_json(spec),
@@ -81,7 +85,7 @@ def generated_files() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes the schemas to where the YAML files look for them, and the page that says the same."""
+    """Write the schemas to where the YAML files look for them, and the page that says the same."""
     for path, content in generated_files().items():
         with replacing(path) as temporary:
             temporary.write_text(content)

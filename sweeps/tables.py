@@ -32,7 +32,7 @@ console = cli.make_console()
 
 
 def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[str, str]:
-    """A result as it is shown, by column; of each OOD set the control's figure is in brackets."""
+    """Return a result as it is shown, by column; of each OOD set the control's figure is in brackets."""
     config, difference = result.entry.trial.config, result.difference
     named = dict(zip(("network", "pre-training", "dataset", "method"), result.key, strict=True))
     return (
@@ -49,7 +49,7 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
 
 
 def published_cell(known: Published | None, config: TrialConfig) -> str:
-    """A published figure, and in brackets what is known to differ."""
+    """Return a published figure, and in brackets what is known to differ."""
     if known is None:
         return "unknown"
     unlike = known.differs_by(config)
@@ -57,24 +57,27 @@ def published_cell(known: Published | None, config: TrialConfig) -> str:
 
 
 def learning_rates_cell(lrs: dict[str, float]) -> str:
-    """One number where all groups share it, as published; none of a head that was fitted."""
+    """Return one number where all groups share it, as published; none of a head that was fitted."""
     if len(set(lrs.values())) == 1:
         return number(next(iter(lrs.values())))
     return ", ".join(f"{group} {number(lr)}" for group, lr in lrs.items()) or "-"
 
 
 def ood_cell(top1: dict[str, float] | None) -> str:
+    """Format the top-1 on an OOD set, the control's in brackets."""
     if not top1:
         return "-"
     return f"{top1['best']:.2f}" + (f" ({top1['control']:.2f})" if "control" in top1 else "")
 
 
 def protocol(result: Result) -> str:
+    """Name the protocol of a result, and what is biased about it."""
     marks = ["val" if result.select == "val" else BIASED] + [NOT_CONFIRMED] * (not result.confirmed)
     return ", ".join(marks)
 
 
 def markdown(rows: Sequence[dict[str, str]], sources: Sequence[str]) -> str:
+    """Format the rows as a Markdown table, with notes and sources."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     table = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines]
     used = [f"- {mark}: {text}" for mark, text in NOTES.items() if any(mark in row["protocol"] for row in rows)]
@@ -82,7 +85,7 @@ def markdown(rows: Sequence[dict[str, str]], sources: Sequence[str]) -> str:
 
 
 def latex(rows: Sequence[dict[str, str]]) -> str:
-    """A tabular with booktabs' rules."""
+    """Return a tabular with booktabs' rules."""
     import pandas  # which takes a second to import
 
     styler = pandas.DataFrame(rows).style.hide(axis="index")

@@ -19,7 +19,7 @@ USABLE = 0.9
 
 
 def memory_line(spec: Spec) -> str:
-    """Says what the largest trial of the space takes on a GPU, and whether the profile's has as much."""
+    """Say what the largest trial of the space takes on a GPU, and whether the profile's has as much."""
     profile = profiles.load(spec.cluster)
     gpu_bytes = USABLE * 1e9 * (profile.gpu_memory_gb or 0)
     try:
@@ -84,7 +84,7 @@ def _largest(spec: Spec) -> list[tuple[TrialConfig, dict[str, Scalar]]]:
 
 
 def _peak_bytes(config: TrialConfig, gpus: int, gpu_bytes: float) -> dict[str, float]:
-    """What the trial takes on each of its GPUs, by batch size. Raises UserError for a backbone that can't be built."""
+    """Predict the bytes a trial takes on each GPU, by phase. Raises UserError for a backbone that can't be built."""
     from lorvp.estimate.memory import predict  # here, for torch takes seconds to import
 
     classes, dataset = dataset_on_gpu(config, gpu_bytes)

@@ -39,13 +39,13 @@ SMALL = 9
 
 
 def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches, of one plot."""
+    """Return a figure of so many inches, of one plot."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def png(figure: Figure) -> bytes:
-    """All of the figure, whatever reaches beyond its edges."""
+    """Return all of the figure, whatever reaches beyond its edges."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     return buffer.getvalue()
@@ -66,7 +66,8 @@ def _stretch(percent: np.ndarray) -> np.ndarray:
 
 
 def _unstretch(stretched: np.ndarray) -> np.ndarray:
-    return 100.5 - np.exp(-np.asarray(stretched))
+    percent: np.ndarray = 100.5 - np.exp(-np.asarray(stretched))
+    return percent
 
 
 def _ticks(low: float, high: float) -> Locator:
@@ -74,7 +75,7 @@ def _ticks(low: float, high: float) -> Locator:
 
 
 def stretch(plot: Axes, low: float, high: float) -> None:
-    """Gives an upright axis of accuracies from `low` to `high` room for the differences that count."""
+    """Give an upright axis of accuracies from `low` to `high` room for the differences that count."""
     if high >= NEAR_THE_TOP:
         ends = _stretch(np.array([low, high]))
         margin = 0.05 * (ends[1] - ends[0]) or 0.1
@@ -85,18 +86,19 @@ def stretch(plot: Axes, low: float, high: float) -> None:
 
 
 def stretched_colours(low: float, high: float) -> Normalize:
-    """The same for the colours of accuracies."""
+    """Return the same for the colours of accuracies."""
     return FuncNorm((_stretch, _unstretch), low, high) if high >= NEAR_THE_TOP else Normalize(low, high)
 
 
 def colour_bar(figure: Figure, colours: Normalize, label: str, plots: list[Axes]) -> None:
+    """Add a colour bar for accuracies beside the plots."""
     mappable = ScalarMappable(colours, DARKER_IS_BETTER)
     ticks = _ticks(colours.vmin or 0.0, colours.vmax or 100.0)
     figure.colorbar(mappable, ax=plots, label=label, ticks=ticks, format="{x:g}")
 
 
 def finish_accuracy_plot(plot: Axes, drawn: list[float], control: float | None, label: str) -> None:
-    """Completes a plot with these accuracies upright: the control as a line across, and a legend beside it."""
+    """Complete a plot with these accuracies upright: the control as a line across, and a legend beside it."""
     if control is not None:
         plot.axhline(control, color=CONTROL, linestyle="-.", label=f"control, {control:.2f} %")
         drawn = [*drawn, control]
@@ -107,13 +109,14 @@ def finish_accuracy_plot(plot: Axes, drawn: list[float], control: float | None, 
 
 
 def legend_beside(plot: Axes) -> None:
+    """Put the plot's legend on its right."""
     legend = plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
     for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
 
 
 def picture_of(table: Table) -> Figure:
-    """A table as a terminal shows it."""
+    """Return a table as a terminal shows it."""
     shown = io.StringIO()
     Console(file=shown, width=400, markup=False, emoji=False, highlight=False).print(table)
     text = "\n".join(line.rstrip() for line in shown.getvalue().splitlines())

@@ -61,6 +61,8 @@ STYLES: dict[State | None, dict[str, Any]] = {
 
 
 class Section(NamedTuple):
+    """A section of the report: its title, its table or figure, and the text below."""
+
     title: str
     make: Callable[[Outcome], Figure | Table | None]
     caption: str
@@ -69,15 +71,17 @@ class Section(NamedTuple):
 
 
 def leaderboard(outcome: Outcome) -> Table:
+    """Make the table of the best trials."""
     return outcome.board.table(MOST_ROWS)
 
 
 def confirmation(outcome: Outcome) -> Table | None:
+    """Make the table of the confirmation; None where there is none."""
     return outcome.comparison.table() if outcome.comparison else None
 
 
 def failures(outcome: Outcome) -> Table | None:
-    """What failed, by cause."""
+    """Return what failed, by cause."""
     entries = outcome.board.entries
     failed = [(entry.trial.name, entry.end) for entry in entries if entry.end and entry.end.state == State.FAILED]
     if not failed:
@@ -126,13 +130,13 @@ def _state(entry: Entry) -> State | None:
 
 
 def _control(outcome: Outcome) -> float | None:
-    """The val top-1 of the search's control."""
+    """Return the val top-1 of the search's control."""
     control = outcome.board.best(control=True)
     return val_top1(control) if control else None
 
 
 def budget(outcome: Outcome) -> Figure | None:
-    """The best val top-1 so far by the seconds that the search had taken; a line for each share of it."""
+    """Return the best val top-1 so far by the seconds that the search had taken; a line for each arm of it."""
     spec, steps = outcome.spec, _best_by_seconds(outcome)
     if not steps:
         return None
@@ -150,8 +154,9 @@ def budget(outcome: Outcome) -> Figure | None:
 
 
 def _best_by_seconds(outcome: Outcome) -> dict[Scalar, list[tuple[float, float]]]:
-    """For each share of the search, after each of its epochs: the seconds of all until then, and the best val top-1 of
-    a trial that came to finish. Trials that were packed share their epochs' seconds.
+    """Return for each arm of the search, after each epoch, the seconds so far and the best val top-1 of finished ones.
+
+    Trials that were packed share their epochs' seconds.
     """
     spec, steps = outcome.spec, {}
     gpus = _device(spec)[0]
@@ -182,7 +187,7 @@ def _device(spec: Spec) -> tuple[int, str]:
 
 
 def gain(outcome: Outcome) -> Figure | None:
-    """How far each config is from the control: of the confirmation, where there is one."""
+    """Return how far each config is from the control: of the confirmation, where there is one."""
     if outcome.comparison:
         return _confirmed_gain(outcome.comparison)
     control = _control(outcome)
@@ -240,7 +245,7 @@ def _confirmed_gain(comparison: Comparison) -> Figure | None:
 
 
 def prompts(outcome: Outcome) -> Figure | None:
-    """The prompts of the best trials: as pictures, by singular values, and on an image."""
+    """Return the prompts of the best trials: as pictures, by singular values, and on an image."""
     finished = [entry for entry in [outcome.best(), *outcome.board.search_entries()] if entry and entry.finished]
     best = list({entry.trial.name: entry for entry in finished}.values())[:PROMPTS]
     read = [(entry, *_prompt(entry.bundle)) for entry in best]
@@ -269,7 +274,7 @@ def prompts(outcome: Outcome) -> Figure | None:
 
 
 def _prompt(bundle: Path) -> tuple[dict[str, Any] | None, str]:
-    """What a bundle says of its prompt; or None, and why it says nothing."""
+    """Return what a bundle says of its prompt; or None, and why it says nothing."""
     try:
         spectrum = describe(bundle).get("prompt")
     except UserError as error:

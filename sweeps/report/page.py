@@ -22,8 +22,9 @@ REPORT, PICTURES = "report.html", "report"
 
 
 def write(outcome: Outcome) -> Path:
-    """report.html, which needs no other file and no server, and its figures as report/NAME.png, in the sweep's folder;
-    the path of the former. An earlier report is replaced.
+    """Write report.html and its figures, report/NAME.png, into the sweep's folder; return the page's path.
+
+    The page needs no other file and no server. An earlier report is replaced.
     """
     folder, sections = outcome.spec.folder, []
     with replacing(folder / PICTURES) as temporary:
@@ -74,6 +75,6 @@ def _when(board: Leaderboard) -> str:
 
 
 def _trials(board: Leaderboard) -> str:
-    """How many there are, by how they ended."""
+    """Return how many there are, by how they ended."""
     ends = Counter(MARKS[entry.end.state] or "finished" if entry.end else "unfinished" for entry in board.entries)
     return f"{len(board.entries)} trials: {', '.join(f'{count} {end}' for end, count in ends.most_common())}"

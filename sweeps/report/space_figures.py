@@ -50,8 +50,10 @@ Cell = tuple[int, int]
 
 
 class Scale:
-    """Where the values of an axis lie in a figure: listed one by one, or from 0 to 1 between the axis's ends, by their
-    logarithm where these are a decade or more apart. A trial that has not the axis has None there.
+    """Where the values of an axis lie in a figure.
+
+    They are listed one by one, or lie from 0 to 1 between the axis's ends, by their logarithm where these are a decade
+    or more apart. A trial that has not the axis has None there.
     """
 
     def __init__(self, axis: Axis, trial_values: Iterable[Scalar]) -> None:
@@ -67,7 +69,7 @@ class Scale:
             self._log = self._low > 0 and self._high >= 10 * self._low
 
     def cells(self) -> list[str]:
-        """What to write beside each cell along the axis."""
+        """Return what to write beside each cell along the axis."""
         if self._listed is not None:
             names = [number(value) for value in self._listed]
         else:
@@ -76,7 +78,7 @@ class Scale:
         return names + [NONE] * self._absent
 
     def cell(self, value: Scalar) -> int:
-        """Which of the cells a value is in."""
+        """Return which of the cells a value is in."""
         if self._absent and value is None:
             return len(self.cells()) - 1
         return self._listed.index(value) if self._listed is not None else min(int(self.place(value) * BINS), BINS - 1)
@@ -90,7 +92,7 @@ class Scale:
         low, high, value = (
             map(math.log, (self._low, self._high, value)) if self._log else (self._low, self._high, value)
         )
-        return (value - low) / (high - low)
+        return float((value - low) / (high - low))
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places along the axis, and what to write there."""
@@ -102,7 +104,7 @@ class Scale:
 
     def _value(self, place: float) -> float:
         if self._log:
-            return self._low * (self._high / self._low) ** place
+            return float(self._low * (self._high / self._low) ** place)
         return self._low + place * (self._high - self._low)
 
 
@@ -116,7 +118,7 @@ def scale(spec: Spec, name: str, entries: Iterable[Entry]) -> Scale:
 
 
 def heat_map(outcome: Outcome) -> Figure | None:
-    """The best val accuracy by learning rate and rank, a panel for each label mapping."""
+    """Return the best val accuracy by learning rate and rank, a panel for each label mapping."""
     spec, entries = outcome.spec, [entry for entry in outcome.board.search_entries() if entry.results]
     rank, rate = (next((name for name in names if name in spec.space), "") for names in (RANKS, RATES))
     if not (rank or rate) or not entries:
@@ -158,12 +160,12 @@ def _panel(plot: Axes, trials_by_cell: dict[Cell, list[Entry]], shape: Cell, col
 
 
 def _best_of(trials: list[Entry]) -> float:
-    """The best val top-1 of those that finished; of all, if none did."""
+    """Return the best val top-1 of those that finished; of all, if none did."""
     return max(map(val_top1, [entry for entry in trials if entry.finished] or trials))
 
 
 def parallel(outcome: Outcome) -> Figure | None:
-    """A line for each trial through its values on the axes, to its objective."""
+    """Return a line for each trial through its values on the axes, to its objective."""
     spec, entries = outcome.spec, [entry for entry in outcome.board.search_entries() if entry.results]
     finished = [entry for entry in reversed(entries) if entry.finished]  # the best last, on top
     if not finished:
@@ -201,7 +203,7 @@ def parallel(outcome: Outcome) -> Figure | None:
 
 
 def importance(outcome: Outcome) -> Figure | None:
-    """How much of the finished trials' differences each axis explains."""
+    """Return how much of the finished trials' differences each axis explains."""
     entries = [entry for entry in outcome.board.search_entries() if entry.finished]
     fractions = importances(outcome.spec, entries)
     if not fractions:
@@ -218,7 +220,7 @@ def importance(outcome: Outcome) -> Figure | None:
 
 
 def importances(spec: Spec, entries: list[Entry]) -> dict[str, float]:
-    """The share of the objective's variance that each axis explains by itself, largest first.
+    """Return the fraction of the objective's variance that each axis explains by itself, largest first.
 
     By fANOVA, a forest of trees (Hutter et al. 2014). Optuna's looks at no axis that some trial has not; so one that
     exists under a condition is judged among the trials that have it, beside the axes that all of these have. Left out

@@ -51,6 +51,7 @@ class Difference:
 
     @property
     def may_be_none(self) -> bool:
+        """Whether the interval includes zero."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
     def __str__(self) -> str:
@@ -58,7 +59,8 @@ class Difference:
 
 
 def val_top1(entry: Entry) -> float:
-    return entry.best()["val_top1"]
+    """Return the val top-1 of the trial's best epoch, in percent."""
+    return float(entry.best()["val_top1"])
 
 
 Metric = Callable[[Entry], float | None]
@@ -86,6 +88,7 @@ class Row:
 
     @property
     def complete(self) -> bool:
+        """Whether a trial finished under every seed."""
         return len(self.by_seed) == len(self.choice.seeds)
 
     def spread(self, metric: Metric) -> Spread | None:
@@ -107,15 +110,16 @@ class Row:
         return paired_difference(differences) if differences else None
 
     def last_values(self, key: str) -> list[Any]:
-        """What the trials' last epochs have under `key`."""
+        """Return what the trials' last epochs have under `key`."""
         return [entry.results[-1][key] for entry in self.entries]
 
     def parameters(self, *groups: str) -> int | None:
-        """How many numbers of these groups were trained; None where there are none."""
+        """Return how many numbers of these groups were trained; None where there are none."""
         trained = self.last_values("parameters")[0] if self.entries else {}
         return sum(trained.get(group, 0) for group in groups) or None
 
     def peak_memory_mib(self) -> float | None:
+        """Return the highest peak memory of any epoch, in MiB; None without a finished trial."""
         return max((result["peak_memory_mib"] for entry in self.entries for result in entry.results), default=None)
 
     def seconds(self) -> float | None:
@@ -125,13 +129,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of a confirmation: the configs of each share of the search, best first, and the control last."""
+    """The rows of a confirmation: the configs of each arm of the search, best first, and the control last."""
 
     spec: Spec
     rows: list[Row]
 
     @classmethod
     def of(cls, board: Leaderboard, choices: Sequence[Choice]) -> Comparison:
+        """Compare the chosen configs by the leaderboard's trials that confirm them."""
         spec, entries = board.spec, {entry.trial.name: entry for entry in board.entries}
         rows = []
         for choice in choices:
@@ -146,11 +151,14 @@ class Comparison:
 
     @property
     def control(self) -> Row | None:
+        """The control's row, if one of its trials finished."""
         return next((row for row in self.rows if row.choice.control and row.entries), None)
 
     def best_row(self) -> Row | None:
-        """By the objective's mean over seeds, or as the search found it where val was trained on since; a config that
-        failed under one of them comes after all others.
+        """Return the best config by the objective's mean over seeds; None if no trial finished.
+
+        Where val was trained on, the search's own score decides. A config that failed under a seed comes after all
+        others.
         """
 
         def order(row: Row) -> tuple[bool, float]:
@@ -161,12 +169,12 @@ class Comparison:
         return max((row for row in self.rows if row.entries and not row.choice.control), key=order, default=None)
 
     def best(self) -> Entry | None:
-        """The best config's trial under the seed that was best on val."""
+        """Return the best config's trial under the seed that was best on val."""
         row = self.best_row()
         return max(row.entries, key=lambda entry: entry.score(self.spec)) if row else None
 
     def verdict(self) -> list[str]:
-        """The best config, the control, and how far each config is from it, in words."""
+        """Return the best config, the control, and how far each config is from it, in words."""
         best, control = self.best_row(), self.control
         if best is None:
             return ["no trial was confirmed: there is no best prompt"]
@@ -181,7 +189,7 @@ class Comparison:
         return lines + self._bias(best)
 
     def _bias(self, best: Row) -> list[str]:
-        """What the published protocol did to the figures, where it was followed."""
+        """Return what the published protocol did to the figures, where it was followed."""
         entries = [entry for row in self.rows for entry in row.entries]
         if all(entry.trial.config.select == "val" for entry in entries):
             return []
@@ -220,7 +228,7 @@ class Comparison:
         return f"{row.choice.trial} ({equal} {row.value})" if row.value is not None else row.choice.trial
 
     def records(self) -> list[dict[str, Any]]:
-        """A row for each config that was confirmed: figures in percent, differences in points."""
+        """Return a row for each config that was confirmed: figures in percent, differences in points."""
         records = []
         for row in self.rows:
             record: dict[str, Any] = {"trial": row.choice.trial, "control": row.choice.control, "n": len(row.entries)}
@@ -246,7 +254,7 @@ class Comparison:
         return records
 
     def cells(self) -> list[dict[str, str]]:
-        """The rows as they are shown, by column."""
+        """Return the rows as they are shown, by column."""
         columns = []
         for row, record in zip(self.rows, self.records(), strict=True):
             equal = (
@@ -268,6 +276,7 @@ class Comparison:
         return columns
 
     def table(self) -> Table:
+        """Make the table for the terminal."""
         seeds = ", ".join(map(str, self.spec.seeds))
         table = Table(title=f"confirmed under seeds {seeds}", title_justify="left", box=None)
         cells = self.cells()
@@ -313,11 +322,11 @@ SCHEMA = pa.schema(
 
 def seconds(entry: Entry) -> float:
     """Of its epochs together."""
-    return sum(result["seconds"] for result in entry.results)
+    return float(sum(result["seconds"] for result in entry.results))
 
 
 def paired_difference(values: Sequence[float]) -> Difference:
-    """The mean of differences between pairs, with its t interval where there are two of them or more."""
+    """Return the mean of differences between pairs, with its t interval where there are two of them or more."""
     from scipy.stats import t  # which takes a second to import
 
     mean, n = fmean(values), len(values)

@@ -32,8 +32,9 @@ class Choice:
 
 
 def choose(spec: Spec) -> list[Choice]:
-    """The best finished trials of each share of the search, then that of the control; recorded. None to confirm where
-    no trial of the search finished.
+    """Choose and record the best finished trials of each arm of the search, then that of the control.
+
+    The list is empty where no trial of the search finished.
     """
     board = Leaderboard.read(spec)
     finished = [entry for entry in board.search_entries() if entry.finished]
@@ -49,7 +50,7 @@ def choose(spec: Spec) -> list[Choice]:
 
 
 def chosen(spec: Spec) -> list[Choice] | None:
-    """What an earlier driver chose at the end of this search; None if it was not there, or the search is longer now."""
+    """Read an earlier driver's choice at the end of this search; None if there is none, or the search is longer now."""
     try:
         values = json.loads((spec.folder / RECORD).read_text())
     except FileNotFoundError:
@@ -72,12 +73,12 @@ def request(spec: Spec, choices: list[Choice], ask: Callable[[TrialConfig], obje
 
 
 def _extent(spec: Spec) -> dict[str, float | None]:
-    """How far the search went."""
+    """Return how far the search went."""
     return {"trials": spec.number_of_trials(), "seconds": spec.search.seconds}
 
 
 def _different(spec: Spec, entries: Iterable[Entry]) -> Iterator[Choice]:
-    """A choice for each config; those that differ only in a seed are one to confirm."""
+    """Return a choice for each config; those that differ only in a seed are one to confirm."""
     known = []
     for entry in entries:
         config = entry.trial.config

@@ -34,6 +34,7 @@ class Entry:
 
     @property
     def finished(self) -> bool:
+        """Whether the trial trained to its last epoch."""
         return self.end is not None and self.end.state == State.FINISHED
 
     @property
@@ -42,7 +43,7 @@ class Entry:
         return [result for result in self.results if result["whole"]] or self.results
 
     def best(self) -> dict[str, Any]:
-        """The epoch whose prompt the bundle holds: best on the validation set, or as published on the test set.
+        """Return the epoch whose prompt the bundle holds: best on the validation set, or as published on the test set.
 
         Where the validation set was trained on it is the last.
         """
@@ -52,10 +53,10 @@ class Entry:
         return max(self.full_fidelity, key=lambda r: r["val_top1"] if protocol == "val" else r["test_top1"])
 
     def score(self, spec: Spec, epoch: int | None = None) -> float:
-        """The objective's best value, larger is better; with `epoch`, as the search saw it then."""
+        """Return the objective's best value, larger is better; with `epoch`, as the search saw it then."""
         seen = self.results[:epoch]
         values = [result[spec.objective] for result in seen if result["whole"] == seen[-1]["whole"]]
-        return max(values) if spec.mode == "max" else -min(values)
+        return float(max(values) if spec.mode == "max" else -min(values))
 
     @property
     def bundle(self) -> Path:
@@ -73,11 +74,14 @@ class Entry:
             return None
         if self.trial.config.select == "val":
             return self.test_top1()
-        return max(self.full_fidelity, key=lambda result: result["val_top1"])["test_top1"]
+        top1: float | None = max(self.full_fidelity, key=lambda result: result["val_top1"])["test_top1"]
+        return top1
 
     def test_top1(self) -> float | None:
         """With the best epoch's prompt; None for a trial that never read the test set."""
-        return self.best()["test_top1"] if self.trial.config.select != "val" else self.results[-1]["test_top1"]
+        result = self.best() if self.trial.config.select != "val" else self.results[-1]
+        top1: float | None = result["test_top1"]
+        return top1
 
 
 NO_VAL = "the val figures are the test set's (dataset.val_fraction 0): epochs and trials were chosen on it"
@@ -85,8 +89,9 @@ NO_VAL = "the val figures are the test set's (dataset.val_fraction 0): epochs an
 
 @dataclass(frozen=True)
 class Bias:
-    """What the published protocol (`select: test_best_epoch`) adds to trials' test figures, in points: each one's test
-    figure less that of its epoch that is best on val.
+    """What the published protocol (`select: test_best_epoch`) adds to trials' test top-1, in points.
+
+    It is each trial's test top-1 less that of its epoch that is best on val.
     """
 
     mean: float
@@ -125,6 +130,7 @@ class Leaderboard:
 
     @classmethod
     def read(cls, spec: Spec) -> Leaderboard:
+        """Read all trials of the sweep from their folders."""
         controls = spec.control_names()
         entries = []
         for trial in TrialFolder.requested(spec.trials):
@@ -139,15 +145,15 @@ class Leaderboard:
         return cls(spec, sorted(entries, key=order))
 
     def search_entries(self, control: bool = False) -> list[Entry]:
-        """The trials of the search itself, or of its control; not those that confirm them."""
+        """Return the trials of the search itself, or of its control; not those that confirm them."""
         return [entry for entry in self.entries if entry.stage == Stage.SEARCH and entry.control == control]
 
     def best(self, control: bool = False) -> Entry | None:
-        """The best finished trial of the search, or of the control."""
+        """Return the best finished trial of the search, or of the control."""
         return next((entry for entry in self.search_entries(control) if entry.finished), None)
 
     def table(self, rows: int = 10) -> Table:
-        """The first `rows` trials, and the control."""
+        """Return the first `rows` trials, and the control."""
         search = self.search_entries()
         shown = [*search, *self.search_entries(control=True)]
         published = any(entry.trial.config.select != "val" for entry in shown)
@@ -173,7 +179,7 @@ class Leaderboard:
         return [entry.trial.name, number(val), number(test), str(len(entry.results)), *params, mark]
 
     def verdict(self) -> list[str]:
-        """The best trial, the control and the difference, in words."""
+        """Return the best trial, the control and the difference, in words."""
         best, control = self.best(), self.best(control=True)
         if best is None:
             return ["no trial finished: there is no best prompt"]
@@ -199,7 +205,7 @@ class Leaderboard:
         return [f"the control is missing ({why}): how much the prompt gains is not known"]
 
     def rung_correlation(self) -> list[str]:
-        """How far the trials' order at each milestone was that at their end, in words."""
+        """Format the rank correlation (Spearman) of the scores at each milestone with the final ones."""
         finished = [entry for entry in self.search_entries() if entry.finished]
         final = [entry.score(self.spec) for entry in finished]
         correlations = []
@@ -212,7 +218,7 @@ class Leaderboard:
         return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(correlations)}"]
 
     def failures(self) -> list[str]:
-        """What failed and why: each cause with its trials."""
+        """Return what failed and why: each cause with its trials."""
         ends = [(entry.trial.name, entry.end) for entry in self.entries if entry.end is not None]
         failed = [(name, end) for name, end in ends if end.state == State.FAILED]
         counts = Counter(end.cause for _, end in failed)
@@ -226,8 +232,9 @@ class Leaderboard:
         return f"val top-1 {val:.2f} %, {label} {test:.2f} %" if test is not None else f"val top-1 {val:.2f} %"
 
     def write_parquet(self, path: Path) -> None:
-        """One row per epoch per trial: the trial, its state, its values on the axes and the epoch's figures; in all of
-        a trial's rows the test figure of the epoch that is best on val.
+        """Write one row per epoch per trial: the trial, its state, its values on the axes and the epoch's metrics.
+
+        All of a trial's rows have the test top-1 of the epoch that is best on val.
         """
         rows = [
             {
@@ -256,7 +263,7 @@ class Leaderboard:
 
 
 def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """An EpochResult's figures by their names in MLflow; not the test set's, which are a trial's and no epoch's."""
+    """Return an epoch's metrics by their names in MLflow; the test set's belong to a trial, and are left out."""
     values = {
         key: value
         for key, value in result.items()
@@ -274,7 +281,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 def number(value: Any) -> str:
-    """A value as it is shown in a table."""
+    """Return a value as it is shown in a table."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

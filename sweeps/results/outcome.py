@@ -29,8 +29,10 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
-        """Of the sweep in `folder`, wherever that lies by now. Raises UserError for a folder without a sweep, one of
-        another version, one that still runs, and one without a trial that finished.
+        """Read the sweep in `folder`, which may have moved.
+
+        Raises UserError for a folder without a sweep, one of another version, one that still runs, and one without a
+        trial that finished.
         """
         sweep_id, spec = read_spec(folder)
         driver = lock.holder(spec.folder)
@@ -49,16 +51,16 @@ class Outcome:
         return outcome
 
     def best(self) -> Entry | None:
-        """The trial whose prompt is the best: of those that confirm, where there are any."""
+        """Return the trial whose prompt is the best: of those that confirm, where there are any."""
         return self.comparison.best() if self.comparison else self.board.best()
 
     def control(self) -> Entry | None:
-        """The trial that the best one is held against."""
+        """Return the trial that the best one is held against."""
         if self.comparison is None:
             return self.board.best(control=True)
         row = self.comparison.control
         return row.entries[0] if row else None
 
     def verdict(self) -> list[str]:
-        """What was found, in words."""
+        """Return what was found, in words."""
         return self.comparison.verdict() if self.comparison else self.board.verdict()

@@ -48,6 +48,7 @@ class Published(Part):
 
     @property
     def key(self) -> Key:
+        """What the accuracy belongs to."""
         return self.network, self.pretraining, self.dataset, self.method, self.prompt, self.label_mapping
 
     def differs_by(self, config: TrialConfig) -> str:
@@ -57,6 +58,8 @@ class Published(Part):
 
 
 class PublishedResults(Part):
+    """The file of published accuracies."""
+
     figures: list[Published]
 
     @model_validator(mode="after")
@@ -69,7 +72,7 @@ class PublishedResults(Part):
 
 
 def published(path: Path = PUBLISHED_PATH) -> dict[Key, Published]:
-    """The published figures by what they are of. Raises UserError for a key that is wrong."""
+    """Read the published accuracies, by what they belong to. Raises UserError for a key that is wrong."""
     return {result.key: result for result in YamlFile(path).validate(PublishedResults).figures}
 
 
@@ -87,15 +90,17 @@ class Result:
 
     @property
     def entry(self) -> Entry:
+        """The first of the row's trials."""
         return self.row.entries[0]
 
     @property
     def key(self) -> tuple[str, str, str, str]:
+        """Network, pre-training, dataset and method."""
         config = self.entry.trial.config
         return *network(config.backbone), dataset(config.dataset), config.method
 
     def published(self, published_by_key: dict[Key, Published]) -> Published | None:
-        """The figure for the same method, prompt, label mapping, network, pre-training and dataset, if there is one."""
+        """Find the accuracy published for the same method, prompt, label mapping, network and data, if there is one."""
         config = self.entry.trial.config
         name, *rest = self.key
         kind = config.prompt.kind if config.methods[0] == "lorvp" else None
@@ -109,18 +114,22 @@ class Result:
 
     @property
     def select(self) -> str:
+        """The protocol by which the best epoch was selected."""
         return self.entry.trial.config.select
 
     @property
     def top1(self) -> Spread:
+        """Test top-1 over the seeds, in percent."""
         return self._spread(self.row)
 
     @property
     def control_top1(self) -> Spread | None:
+        """The control's test top-1 over the seeds, in percent."""
         return self._spread(self.control) if self.control else None
 
     @property
     def difference(self) -> Difference | None:
+        """The difference in test top-1 from the control, in points."""
         return self.row.difference(self.control, Entry.test_top1) if self.control else None
 
     def _spread(self, row: Row) -> Spread:
@@ -129,7 +138,7 @@ class Result:
         return spread if self.confirmed else replace(spread, sd=None)
 
     def lrs(self) -> dict[str, float]:
-        """The learning rate of each group that was trained by steps."""
+        """Return the learning rate of each group that was trained by steps."""
         optimizer = self.entry.trial.config.optimizer
         return {group: getattr(optimizer, f"{group}_lr") for group in GROUPS if group in self.entry.results[0]["lr"]}
 
@@ -165,7 +174,7 @@ SCHEMA = pa.schema(
 
 
 def results(folder: Path) -> Iterator[Result]:
-    """The best config of a sweep, of each of its equal shares; as it was confirmed, or else as the search saw it.
+    """Yield the best config of each arm of a sweep, as it was confirmed, or else as the search saw it.
 
     Raises UserError for a folder that Outcome can't read, and for trials that never read the test set.
     """
@@ -187,7 +196,7 @@ def results(folder: Path) -> Iterator[Result]:
 
 
 def unconfirmed(outcome: Outcome) -> Comparison:
-    """The best trial of each share of a search that nothing confirms, and of its control, as rows of one seed."""
+    """Make rows of one seed from the best trial of each arm of an unconfirmed search, and of its control."""
     spec, board = outcome.spec, outcome.board
     finished = [entry for entry in board.search_entries() if entry.finished]
     bests = [(value, next((e for e in finished if spec.arm(e.trial.config) == value), None)) for value in spec.arms()]
@@ -197,14 +206,16 @@ def unconfirmed(outcome: Outcome) -> Comparison:
 
 
 def single_seed_row(entry: Entry, value: Any, control: bool) -> Row:
+    """Make a row of one trial of the search, under one seed."""
     return Row(Choice(entry.trial.name, control, {0: entry.trial.name}), value, {0: entry}, 0.0)
 
 
 def read_ood(folder: Path) -> list[dict[str, Any]]:
-    """The rows that sweeps.ood has left in a sweep's folder; none where it was not run."""
+    """Return the rows that sweeps.ood has left in a sweep's folder; none where it was not run."""
     path = folder / OOD
     try:
-        return pq.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return rows
     except FileNotFoundError:
         return []
     except pa.ArrowInvalid as error:
@@ -225,7 +236,7 @@ def ood_top1(rows: Sequence[dict[str, Any]], row: Row) -> dict[str, dict[str, fl
 
 
 def network(config: BackboneConfig) -> tuple[str, str]:
-    """The network and its pre-training by a timm name: resnet18.tv_in1k is resnet18 on in1k.
+    """Return the network and its pre-training by a timm name: resnet18.tv_in1k is resnet18 on in1k.
 
     Of the tag it keeps the datasets, in21k_ft_in1k for one after the other, and all of it where it names none that is
     known; MIIL's in21k is in21k_p, their ImageNet-21K-P. Without a tag it is the name of the checkpoint, or unknown.
@@ -241,11 +252,12 @@ def network(config: BackboneConfig) -> tuple[str, str]:
 
 
 def dataset(config: DatasetConfig) -> str:
-    """What a dataset is called, whatever size its store has; and whether it is only a part of that."""
+    """Return what a dataset is called, whatever size its store has; and whether it is only a part of that."""
     name = without_size(config.title) if config.name == "store" else config.title
     limits = config.max_classes, config.max_per_class, config.train_images
     return name if limits == (None, None, None) else f"{name} (part)"
 
 
 def without_size(store: str) -> str:
+    """Remove the image size from a store's name."""
     return re.sub(r"-(\d+|encoded)$", "", store)

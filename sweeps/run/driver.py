@@ -53,7 +53,7 @@ def run(
     leave_running: bool,
     console: Console,
 ) -> int:
-    """Runs the sweep to its end and returns the exit code. Raises KeyboardInterrupt before a job was asked for."""
+    """Run the sweep to its end and returns the exit code. Raises KeyboardInterrupt before a job was asked for."""
 
     def connect() -> Tracker:
         with hide_module("polars"):  # which MLflow imports where it is installed: 23 MiB that no sweep uses
@@ -117,7 +117,7 @@ def run(
 
 
 def train(spec: Spec, spent: ArmSeconds, jobs: Jobs, follower: Follower, console: Console) -> list[Choice] | None:
-    """Has the control trained, what the search suggests, and what confirms its best; what was chosen to be confirmed.
+    """Have the control trained, what the search suggests, and what confirms its best; what was chosen to be confirmed.
 
     Raises SearchFailed once all has ended that was asked for before the search failed.
     """
@@ -167,7 +167,7 @@ def run_search(spec: Spec, spent: ArmSeconds, jobs: Jobs, console: Console) -> s
 
 
 def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console: Console) -> int:
-    """Shows, writes and sends to MLflow what the sweep found; the exit code."""
+    """Show, writes and sends to MLflow what the sweep found; the exit code."""
 
     def print_line(line: str, style: str | None = None) -> None:
         console.print(line, style=style, highlight=False, markup=False)
@@ -246,6 +246,6 @@ def hide_module(module: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in a line: its kind, and the last line of what it says."""
+    """Return an error in a line: its kind, and the last line of what it says."""
     lines = without_passwords(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -71,11 +71,13 @@ class Follower:
         self._live = live if console.is_terminal else None
 
     def start(self) -> None:
+        """Start to show and count what is new."""
         self.resuming = False
         if self._live:
             self._live.start()
 
     def stop(self) -> None:
+        """Stop the live view."""
         if self._live:
             with suppress(OSError):  # the terminal may be gone
                 self._live.stop()
@@ -99,6 +101,7 @@ class Follower:
             raise GivenUp(f"{failed} of the first {len(self._outcomes)} trials failed (failure_limit)")
 
     def warn(self, text: str) -> None:
+        """Print a warning."""
         with suppress(OSError):
             self.console.print(text, style="yellow", markup=False, highlight=False)
 
@@ -145,7 +148,7 @@ class Follower:
         return f"{progress.trial.name}  {'control  ' if progress.control else ''}{progress.label}"
 
     def view(self) -> Group:
-        """The live view: running trials, and a line that sums up."""
+        """Return the live view: running trials, and a line that sums up."""
         confirming = self._confirming
         rows = [
             progress
@@ -177,7 +180,7 @@ class Follower:
         return Group(table, summary)
 
     def _time_left(self, trials: int) -> str:
-        """What so many trials take at the rate at which trials ended since this driver started."""
+        """Return what so many trials take at the rate at which trials ended since this driver started."""
         if not self._ended_now:
             return "unknown time"
         seconds = (time.monotonic() - self._start) / self._ended_now * trials

@@ -1,4 +1,4 @@
-"""The trials of a sweep as its driver has them trained: by jobs, which the relay looks after, in rounds of looks."""
+"""The trials of a sweep as its driver has them trained by jobs, in rounds of polls."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class Jobs:
         self._sender.start()
 
     def request(self, config: TrialConfig) -> FollowedTrial:
+        """Ask for a trial of `config`; equal configs are one trial."""
         self._requested = True
         return self._scan.request(config)
 
     def give_up(self, trial: FollowedTrial) -> None:
+        """Ask the trial's job to stop it, for good."""
         self._giving_up.append(trial)
         self._stop_given_up()
 

@@ -29,7 +29,7 @@ class SignalHandler:
         return self.signal == signal.SIGUSR2 and "SLURM_JOB_ID" in os.environ
 
     def exit_on_next(self) -> None:
-        """The driver ends by itself: from now on a signal ends it at once."""
+        """Make the next signal end the driver at once, as the driver is ending by itself."""
         self.signal = self.signal or signal.SIGINT
 
     def _interrupt(self, signum: int, frame: object) -> None:

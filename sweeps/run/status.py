@@ -24,7 +24,7 @@ POLL_SECONDS = 0.5
 
 
 def table(spec: Spec, manager: JobManager) -> Table:
-    """Every trial: its job, where that is, how far it is, for how long, and why it failed or waits."""
+    """Return every trial: its job, where that is, how far it is, for how long, and why it failed or waits."""
     trials = TrialFolder.requested(spec.trials)
     jobs = {trial.name: job["id"] for trial in trials if (job := trial.job())}
     driver_job = detached_driver(spec.folder)
@@ -77,7 +77,7 @@ def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
 
 
 def _times(trial: TrialFolder) -> tuple[str, str]:
-    """How long its last job was in the queue, and how long it has been running, or ran."""
+    """Return how long its last job was in the queue, and how long it has been running, or ran."""
     asked_at, attempt, now = trial.submitted_at(), trial.newest(), time.time()
     if asked_at is None:
         return "", ""
@@ -92,7 +92,7 @@ def _duration(seconds: float) -> str:
 
 
 def follow(spec: Spec, name: str, console: Console) -> None:
-    """Shows the log of the trial whose name begins with `name` until it has ended, whichever job writes it.
+    """Show the log of the trial whose name begins with `name` until it has ended, whichever job writes it.
 
     Raises UserError when there is no such trial, or more than one.
     """
@@ -122,7 +122,7 @@ def follow(spec: Spec, name: str, console: Console) -> None:
 
 
 def cancel(spec: Spec, manager: JobManager, patience: float = 120.0) -> int:
-    """Ends the sweep's driver, if there is one, and every job; how many trials are left unfinished.
+    """End the sweep's driver, if there is one, and every job; how many trials are left unfinished.
 
     Raises UserError for a driver on another machine that is no job, and where the cluster does not answer.
     """
@@ -148,8 +148,8 @@ def cancel(spec: Spec, manager: JobManager, patience: float = 120.0) -> int:
 
 
 def detached_driver(sweep: Path) -> str | None:
-    """The id of the job that the sweep's driver was last submitted as, if it ever was."""
+    """Return the id of the job that the sweep's driver was last submitted as, if it ever was."""
     try:
-        return json.loads((sweep / DRIVER_JOB).read_text())["id"]
+        return str(json.loads((sweep / DRIVER_JOB).read_text())["id"])
     except FileNotFoundError:
         return None

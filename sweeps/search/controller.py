@@ -74,9 +74,11 @@ class SweepTrial(Trial):
         super().__init__("trial", config=params, trial_id=trial_id, stub=True)
 
     def create_placement_group_factory(self) -> None:
+        """Set the resources to one CPU."""
         self.placement_group_factory = self._resources  # type: ignore[assignment]  # None until now
 
     def set_ray_actor(self, ray_actor: Any) -> None:
+        """Keep the actor that follows this trial."""
         self.temporary_state.ray_actor = ray_actor
 
     def update_last_result(self, result: dict[str, Any]) -> None:
@@ -98,24 +100,28 @@ class SweepSearch(SearchAlgorithm):
         self._live: set[str] = set()
 
     def next_trial(self) -> Trial | None:
+        """Suggest the next trial; None when none may start now."""
         if self.is_finished() or len(self._live) >= self._concurrent:
             return None
         trial_id = str(self._suggested)
         params: object = self._failure.guard(lambda: self._searcher.suggest(trial_id), None)
         if not isinstance(params, dict):
-            self.set_finished()
+            self.set_finished()  # type: ignore[no-untyped-call]  # of Ray
             return None
         self._suggested += 1
         self._live.add(trial_id)
         return SweepTrial(trial_id, params)
 
     def is_finished(self) -> bool:
+        """Return whether no further trial will be suggested."""
         return self._finished or self._suggested >= self._trials or self._failure.error is not None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an epoch on to the searcher."""
         self._failure.guard(lambda: self._searcher.on_trial_result(trial_id, result), None)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass a trial's end on to the searcher."""
         self._live.discard(trial_id)
         self._failure.guard(lambda: self._searcher.on_trial_complete(trial_id, result, error), None)
 
@@ -124,26 +130,31 @@ class GuardedScheduler(FIFOScheduler):
     """The scheduler of the spec's early stopping; it stops nothing more once something in the search has failed."""
 
     def __init__(self, scheduler: TrialScheduler, failure: Failure) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of Ray
         self._scheduler, self._failure = scheduler, failure
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> None:
         """Leave it to the controller, which starts trials in the order of their suggestion, without a search in all."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a new trial on to the scheduler."""
         self._failure.guard(lambda: self._scheduler.on_trial_add(tune_controller, trial), None)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a failure on to the scheduler."""
         self._failure.guard(lambda: self._scheduler.on_trial_error(tune_controller, trial), None)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+        """Return the scheduler's decision on an epoch; CONTINUE once something has failed."""
         decide = partial(self._scheduler.on_trial_result, tune_controller, trial, result)
         return self._failure.guard(decide, TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
+        """Pass a trial's end on to the scheduler."""
         self._failure.guard(lambda: self._scheduler.on_trial_complete(tune_controller, trial, result), None)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a trial's removal on to the scheduler."""
         self._failure.guard(lambda: self._scheduler.on_trial_remove(tune_controller, trial), None)
 
 
@@ -164,7 +175,7 @@ class OncePerConfig(FIFOScheduler):
     """
 
     def __init__(self, scheduler: TrialScheduler) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of Ray
         self._scheduler = scheduler
         self._decisions: dict[str, Decisions] = {}
 
@@ -173,12 +184,15 @@ class OncePerConfig(FIFOScheduler):
         return self._decisions.setdefault(actor.recorded.name, Decisions(trial))
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a new trial on to the scheduler."""
         self._scheduler.on_trial_add(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a failure on to the scheduler."""
         self._scheduler.on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+        """Return the scheduler's decision on this epoch of the config, which is made once."""
         decisions, epoch = self._decisions_of(trial), result["epoch"]
         if epoch not in decisions.answers:
             decisions.answers[epoch] = self._scheduler.on_trial_result(
@@ -187,12 +201,14 @@ class OncePerConfig(FIFOScheduler):
         return decisions.answers[epoch]
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
+        """Pass the end of the config's first trial on to the scheduler."""
         decisions = self._decisions_of(trial)
         if decisions.trial:
             first, decisions.trial = decisions.trial, None
             self._scheduler.on_trial_complete(tune_controller, first, result)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
+        """Pass a trial's removal on to the scheduler."""
         self._scheduler.on_trial_remove(tune_controller, trial)
 
 
@@ -276,6 +292,7 @@ class Actors:
         return True
 
     def clear_actor_task_futures(self, tracked_actor: TrackedActor) -> None:
+        """Drop the actor's pending task."""
         self._training.pop(tracked_actor, None)
 
     def followers(self, name: str) -> int:
@@ -283,21 +300,26 @@ class Actors:
         return len(self._followers.get(name, ()))
 
     def is_actor_started(self, tracked_actor: TrackedActor) -> bool:
+        """Return whether the actor lives."""
         return tracked_actor in self._live_actors_to_ray_actors_resources
 
     def is_actor_failed(self, tracked_actor: TrackedActor) -> bool:
+        """Return whether the actor does not live."""
         return not self.is_actor_started(tracked_actor)
 
     @property
     def num_live_actors(self) -> int:
+        """The number of live actors."""
         return len(self._live_actors_to_ray_actors_resources)
 
     @property
     def num_pending_actors(self) -> int:
+        """Zero: actors start at once."""
         return 0
 
     @property
     def num_actor_tasks(self) -> int:
+        """The number of actors that wait for their next epoch."""
         return len(self._training)
 
     def _deliver(self, actor: TrackedActor) -> None:
@@ -348,15 +370,15 @@ class SweepController(TuneController):
 
     def run(self) -> None:
         """Search to the end."""
-        while not self.is_finished():
-            self.step()
+        while not self.is_finished():  # type: ignore[no-untyped-call]  # of Ray
+            self.step()  # type: ignore[no-untyped-call]  # of Ray
 
     def on_step_begin(self) -> None:
         """Ask nothing of a cluster: there is none of Ray's."""
 
     def on_step_end(self) -> None:
         """Forget trials that have ended, so that a long sweep takes no more memory and time than a short one."""
-        super().on_step_end()
+        super().on_step_end()  # type: ignore[no-untyped-call]  # of Ray
         ended = self._stopped_trials | self._failed_trials
         if ended:
             self._trials = [trial for trial in self._trials if trial not in ended]
@@ -396,6 +418,7 @@ class GiveUp(Callback):
         self._trials, self._actors = trials, actors
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Give up the trial if no other of Tune's trials follows it."""
         actor: Any = trial.temporary_state.ray_actor
         if actor is not None and actor.unfinished and self._actors.followers(actor.recorded.name) == 1:
             self._trials.give_up(actor.recorded)

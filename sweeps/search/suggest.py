@@ -33,6 +33,7 @@ class Suggestions:
         self.path = sweep / "suggestions.jsonl"
 
     def read(self) -> list[dict[str, Scalar]]:
+        """Read the suggested points; a torn last line is left out."""
         if not self.path.exists():
             return []
         text = self.path.read_text()
@@ -48,7 +49,7 @@ class Suggestions:
 
 
 class ArmSeconds:
-    """Seconds that the search's epochs have taken until now, by the shares of the spec; the control's are left out."""
+    """Seconds that the search's epochs have taken until now, by the arms of the spec; the control's are left out."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -69,6 +70,7 @@ class ArmSeconds:
             del self._counted[trial.name]
 
     def __call__(self) -> Mapping[Scalar, float]:
+        """Return the seconds by arm."""
         return self._seconds
 
 
@@ -99,6 +101,7 @@ class SpecSearch(Searcher):
         }
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Tune's FINISHED is a text
+        """Suggest the next point, of the arm with the fewest; FINISHED when every arm's time is used up."""
         if self._repeated:
             value = self._repeated.popleft()
         else:
@@ -115,6 +118,7 @@ class SpecSearch(Searcher):
         """Nothing: a sampler learns from what a trial came to. Epochs are for a pruner, and Optuna has none here."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the arm's sampler the trial's final score."""
         arm = self._arm_of_trial.pop(trial_id)
         arm.on_trial_complete(trial_id, result, error)
         del arm._ot_trials[trial_id]  # the study has what it learns from; this is 2 KiB more
@@ -142,6 +146,7 @@ class RecordingSearch(SpecSearch):
         super().__init__(spec, points, spent)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """Suggest the next point, and record it if it is new."""
         params = super().suggest(trial_id)
         if self._to_repeat:
             self._to_repeat -= 1
@@ -157,21 +162,24 @@ class CellSampler(BaseSampler):
         self.cells = cells
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return no parameters: all are sampled independently."""
         return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        """Return no values: all are sampled independently."""
         return {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        """Return the parameter's value in the trial's cell."""
         return self.cells[trial.number][param_name]
 
 
 def make_sampler(spec: Spec, seed: int) -> BaseSampler:
-    """The sampler of the spec's algorithm; every option that decides its path is given, whatever Optuna's defaults."""
+    """Make the sampler of the spec's algorithm, with every option given that decides its path."""
     match spec.search.algorithm:
         case "grid":
             return CellSampler(spec.cells())
@@ -189,7 +197,7 @@ def make_sampler(spec: Spec, seed: int) -> BaseSampler:
 
 
 def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
-    """One point of the space, axes whose condition is not met left out."""
+    """Return one point of the space, axes whose condition is not met left out."""
     params: dict[str, Scalar] = {}
     for name, axis in spec.ordered_axes().items():
         if not active(axis, params):

@@ -22,14 +22,18 @@ class RecordedTrial(Protocol):
     """What a trial has recorded until now: a folder on the disk, or a trial of a replay."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The config's content hash."""
 
     @property
-    def config(self) -> TrialConfig: ...
+    def config(self) -> TrialConfig:
+        """The trial's config."""
 
-    def results(self) -> Sequence[dict[str, Any]]: ...
+    def results(self) -> Sequence[dict[str, Any]]:
+        """Return the epochs recorded so far."""
 
-    def ended(self) -> End | None: ...
+    def ended(self) -> End | None:
+        """Return how the trial ended; None while it has not."""
 
 
 R = TypeVar("R", bound=RecordedTrial)

@@ -63,7 +63,7 @@ def main(
 
 
 def estimate(spec: Spec) -> str:
-    """What the sweep will take, in a line, by a few training steps of its example config on this machine.
+    """Return what the sweep will take, in a line, by a few training steps of its example config on this machine.
 
     A cluster is taken to have a free GPU for each job in flight. On this machine jobs share the CPU's cores, or take
     turns on its GPUs. Nothing is written. Raises what `lorvp.estimate.calibrate.calibrate` raises.
@@ -93,7 +93,7 @@ def estimate(spec: Spec) -> str:
 
 
 def show(result: ReplayResult, spec: Spec, curves: Curves, place: Place) -> None:
-    """Prints what the replay came to."""
+    """Print what the replay came to."""
     jobs = place.profile.jobs_in_flight or spec.search.concurrent
     rule = spec.early_stopping.rule
     console.print(
@@ -111,7 +111,7 @@ def show(result: ReplayResult, spec: Spec, curves: Curves, place: Place) -> None
 
 
 def summary(result: ReplayResult, confirmed: bool = False) -> dict[str, str]:
-    """The outcome in words, by name."""
+    """Return the outcome in words, by name."""
     ended = {state: result.states.count(state) for state in State}
     trials = f"{ended[State.FINISHED]} finished, {ended[State.STOPPED]} stopped early, {ended[State.FAILED]} failed"
     lines = {"trials": f"{len(result.states)} with the control{' and the confirmation' * confirmed}: {trials}"}
@@ -130,7 +130,7 @@ def summary(result: ReplayResult, confirmed: bool = False) -> dict[str, str]:
 
 
 def best_table(result: ReplayResult, objective: str) -> Table:
-    """The best value against GPU-seconds, from the first epoch on, in equal ratios."""
+    """Return the best value against GPU-seconds, from the first epoch on, in equal ratios."""
     table = Table(box=None)
     table.add_column("GPU-seconds", justify="right")
     table.add_column(f"best {objective} so far", justify="right")

@@ -34,10 +34,10 @@ class Curves(Protocol):
     """Where a replay takes its learning curves from."""
 
     def curve(self, config: TrialConfig, control: bool) -> Curve:
-        """The curve of `config`, as long as its epochs."""
+        """Return the curve of `config`, as long as its epochs."""
 
     def describe(self) -> str:
-        """What they are, in words."""
+        """Return what they are, in words."""
 
 
 class RecordedCurves:
@@ -71,6 +71,7 @@ class RecordedCurves:
             raise UserError(f"{path}: holds no trial but the control's; it must be the results.parquet of a search")
 
     def curve(self, config: TrialConfig, control: bool) -> Curve:
+        """Return the nearest recorded curve, as long as the config's epochs."""
         points, curves = self._groups.get(control) or self._groups[False]
         own = self._point(list(on_axes(config, self._spec).values()))
         apart = points - own
@@ -90,6 +91,7 @@ class RecordedCurves:
         )
 
     def describe(self) -> str:
+        """Describe where the curves come from."""
         count = sum(len(curves) for _, curves in self._groups.values())
         seconds = f"{self._epoch_seconds:g} s an epoch" if self._epoch_seconds else "their own seconds an epoch"
         return (
@@ -98,7 +100,7 @@ class RecordedCurves:
         )
 
     def _point(self, values: list[Scalar]) -> list[float]:
-        """Where a trial with these values on the axes lies, scaled; nan on an axis that it has not."""
+        """Return where a trial with these values on the axes lies, scaled; nan on an axis that it has not."""
         return [
             math.nan if value is None else self._scaled(name, axis, value)
             for (name, axis), value in zip(self._spec.space.items(), values, strict=True)
@@ -112,11 +114,11 @@ class RecordedCurves:
             raise UserError(f"{self.path}: param.{name} holds {value!r}, which is no value between {low} and {high}")
         if axis.log_uniform:
             low, high, value = math.log(low), math.log(high), math.log(value)
-        return (value - low) / (high - low)
+        return float((value - low) / (high - low))
 
 
 def _read(path: Path, spec: Spec) -> list[dict[str, Any]]:
-    """The rows of `path`, one per epoch per trial."""
+    """Return the rows of `path`, one per epoch per trial."""
     needed = ["trial", "control", "epoch", "seconds", spec.objective]
     columns = [*needed, *(f"param.{axis}" for axis in spec.space)]
     try:
@@ -135,7 +137,8 @@ def _read(path: Path, spec: Spec) -> list[dict[str, Any]]:
     for column in ("epoch", "seconds", spec.objective):
         if not (pa.types.is_integer(table[column].type) or pa.types.is_floating(table[column].type)):
             raise UserError(f"{path}: {column} holds {table[column].type}; it must hold numbers")
-    return table.select(columns).to_pylist()
+    rows: list[dict[str, Any]] = table.select(columns).to_pylist()
+    return rows
 
 
 class AssumedCurves:
@@ -153,6 +156,7 @@ class AssumedCurves:
         self._seed = seed
 
     def curve(self, config: TrialConfig, control: bool) -> Curve:
+        """Return the config's assumed curve, as long as its epochs."""
         ceiling = CEILING
         for name, value in on_axes(config, self._spec).items():
             axis = self._spec.space[name]
@@ -168,10 +172,11 @@ class AssumedCurves:
         return Curve(values.tolist(), [self._epoch_seconds] * config.epochs, config.epochs)
 
     def _draws(self, name: str) -> np.random.Generator:
-        """The same for the same name, in whatever order they are asked for."""
+        """Return the same for the same name, in whatever order they are asked for."""
         return np.random.default_rng([self._seed, zlib.crc32(name.encode())])
 
     def describe(self) -> str:
+        """Describe the assumption."""
         return (
             "learning curves are assumed, not recorded: an exponential rise to a ceiling that falls off with each "
             f"learning rate's distance from the middle of its axis; {self._epoch_seconds:.4g} s an epoch"
@@ -179,6 +184,6 @@ class AssumedCurves:
 
 
 def on_axes(config: TrialConfig, spec: Spec) -> dict[str, Scalar]:
-    """The trial's values on the axes of the space, as `results.parquet` has them: None where one has no effect."""
+    """Return the trial's values on the axes of the space; None where one has no effect."""
     values = spec.params(config)
     return {axis: values.get(axis) for axis in spec.space}

@@ -84,10 +84,11 @@ class ReplayResult:
 
     @property
     def utilisation(self) -> float:
+        """The fraction of all GPUs' time that trained recorded epochs."""
         return self.training_seconds / (self.gpus * self.makespan) if self.makespan else 0.0
 
     def best_after(self, gpu_seconds: float) -> float:
-        """The best value after so many GPU-seconds, which are at least those of the first."""
+        """Return the best value after so many GPU-seconds, which are at least those of the first."""
         return self.best[bisect_right(self.best, gpu_seconds, key=lambda point: point[0]) - 1][1]
 
 
@@ -108,12 +109,15 @@ class Trial:
 
     @property
     def epochs(self) -> int:
+        """The number of epochs recorded so far."""
         return len(self.recorded)
 
     def results(self) -> list[dict[str, Any]]:
+        """Return the epochs recorded so far."""
         return self.recorded
 
     def ended(self) -> End | None:
+        """Return how the trial ended; None while it has not."""
         return End(self.state) if self.state else None
 
 
@@ -132,7 +136,7 @@ class Job:
 
 
 def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> ReplayResult:
-    """What the sweep comes to when each trial takes its epochs from `curves`, the same for the same `seed`.
+    """Return what the sweep comes to when each trial takes its epochs from `curves`, the same for the same `seed`.
 
     As in the sweep itself: the control is asked for first; Tune asks for `search.concurrent` trials at a time and
     hears of each epoch; a trial that it gives up ends at once, and so does the job of one, unless it takes the next;
@@ -202,7 +206,7 @@ class _Replay:
             self.fill()
 
     def confirm(self) -> None:
-        """Asks for the best trials of each share, and of the control, under each seed."""
+        """Ask for the best trials of each arm, and of the control, under each seed."""
         finished = [trial for trial in self.trials.values() if trial.state == State.FINISHED]
         finished.sort(key=lambda trial: self.better(trial.curve.values), reverse=self.spec.mode == "max")
         best = [trial for trial in finished if trial.control][:1]
@@ -217,14 +221,14 @@ class _Replay:
         heapq.heappush(self.events, (time, next(self.order), event))
 
     def step(self) -> None:
-        """The next event. Raises GivenUp where too many trials failed at the start."""
+        """Carry out the next event. Raises GivenUp where too many trials failed at the start."""
         then, _, event = heapq.heappop(self.events)
         self.result.gpu_seconds += (self.place.gpus - self.free_gpus) * (then - self.now)
         self.now = then
         event()
 
     def fill(self) -> None:
-        """Submits and starts what there is room for."""
+        """Submit and starts what there is room for."""
         for job in self.idle:
             self.take_next(job)
         self.idle.clear()
@@ -256,7 +260,7 @@ class _Replay:
         self.end(trial, State.STOPPED)
 
     def wait(self) -> set[str]:
-        """Lets events happen until a trial has news. The search may then ask for another before jobs are filled up."""
+        """Let events happen until a trial has news. The search may then ask for another before jobs are filled up."""
         while not self.news:
             self.fill()
             self.step()
@@ -266,7 +270,7 @@ class _Replay:
     # What the cluster does. An event of a trial that has ended meanwhile is nothing.
 
     def start(self, job: Job) -> None:
-        """Gives the job its GPUs, and draws how it will end."""
+        """Give the job its GPUs, and draws how it will end."""
         trial, place = job.trial, self.place
         if trial.state is not None:
             return
@@ -283,7 +287,7 @@ class _Replay:
         self.schedule(min(ready, job.ends), partial(self.train if ready <= job.ends else self.interrupt, job, trial))
 
     def train(self, job: Job, trial: Trial) -> None:
-        """Begins the next epoch, or goes on with it."""
+        """Begin the next epoch, or goes on with it."""
         if trial.state is not None:
             return
         job.training_since = self.now
@@ -291,7 +295,7 @@ class _Replay:
         self.schedule(min(end, job.ends), partial(self.record if end <= job.ends else self.interrupt, job, trial))
 
     def record(self, job: Job, trial: Trial) -> None:
-        """The end of an epoch."""
+        """Record the end of an epoch."""
         if trial.state is not None:
             return
         value, best = trial.curve.values[trial.epochs], self.result.best
@@ -309,7 +313,7 @@ class _Replay:
             self.schedule(self.now, partial(self.train, job, trial))
 
     def interrupt(self, job: Job, trial: Trial) -> None:
-        """The end of a job that its trial outlives: a failure, or the time limit, before which a checkpoint is made."""
+        """End a job that its trial outlives: at a failure, or at the time limit, before which a checkpoint is made."""
         if trial.state is not None:
             return
         if job.fails:
@@ -342,7 +346,7 @@ class _Replay:
         self.news.add(trial.name)
 
     def take_next(self, job: Job) -> None:
-        """Hands the job a trial that waits and needs what it has loaded, or lets it go."""
+        """Hand the job a trial that waits and needs what it has loaded, or lets it go."""
         if job.place < self.place.profile.trials_per_job:
             for trial in self.unsubmitted:
                 if trial.state is None and trial.config.shares_with(job.trial.config):

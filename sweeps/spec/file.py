@@ -28,7 +28,7 @@ PATHS = (
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
-    """The spec in `path`, with each override `KEY=VALUE` put in. Raises UserError: one line, with file, line, key."""
+    """Read the spec in `path`, with each override `KEY=VALUE` put in. Raises UserError with file, line and key."""
     file = YamlFile(path)
     for override in overrides:
         _override(file.values, override)
@@ -87,7 +87,7 @@ def _make_absolute(spec: Spec, fail: Fail) -> None:
 
 
 def check_hub(spec: Spec) -> None:
-    """Raises UserError for a backbone that the hub does not have, or that can't be had as the trials want it.
+    """Raise UserError for a backbone that the hub does not have, or that can't be had as the trials want it.
 
     It asks the hub, and takes what it says where it can't be reached for right: a job may reach it.
     """
@@ -108,7 +108,7 @@ def check_hub(spec: Spec) -> None:
 
 
 def _check_search(spec: Spec, fail: Fail) -> None:
-    """What pydantic can't see: whether the algorithm can take these axes, and the conditions be met."""
+    """Check what pydantic can't see: that the algorithm takes these axes, and that conditions can be met."""
     search = spec.search
     if not spec.space:
         fail(("space",), "needs at least one axis, as in `optimizer.prompt_lr: {log_uniform: [0.01, 1]}`")
@@ -142,7 +142,7 @@ def _check_search(spec: Spec, fail: Fail) -> None:
 
 
 def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
-    """That each value of the axis `name` can have an equal share of the trials."""
+    """Check that each value of the axis `name` can have an equal share of the trials."""
     location, axis = ("search", "equal"), spec.space.get(name)
     if axis is None:
         fail(location, f"no such axis in space: {name}{closest(name, list(spec.space))}")
@@ -157,7 +157,7 @@ def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
 
 
 def _check_confirm(spec: Spec, fail: Fail) -> None:
-    """That what the confirmation decides is decided by nothing else."""
+    """Check that what the confirmation decides is decided by nothing else."""
     for kind in ("trial", "space", "control"):
         if "dataset.train_on_val" in flatten(getattr(spec, kind) or {}):
             location = ("trial", "dataset", "train_on_val") if kind == "trial" else (kind, "dataset.train_on_val")
@@ -182,8 +182,7 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
 
 
 def _check_configs(spec: Spec, fail: Fail) -> None:
-    """That `trial`, each axis and the control give valid configs."""
-
+    """Check that `trial`, each axis and the control give valid configs."""
     known = functools.cache(architectures.load_registry)  # of thousands of models, and the same for every config
 
     def check(params: dict[str, Scalar], location: Location) -> None:
@@ -233,7 +232,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
 def _problem(
     config: TrialConfig, known: Callable[[Path | None], architectures.Registry | None]
 ) -> tuple[Location, str] | None:
-    """What of a valid config's backbone can't be, as far as it is told without torch, and where."""
+    """Return what of a valid config's backbone can't be, as far as it is told without torch, and where."""
     module = config.backbone.module
     if module is not None and not module.is_file():
         return None  # said where files are looked for; a sweep that has its copy may still be shown
@@ -246,7 +245,7 @@ def _problem(
 
 
 def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
-    """That a trial has the value as it is spelt: it tells by it which share the trial belongs to."""
+    """Check that a trial has the value as it is spelt, since it tells which arm the trial belongs to."""
     value = spec.space[name].examples()[place]
     try:
         actual = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
@@ -257,7 +256,7 @@ def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
 
 
 def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
-    """Every key of a config that holds a value, by dotted path."""
+    """Return every key of a config that holds a value, by dotted path."""
     keys = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
@@ -268,7 +267,7 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
 
 
 def settable_keys(begun: str) -> list[str]:
-    """What `--set` takes, as far as it begins so: for a shell to complete."""
+    """Return what `--set` takes, as far as it begins so: for a shell to complete."""
     trial = dotted_keys(TrialConfig)
     own = [key for key in dotted_keys(Spec) if key not in ("trial", "space", "control")]
     keys = own + [f"{part}.{key}" for part in ("trial", "space", "control") for key in trial]
@@ -276,7 +275,7 @@ def settable_keys(begun: str) -> list[str]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Puts one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
+    """Put one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip("."):
         raise UserError(f"--set {override}: must be KEY=VALUE, as in search.trials=8")

@@ -72,7 +72,7 @@ class Axis(Part):
         return self
 
     def values(self) -> list[Scalar] | None:
-        """Every value it can take, in order; None if they can't be listed, or are more than a grid may have."""
+        """Return every value it can take, in order; None if they can't be listed, or are more than a grid may have."""
         if self.choice is not None:
             return self.choice
         if self.integers is None or (self.integers[1] - self.integers[0]) // (*self.integers, 1)[2] >= MAX_CELLS:
@@ -80,11 +80,11 @@ class Axis(Part):
         return list(range(self.integers[0], self.integers[1] + 1, *self.integers[2:]))
 
     def examples(self) -> list[Scalar]:
-        """The values that must be valid for all of the axis to be."""
+        """Return the values that must be valid for all of the axis to be."""
         return self.choice or list(self.bounds)
 
     def contains(self, value: float) -> bool:
-        """Whether the search may give it this value."""
+        """Return whether the search may give it this value."""
         if self.choice is not None:
             return value in self.choice
         low, high = self.bounds
@@ -198,11 +198,12 @@ class Spec(Part):
 
     @property
     def mode(self) -> str:
+        """Whether a larger objective is better: "max" or "min"."""
         return OBJECTIVES[self.objective]
 
     @property
     def top(self) -> int:
-        """How many configs are confirmed, of each share of the search."""
+        """How many configs are confirmed, of each arm of the search."""
         return self.confirm.top if self.confirm else 0
 
     @property
@@ -218,17 +219,17 @@ class Spec(Part):
         return self.confirm is not None and self.confirm.all_images
 
     def unused_seeds(self, count: int) -> list[int]:
-        """The next after the largest that the search trains under."""
+        """Return the next after the largest that the search trains under."""
         first = 1 + math.floor(max(self._searched_seeds()[1]))
         return list(range(first, first + count))
 
     def trains_under(self, seed: int) -> bool:
-        """Whether a trial of the search, or of its control, may have `seed`: what it does well has chosen it."""
+        """Return whether a trial of the search, or of its control, may have `seed`: what it does well has chosen it."""
         axes, values = self._searched_seeds()
         return seed in values or any(axis.contains(seed) for axis in axes)
 
     def _searched_seeds(self) -> tuple[list[Axis], list[float]]:
-        """The axes that search a seed; the seeds that are named, and the ends of those axes."""
+        """Return the axes that search a seed; the seeds that are named, and the ends of those axes."""
         axes: list[Axis] = []
         values: list[float] = []
         for key in ("init_seed", "order_seed"):
@@ -243,14 +244,16 @@ class Spec(Part):
 
     @property
     def folder(self) -> Path:
+        """The sweep's folder."""
         return self.output / self.name
 
     @property
     def trials(self) -> Path:
+        """The folder of the sweep's trials."""
         return self.folder / "trials"
 
     def trial_config(self, params: dict[str, Scalar]) -> TrialConfig:
-        """The config of one point of the space: `trial` with `params`, by dotted path, put in."""
+        """Return the config of one point of the space: `trial` with `params`, by dotted path, put in."""
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
@@ -261,7 +264,7 @@ class Spec(Part):
         return TrialConfig.model_validate(values)
 
     def confirmed(self, config: TrialConfig, seed: int) -> TrialConfig:
-        """A config of the search as it is trained to confirm it."""
+        """Return a config of the search as it is trained to confirm it."""
         select = self.trial.get("select", config.select)
         changes = {"init_seed": seed, "order_seed": seed, "read_test": True, "select": select}
         values = config.model_dump(mode="json") | changes
@@ -270,10 +273,11 @@ class Spec(Part):
         return TrialConfig.model_validate(values)
 
     def stage(self, config: TrialConfig) -> Stage:
+        """Return whether a trial belongs to the search or to the confirmation."""
         return Stage.CONFIRM if self.confirm and config.read_test else Stage.SEARCH
 
     def params(self, config: TrialConfig) -> dict[str, Scalar]:
-        """Where a trial lies in the space: its values on the axes that matter to it."""
+        """Return where a trial lies in the space: its values on the axes that matter to it."""
         values, matter = flatten(config.model_dump(mode="json")), flatten(config.canonical())
         # what others have by default has done its part by then
         return {
@@ -283,8 +287,10 @@ class Spec(Part):
         }
 
     def control_configs(self) -> list[TrialConfig]:
-        """Each head of the space (lp where there is none) fitted to the end without a prompt, which takes seconds; and
-        every combination of the lists of `control`. None of them where that is null.
+        """Return the controls' configs: none where `control` is null.
+
+        They are each head of the space (lp where there is none) fitted to the end without a prompt, which takes
+        seconds, and every combination of the lists of `control`.
         """
         if self.control is None:
             return []
@@ -298,7 +304,7 @@ class Spec(Part):
         return [self.trial_config(cell) for cell in cells]
 
     def modules(self) -> set[Path]:
-        """The files of the user's own that its trials' backbones are registered by."""
+        """Return the files of the user's own that its trials' backbones are registered by."""
         key = "backbone.module"
         axis, control = self.space.get(key), (self.control or {}).get(key)
         paths = [self.trial.get("backbone", {}).get("module"), *(axis.examples() if axis else [])]
@@ -306,14 +312,15 @@ class Spec(Part):
         return {absolute(path) for path in paths if path is not None}
 
     def control_names(self) -> set[str]:
-        """What the control's trials are called, those that confirm it among them."""
+        """Return what the control's trials are called, those that confirm it among them."""
         configs = self.control_configs()
         again = [self.confirmed(config, seed) for config in configs for seed in self.seeds]
         return {config.content_hash() for config in [*configs, *again]}
 
     def arms(self) -> dict[Scalar, Spec]:
-        """What is searched by itself: the space at each value of `search.equal`, with so many of the trials; without
-        it the whole, as that of None.
+        """Return the arms, which are searched by themselves: the space at each value of `search.equal`.
+
+        Each has its part of the trials. Without `search.equal` the spec itself is the only arm, that of None.
         """
         name = self.search.equal
         if name is None:
@@ -327,11 +334,11 @@ class Spec(Part):
         return arms
 
     def arm(self, config: TrialConfig) -> Scalar:
-        """Which of the shares a config belongs to."""
+        """Return the arm that a config belongs to."""
         return flatten(config.model_dump(mode="json"))[self.search.equal] if self.search.equal else None
 
     def ordered_axes(self) -> dict[str, Axis]:
-        """The axes, each after those that its condition names. Raises ValueError naming a cycle."""
+        """Return the axes, each after those that its condition names. Raises ValueError naming a cycle."""
         ordered: dict[str, Axis] = {}
         while len(ordered) < len(self.space):
             ready = [
@@ -343,7 +350,7 @@ class Spec(Part):
         return ordered
 
     def cells(self) -> list[dict[str, Scalar]]:
-        """Every point of a space whose axes can all be listed, each valid one once, in a fixed order.
+        """Return every point of a space whose axes can all be listed, each valid one once, in a fixed order.
 
         Raises ValueError for more of them than a grid may have.
         """
@@ -358,7 +365,7 @@ class Spec(Part):
         return cells
 
     def example(self, fixed: dict[str, Scalar] | None = None) -> dict[str, Scalar]:
-        """A point of the space that has the parameters `fixed` and what they need to exist; else first values."""
+        """Return a point of the space that has the parameters `fixed` and the axes these need; else first values."""
         point = dict(fixed or {})
         for name in reversed(self.ordered_axes()):
             if name in point:
@@ -369,14 +376,14 @@ class Spec(Part):
         return point
 
     def max_epochs(self) -> int:
-        """The epochs of the longest trial."""
+        """Return the epochs of the longest trial."""
         lengths = (
             self.space["epochs"].examples() if "epochs" in self.space else [self.trial_config(self.example()).epochs]
         )
         return max(lengths)
 
     def milestones(self) -> list[int]:
-        """The epochs after which a trial may be given up for the others' sake, or goes on at another rung."""
+        """Return the epochs after which a trial may be given up for the others' sake, or goes on at another rung."""
         epochs, stopping = self.max_epochs(), self.early_stopping
         epochs_found = set(itertools.accumulate(rung.epochs for rung in self.trial_config(self.example()).rungs))
         if stopping.rule == "asha":
@@ -385,16 +392,17 @@ class Spec(Part):
         return sorted(epochs_found)
 
     def short_names(self) -> dict[str, str]:
-        """What to call each axis where there is little room."""
+        """Return what to call each axis where there is little room."""
         return shortened(self.space)
 
     def named_keys(self) -> list[str]:
-        """The keys of a trial that this sweep says something about, and those that anybody asks for first."""
+        """Return the keys of a trial that this sweep says something about, and those that anybody asks for first."""
         mentioned = [*self.space, *flatten(self.trial), *(self.control or {})]
         seeds = ["init_seed", "order_seed"] if self.seeds else []
         return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *mentioned, *seeds]))
 
     def number_of_trials(self) -> int:
+        """Count the trials of the search."""
         return self.search.trials or len(self.cells())
 
     def number_of_confirmations(self) -> int:
@@ -408,19 +416,19 @@ class Spec(Part):
 
 
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:
-    """Whether `axis` exists at a point whose other parameters are `params`."""
+    """Return whether `axis` exists at a point whose other parameters are `params`."""
     return all(name in params and params[name] in allowed for name, allowed in axis.when.items())
 
 
 def shortened(keys: Collection[str]) -> dict[str, str]:
-    """Each dotted path by its last part, if no other of them ends in it."""
+    """Return each dotted path by its last part, if no other of them ends in it."""
     ends = {key: key.split(".")[-1] for key in keys}
     many = Counter(ends.values())
     return {key: end if many[end] == 1 else key for key, end in ends.items()}
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Puts `value` in at the dotted path `key`."""
+    """Put `value` in at the dotted path `key`."""
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(values.get(parent), dict):

@@ -32,7 +32,7 @@ TYPE_NAMES = {"string": "text", "integer": "whole number", "number": "number", "
 
 
 def page(sweep: Schema, trial: Schema, profile: Schema) -> str:
-    """The page as Markdown. `sweep` refers to `trial`, which has a chapter of its own."""
+    """Return the page as Markdown. `sweep` refers to `trial`, which has a chapter of its own."""
     chapters = (("A sweep", SWEEP, sweep), ("`trial`", TRIAL, trial), ("A profile", PROFILE, profile))
     return "\n".join([TITLE, *(_chapter(*chapter) for chapter in chapters)])
 
@@ -43,7 +43,7 @@ def _chapter(title: str, lead: str, schema: Schema) -> str:
 
 
 def _sections(part: Schema, definitions: Schema, prefix: str = "") -> Iterator[str]:
-    """A table of the part's keys, then one of each part within it, under a heading."""
+    """Return a table of the part's keys, then one of each part within it, under a heading."""
     yield _table(part, prefix)
     for key, value in part["properties"].items():
         for path, name in _parts_within(value, prefix + key):
@@ -70,7 +70,7 @@ def _default(value: Schema) -> str:
 
 
 def _value_text(value: Schema, path: str) -> str:
-    """What may stand there, in words."""
+    """Return what may stand there, in words."""
     if "$ref" in value:
         return f"[its keys](#{_anchor(path)})"
     if "anyOf" in value:
@@ -101,7 +101,7 @@ def _plural(words: str) -> str:
 
 
 def _parts_within(value: Schema, path: str) -> Iterator[tuple[str, str]]:
-    """The path and the name of each part that a value consists of."""
+    """Return the path and the name of each part that a value consists of."""
     if "$ref" in value:
         yield path, value["$ref"].rpartition("/")[2]
     for option in value.get("anyOf", []):
@@ -117,5 +117,5 @@ def _in_a_line(text: str) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """What GitHub calls a heading in a link."""
+    """Return what GitHub calls a heading in a link."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

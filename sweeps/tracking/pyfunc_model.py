@@ -8,15 +8,18 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class TunedModel(PythonModel):
-    """Takes a column `image` of encoded images (JPEG, PNG ...), of any size; gives a row of `class`, `probability` and
-    all `probabilities`, in the order of the bundle's class names.
+    """The tuned model as MLflow's pyfunc.
+
+    It takes a column `image` of encoded images (JPEG, PNG ...), of any size, and gives a row of `class`, `probability`
+    and all `probabilities`, in the order of the bundle's class names.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
+        """Load the exported program and the class names."""
         from lorvp.bundle.format import describe
 
         description = describe(Path(context.artifacts["bundle"]))
@@ -25,6 +28,7 @@ class TunedModel(PythonModel):
         self.program = mlflow.pytorch.load_model(str(Path(context.artifacts["program"]).parents[1]))
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+        """Classify encoded images. Raises UserError for one that can't be decoded."""
         import numpy as np
         import torch
 

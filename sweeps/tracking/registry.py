@@ -51,7 +51,7 @@ SIGNATURE = ModelSignature(
 def register(
     client: MlflowClient, uri: str, run_id: str, name: str, bundle: Path, trial: str, verdict: list[str]
 ) -> str:
-    """Logs a bundle as the run's model, registers it as `name` and lets the alias `best` mean it; its URI.
+    """Log a bundle as the run's model, registers it as `name` and lets the alias `best` mean it; its URI.
 
     Its description is the bundle's card, and what the sweep found in words (`verdict`). A trial's bundle is registered
     once. Raises UserError where the bundle can't be loaded or exported here.
@@ -107,7 +107,7 @@ class _Flavours:
 
 
 def example(bundle: Path) -> pd.DataFrame:
-    """A bundle's example image as the model takes it: a JPEG."""
+    """Return a bundle's example image as the model takes it: a JPEG."""
     file = io.BytesIO()
     with Image.open(bundle / EXAMPLE) as picture:
         picture.save(file, "JPEG")
@@ -115,7 +115,7 @@ def example(bundle: Path) -> pd.DataFrame:
 
 
 def load(uri: str, module: Path | None = None) -> Any:
-    """The tuned model that MLflow holds at `runs:/RUN/best_prompt`, `runs:/RUN/bundle` or `models:/NAME@best`.
+    """Return the tuned model that MLflow holds at `runs:/RUN/best_prompt`, `runs:/RUN/bundle` or `models:/NAME@best`.
 
     As `lorvp.load` gives it, which takes `module`. Raises UserError for a URI that MLflow refuses, or that leads to no
     bundle.

@@ -12,7 +12,7 @@ POLL_SECONDS = 0.5
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, after SQLAlchemy's word on when it happened."""
+    """Return what an error says first, after SQLAlchemy's word on when it happened."""
     text = without_passwords(str(error))
     lines = [line for line in text.strip().splitlines() if not line.startswith("(raised as a result of")]
     return lines[0] if lines else type(error).__name__
@@ -26,7 +26,7 @@ class Retry:
         self._trouble = ""
 
     def call(self, action: Callable[[], None]) -> bool:
-        """Whether it went well."""
+        """Return whether it went well."""
         try:
             action()
         except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next time may be good
@@ -51,12 +51,14 @@ class PeriodicThread(threading.Thread):
         self._ended = False
 
     def run(self) -> None:
+        """Run the action until the thread is ended."""
         while not self._ended:
             self._woken.clear()
             self._retry.call(self._action)
             self._woken.wait(POLL_SECONDS)
 
     def wake(self) -> None:
+        """Run the action at once."""
         self._woken.set()
 
     def end(self) -> None:

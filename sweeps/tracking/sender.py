@@ -39,6 +39,7 @@ class Sender(threading.Thread):
                 self._news.notify_all()
 
     def run(self) -> None:
+        """Send what is pending until the thread is ended."""
         pause = POLL_SECONDS
         while not self._ended:
             succeeded = self._retry.call(self._open if self.tracker is None else self._send_all)

@@ -16,18 +16,18 @@ SQLITE = "sqlite:///"
 
 
 def tracking_uri(spec: Spec) -> str:
-    """The spec's, else the environment's, else SQLite in the output folder."""
+    """Return the spec's, else the environment's, else SQLite in the output folder."""
     return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{spec.output / 'mlflow.db'}"
 
 
 def ui_command(uri: str) -> str:
-    """What a user types to look at it."""
+    """Return what a user types to look at it."""
     uri = without_passwords(uri)
     return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def is_sure_to_open(uri: str, experiment: str) -> bool:
-    """Whether MLflow will open the store without an error, as far as a look at a SQLite file can tell.
+    """Return whether MLflow will open the store without an error, as far as a look at a SQLite file can tell.
 
     That is a file yet to be made, or one with the tables of the MLflow that is installed, which has not got the
     experiment in its trash. Of any other store: False.
@@ -48,7 +48,7 @@ def is_sure_to_open(uri: str, experiment: str) -> bool:
 
 
 def _installed_revision() -> str | None:
-    """The revision of the tables that the installed MLflow makes: the one that no other follows."""
+    """Return the revision of the tables that the installed MLflow makes: the one that no other follows."""
     package = importlib.util.find_spec("mlflow")
     if package is None or not package.submodule_search_locations:
         return None

@@ -105,7 +105,7 @@ class Tracker:
             raise
 
     def record(self, trial: TrialFolder, results: list[dict[str, Any]], control: bool) -> None:
-        """Sends what MLflow has not got of the trial's epochs, in one batch."""
+        """Send what MLflow has not got of the trial's epochs, in one batch."""
         if trial.name in self._closed:
             return
         params = [] if trial.name in self.runs else self._begin(trial, control)
@@ -123,7 +123,7 @@ class Tracker:
             self._epochs_sent[trial.name] = new[-1]["epoch"]
 
     def end(self, trial: TrialFolder, end: End, control: bool) -> None:
-        """Closes the trial's run: its state, the best epoch's figures and its bundle."""
+        """Close the trial's run: its state, the best epoch's figures and its bundle."""
         if trial.name in self._closed:
             return
         if trial.name not in self.runs:
@@ -160,7 +160,7 @@ class Tracker:
         self.client.set_terminated(run_id, "FAILED" if end.state == State.FAILED else "FINISHED")
 
     def register(self, bundle: Path, trial: str, verdict: list[str]) -> str:
-        """Makes a registered model of the best prompt, called as the sweep; its URI."""
+        """Make a registered model of the best prompt, called as the sweep; its URI."""
         return registry.register(self.client, self.uri, self.parent.info.run_id, self.spec.name, bundle, trial, verdict)
 
     def retry(self, send: Callable[[], None], patience: float = 60.0) -> bool:
@@ -176,8 +176,9 @@ class Tracker:
                 time.sleep(1)
 
     def close(self, status: str, files: list[Path], verdict: list[str]) -> None:
-        """Ends the sweep's run with `status` (FINISHED, FAILED, KILLED), the sweep's own files (and what lies in its
-        folders) as artifacts, and the verdict for a description.
+        """End the sweep's run with `status` (FINISHED, FAILED, KILLED).
+
+        The sweep's own files, and what lies in its folders, become artifacts, the verdict the description.
         """
         run_id = self.parent.info.run_id
         for file in files:
@@ -222,7 +223,7 @@ class Tracker:
                 return runs
 
     def _begin(self, trial: TrialFolder, control: bool) -> list[Param]:
-        """Makes the trial's run, or finds one that was made and has no parameters yet; these are still to be sent."""
+        """Make the trial's run, or finds one that was made and has no parameters yet; these are still to be sent."""
         query = f"tags.`{SWEEP}` = '{self.sweep_id}' and tags.`{TRIAL}` = '{trial.name}'"
         begun = self._runs(query) if trial.name in self._begun else []
         self._begun.add(trial.name)
@@ -249,23 +250,23 @@ class Tracker:
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """An epoch's, what the user compares by before all else: MLflow's pages begin with the first."""
+    """Return an epoch's, what the user compares by before all else: MLflow's pages begin with the first."""
     values = {key: value for key, value in epoch_metrics(result).items() if key not in NOT_METRICS}
     return {"val_top1": values.pop("val_top1")} | values
 
 
 def _device_tags(result: dict[str, Any]) -> list[RunTag]:
-    """The GPU or processor, NVIDIA's driver and the precision of an epoch, as tags."""
+    """Return the GPU or processor, NVIDIA's driver and the precision of an epoch, as tags."""
     return [RunTag(key, result[key]) for key in ("device", "driver", "precision") if result.get(key)]
 
 
 def _param_text(value: Any) -> str:
-    """A parameter as MLflow's table has room for it; a bundle has the whole."""
+    """Return a parameter as MLflow's table has room for it; a bundle has the whole."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def make_tables(uri: str) -> None:
-    """Has MLflow make the tables of a SQLite file that is not there yet, under another name until they are whole.
+    """Have MLflow make the tables of a SQLite file that is not there yet, under another name until they are whole.
 
     It takes seconds, within which a driver may be killed; MLflow goes on with no file that has a part of them. What
     killed drivers have left is removed.
@@ -284,7 +285,7 @@ def make_tables(uri: str) -> None:
 
 
 def draft_prefix(path: Path, maker: Holder) -> str:
-    """How the name of a folder begins in which a driver makes the tables of this file: it says which driver."""
+    """Return how the name of a folder begins in which a driver makes the tables of this file: it says which driver."""
     return f".{path.name}.{maker.host}.{maker.process}.{maker.started:.0f}."
 
 
@@ -308,13 +309,13 @@ def _in_use(draft: Path, path: Path) -> bool:
 
 
 def installed_packages() -> list[str]:
-    """What can be imported here, as `pip freeze` names it; by the names of folders, as their files take 0.4 s."""
+    """List what can be imported here, as `pip freeze` names it; by the names of folders, as their files take 0.4 s."""
     folders = [folder for path in sys.path if path for folder in Path(path).glob("*.dist-info")]
     return sorted({folder.stem.replace("-", "==", 1) for folder in folders}, key=str.lower)
 
 
 def git_commit() -> str:
-    """The commit of this checkout, `-dirty` where it was edited; empty outside one."""
+    """Return the commit of this checkout, `-dirty` where it was edited; empty outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
