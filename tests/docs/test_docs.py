@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from conftest import photo
 from support import warm
-from support.archives import cifar_archive
 from support.doc_commands import PAGES, commands, is_python
 from support.ports import reserve
+from support.samples.archives import cifar_archive
 from support.slurm import installed  # noqa: F401  a fixture
 from support.slurm_sim import Simulation
 from support.waiting import LIMIT, answers, wait_for

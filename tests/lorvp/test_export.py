@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import warm
-from support.bundles import saved, tuned
+from support.samples.bundles import saved, tuned
 from typer.testing import CliRunner
 
 import lorvp

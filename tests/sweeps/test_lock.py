@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from support import synthetic
+from support.samples import synthetic
 from support.waiting import wait_for
 
 from cluster.folder import StopReason, TrialFolder

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import digits_values
-from support.confirmed import confirmed, make_confirmed, ran, searched
+from support.samples.confirmed import confirmed, make_confirmed, ran, searched
 from typer.testing import CliRunner
 
 from lorvp.config import BackboneConfig, DatasetConfig

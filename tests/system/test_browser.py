@@ -19,7 +19,8 @@ import pytest
 from conftest import Server
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from support import debian, synthetic, warm
+from support import debian, warm
+from support.samples import synthetic
 from support.waiting import LIMIT, wait_for
 
 from sweeps import launch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from support.specs import GOOD
+from support.samples.specs import GOOD
 from typer.testing import CliRunner, Result
 
 from cluster import snapshot

@@ -16,7 +16,7 @@ import torch
 from conftest import make, photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.bundles import saved, tuned
+from support.samples.bundles import saved, tuned
 from typer import Typer
 from typer.testing import CliRunner
 

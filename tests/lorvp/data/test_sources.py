@@ -20,7 +20,7 @@ import torch
 import torchvision
 from conftest import make, photo
 from PIL import Image
-from support.archives import cifar_archive
+from support.samples.archives import cifar_archive
 from torchvision import transforms
 
 from lorvp.config import DatasetConfig

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from scipy.special import erf
-from support.training import figures
+from support.samples.training import figures
 from torch.nn import functional as F
 
 from lorvp import methods

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 from conftest import digits_values
-from support.training import MEASURED
+from support.samples.training import MEASURED
 
 from lorvp.data.loader import epoch_order
 from lorvp.errors import TrialFailed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from support.training import figures
+from support.samples.training import figures
 
 from lorvp.config import PromptConfig
 from lorvp.training import loop, stage

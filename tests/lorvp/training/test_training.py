@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import count_forwards
 from pydantic import ValidationError
-from support.training import figures
+from support.samples.training import figures
 
 import lorvp
 from lorvp.bundle.format import describe

@@ -14,7 +14,7 @@ import pytest
 from conftest import digits_values
 from matplotlib.axes import Axes
 from PIL import Image
-from support import synthetic
+from support.samples import synthetic
 
 from cluster.folder import State, TrialFolder
 from lorvp.bundle.format import DESCRIPTION, EXAMPLE, FORMAT_VERSION, PICTURE, PROMPTED

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import synthetic
+from support.samples import synthetic
 from test_figures import Stated, folders, make_spec
 
 import sweeps

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import digits_values
 from scipy import stats
-from support.confirmed import SEEDS, confirmed, make_confirmed, ran, searched
+from support.samples.confirmed import SEEDS, confirmed, make_confirmed, ran, searched
 
 from cluster.folder import Cause, State, TrialFolder
 from sweeps.results import confirm

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from support.specs import GOOD
+from support.samples.specs import GOOD
 from typer.testing import CliRunner
 
 from lorvp.config import TrialConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.specs import GOOD
+from support.samples.specs import GOOD
 
 from lorvp.errors import UserError
 from lorvp.utils.yaml_file import YamlFile

@@ -1,0 +1,1 @@
+"""Data, specs, bundles and folders of sweeps that several tests start from."""
