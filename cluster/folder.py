@@ -291,7 +291,7 @@ class TrialFolder:
         return newest.ended() if newest else None
 
     def has_room(self) -> bool:
-        """Return whether its disk takes another file."""
+        """Return whether another file can be written to its disk."""
         try:
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(bytes(PROBE_BYTES))

@@ -57,7 +57,7 @@ class TrialJob:
         run(folder, threads, trials, pack, needs_gpu=bool(gpus))
 
     def checkpoint(self, *arguments: object) -> submitit.helpers.DelayedSubmission:
-        """Return what submitit submits when it requeues the job: the same call."""
+        """Return the same call again, for submitit to submit when it requeues the job."""
         return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
@@ -338,7 +338,7 @@ def record_failure(attempt: Attempt, error: Exception) -> None:
 
 
 def cause_of(error: Exception) -> Cause:
-    """Return what kind of failure an exception is."""
+    """Return the cause of a failure, by the exception's type and text."""
     if isinstance(error, TrialFailed):
         return Cause.DIVERGED
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""Submit a job for every requested trial, and replace the jobs that died."""
+"""Submit a job for every trial that was asked for, and notice the jobs that died."""
 
 from __future__ import annotations
 

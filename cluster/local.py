@@ -87,7 +87,7 @@ class LocalCluster:
 
 
 def _counted_by_cuda() -> int:
-    """Return how many GPUs torch can use, asked in a process of its own: one that has CUDA can't be forked."""
+    """Count the GPUs that torch can use, in a process of its own: a process that has CUDA can't be forked."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     completed = subprocess.run(command, capture_output=True, text=True)
     return int(completed.stdout.split()[-1]) if completed.returncode == 0 else 0

@@ -146,7 +146,7 @@ class SlurmCluster:
                 submission.dump(temporary)
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """Return what SLURM last said of each job; those that nobody knows any longer are left out.
+        """Return the last state of each job that SLURM knows; unknown jobs are left out.
 
         A job that squeue does not list is asked for by its id, then of accounting; what either calls alive is.
         """
@@ -186,7 +186,7 @@ class SlurmCluster:
             raise
 
     def _query_accounting(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """Return what the site's account calls alive, if any; store how the others ended in `_ended_states`."""
+        """Return the state of each job that sacct reports alive; store how the others ended in `_ended_states`."""
         if not (job_ids and self._accounting):
             return {}
         columns = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList"]
@@ -285,12 +285,12 @@ def requeue_this_job() -> None:
 
 
 def sweep_name(sweep_id: str) -> str:
-    """Return what the names of all jobs of a sweep begin with."""
+    """Return the prefix of the names of all jobs of a sweep."""
     return f"lorvp-{sweep_id[:8]}"
 
 
 def max_array_size() -> int:
-    """Return how many jobs this site lets an array have."""
+    """Return the largest job array that the site allows."""
     for line in slurm_commands.run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":

@@ -17,7 +17,7 @@ RECORD = "sweep.json"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what was recorded of the sweep when it was started: its `id` and its `spec`. Raises UserError."""
+    """Return the record of the sweep from its start: its `id` and its `spec`. Raises UserError."""
     path = folder / RECORD
     try:
         recorded = json.loads(path.read_text())

@@ -81,7 +81,7 @@ def confirmation(outcome: Outcome) -> Table | None:
 
 
 def failures(outcome: Outcome) -> Table | None:
-    """Return what failed, by cause."""
+    """Draw a table of the failures, by cause."""
     entries = outcome.board.entries
     failed = [(entry.trial.name, entry.end) for entry in entries if entry.end and entry.end.state == State.FAILED]
     if not failed:
@@ -187,7 +187,7 @@ def _device(spec: Spec) -> tuple[int, str]:
 
 
 def gain(outcome: Outcome) -> Figure | None:
-    """Return how far each config is from the control: of the confirmation, where there is one."""
+    """Draw the difference of each config to the control; of the confirmation, if there is one."""
     if outcome.comparison:
         return _confirmed_gain(outcome.comparison)
     control = _control(outcome)
@@ -274,7 +274,7 @@ def prompts(outcome: Outcome) -> Figure | None:
 
 
 def _prompt(bundle: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return what a bundle says of its prompt; or None, and why it says nothing."""
+    """Return a bundle's description of its prompt; or None, and the reason."""
     try:
         spectrum = describe(bundle).get("prompt")
     except UserError as error:

@@ -75,6 +75,6 @@ def _when(board: Leaderboard) -> str:
 
 
 def _trials(board: Leaderboard) -> str:
-    """Return how many there are, by how they ended."""
+    """Count the trials, by how they ended."""
     ends = Counter(MARKS[entry.end.state] or "finished" if entry.end else "unfinished" for entry in board.entries)
     return f"{len(board.entries)} trials: {', '.join(f'{count} {end}' for end, count in ends.most_common())}"

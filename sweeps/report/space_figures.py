@@ -69,7 +69,7 @@ class Scale:
             self._log = self._low > 0 and self._high >= 10 * self._low
 
     def cells(self) -> list[str]:
-        """Return what to write beside each cell along the axis."""
+        """Return the label of each cell along the axis."""
         if self._listed is not None:
             names = [number(value) for value in self._listed]
         else:
@@ -203,7 +203,7 @@ def parallel(outcome: Outcome) -> Figure | None:
 
 
 def importance(outcome: Outcome) -> Figure | None:
-    """Return how much of the finished trials' differences each axis explains."""
+    """Return each axis's share of the variance between finished trials (fANOVA)."""
     entries = [entry for entry in outcome.board.search_entries() if entry.finished]
     fractions = importances(outcome.spec, entries)
     if not fractions:

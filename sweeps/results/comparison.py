@@ -110,11 +110,11 @@ class Row:
         return paired_difference(differences) if differences else None
 
     def last_values(self, key: str) -> list[Any]:
-        """Return what the trials' last epochs have under `key`."""
+        """Return the values of `key` in the trials' last epochs."""
         return [entry.results[-1][key] for entry in self.entries]
 
     def parameters(self, *groups: str) -> int | None:
-        """Return how many numbers of these groups were trained; None where there are none."""
+        """Count the trained numbers of these groups; None if there are none."""
         trained = self.last_values("parameters")[0] if self.entries else {}
         return sum(trained.get(group, 0) for group in groups) or None
 
@@ -189,7 +189,7 @@ class Comparison:
         return lines + self._bias(best)
 
     def _bias(self, best: Row) -> list[str]:
-        """Return what the published protocol did to the figures, where it was followed."""
+        """Return the bias of the published protocol, if the sweep followed it."""
         entries = [entry for row in self.rows for entry in row.entries]
         if all(entry.trial.config.select == "val" for entry in entries):
             return []

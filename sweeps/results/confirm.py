@@ -73,7 +73,7 @@ def request(spec: Spec, choices: list[Choice], ask: Callable[[TrialConfig], obje
 
 
 def _extent(spec: Spec) -> dict[str, float | None]:
-    """Return how far the search went."""
+    """Return the extent of the search: its trials and its limit in seconds."""
     return {"trials": spec.number_of_trials(), "seconds": spec.search.seconds}
 
 

@@ -218,7 +218,7 @@ class Leaderboard:
         return [f"rank correlation with the end, of {len(finished)} finished trials: {', '.join(correlations)}"]
 
     def failures(self) -> list[str]:
-        """Return what failed and why: each cause with its trials."""
+        """List the failures: each cause with its trials."""
         ends = [(entry.trial.name, entry.end) for entry in self.entries if entry.end is not None]
         failed = [(name, end) for name, end in ends if end.state == State.FAILED]
         counts = Counter(end.cause for _, end in failed)

@@ -62,5 +62,5 @@ class Outcome:
         return row.entries[0] if row else None
 
     def verdict(self) -> list[str]:
-        """Return what was found, in words."""
+        """Return the verdict in words, a line each."""
         return self.comparison.verdict() if self.comparison else self.board.verdict()

@@ -252,7 +252,7 @@ def network(config: BackboneConfig) -> tuple[str, str]:
 
 
 def dataset(config: DatasetConfig) -> str:
-    """Return what a dataset is called, whatever size its store has; and whether it is only a part of that."""
+    """Return a dataset's name without its store's size, and say if it is only a part of the dataset."""
     name = without_size(config.title) if config.name == "store" else config.title
     limits = config.max_classes, config.max_per_class, config.train_images
     return name if limits == (None, None, None) else f"{name} (part)"

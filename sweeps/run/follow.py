@@ -180,7 +180,7 @@ class Follower:
         return Group(table, summary)
 
     def _time_left(self, trials: int) -> str:
-        """Return what so many trials take at the rate at which trials ended since this driver started."""
+        """Return the seconds that so many trials take, at the rate since this driver started."""
         if not self._ended_now:
             return "unknown time"
         seconds = (time.monotonic() - self._start) / self._ended_now * trials

@@ -1,4 +1,4 @@
-"""The trials of a sweep as its driver has them trained by jobs, in rounds of polls."""
+"""Have the trials of a sweep trained by jobs: the job manager looks after the jobs, in rounds of polls."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _why(trial: TrialFolder, end: End | None, state: JobState | None) -> str:
 
 
 def _times(trial: TrialFolder) -> tuple[str, str]:
-    """Return how long its last job was in the queue, and how long it has been running, or ran."""
+    """Return how long its last job was queued, and how long it has run, in words."""
     asked_at, attempt, now = trial.submitted_at(), trial.newest(), time.time()
     if asked_at is None:
         return "", ""

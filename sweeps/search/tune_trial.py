@@ -33,7 +33,7 @@ class RecordedTrial(Protocol):
         """Return the epochs recorded so far."""
 
     def ended(self) -> End | None:
-        """Return how the trial ended; None while it has not."""
+        """Return how the trial ended; None before its end."""
 
 
 R = TypeVar("R", bound=RecordedTrial)

@@ -37,7 +37,7 @@ class Curves(Protocol):
         """Return the curve of `config`, as long as its epochs."""
 
     def describe(self) -> str:
-        """Return what they are, in words."""
+        """Describe the curves in words."""
 
 
 class RecordedCurves:

@@ -117,7 +117,7 @@ class Trial:
         return self.recorded
 
     def ended(self) -> End | None:
-        """Return how the trial ended; None while it has not."""
+        """Return how the trial ended; None before its end."""
         return End(self.state) if self.state else None
 
 

@@ -232,7 +232,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
 def _problem(
     config: TrialConfig, known: Callable[[Path | None], architectures.Registry | None]
 ) -> tuple[Location, str] | None:
-    """Return what of a valid config's backbone can't be, as far as it is told without torch, and where."""
+    """Return what is wrong with a valid config's backbone, as far as that is known without torch, and its key."""
     module = config.backbone.module
     if module is not None and not module.is_file():
         return None  # said where files are looked for; a sweep that has its copy may still be shown
@@ -267,7 +267,7 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
 
 
 def settable_keys(begun: str) -> list[str]:
-    """Return what `--set` takes, as far as it begins so: for a shell to complete."""
+    """Return the keys for `--set` that begin so, for a shell to complete."""
     trial = dotted_keys(TrialConfig)
     own = [key for key in dotted_keys(Spec) if key not in ("trial", "space", "control")]
     keys = own + [f"{part}.{key}" for part in ("trial", "space", "control") for key in trial]

@@ -312,7 +312,7 @@ class Spec(Part):
         return {absolute(path) for path in paths if path is not None}
 
     def control_names(self) -> set[str]:
-        """Return what the control's trials are called, those that confirm it among them."""
+        """Return the names of the control's trials, with those that confirm it."""
         configs = self.control_configs()
         again = [self.confirmed(config, seed) for config in configs for seed in self.seeds]
         return {config.content_hash() for config in [*configs, *again]}
@@ -392,7 +392,7 @@ class Spec(Part):
         return sorted(epochs_found)
 
     def short_names(self) -> dict[str, str]:
-        """Return what to call each axis where there is little room."""
+        """Return a short name for each axis."""
         return shortened(self.space)
 
     def named_keys(self) -> list[str]:

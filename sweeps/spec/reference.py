@@ -70,7 +70,7 @@ def _default(value: Schema) -> str:
 
 
 def _value_text(value: Schema, path: str) -> str:
-    """Return what may stand there, in words."""
+    """Return the allowed values, in words."""
     if "$ref" in value:
         return f"[its keys](#{_anchor(path)})"
     if "anyOf" in value:
@@ -117,5 +117,5 @@ def _in_a_line(text: str) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """Return what GitHub calls a heading in a link."""
+    """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

@@ -12,7 +12,7 @@ POLL_SECONDS = 0.5
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says first, after SQLAlchemy's word on when it happened."""
+    """Return the first line of an error, without SQLAlchemy's preface."""
     text = without_passwords(str(error))
     lines = [line for line in text.strip().splitlines() if not line.startswith("(raised as a result of")]
     return lines[0] if lines else type(error).__name__
@@ -26,7 +26,7 @@ class Retry:
         self._trouble = ""
 
     def call(self, action: Callable[[], None]) -> bool:
-        """Return whether it went well."""
+        """Call it, and return whether it succeeded."""
         try:
             action()
         except Exception as error:  # MLflow, the disk and the cluster fail in their own ways; the next time may be good

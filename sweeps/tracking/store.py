@@ -21,7 +21,7 @@ def tracking_uri(spec: Spec) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """Return what a user types to look at it."""
+    """Return the command that shows the store."""
     uri = without_passwords(uri)
     return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 

@@ -285,7 +285,7 @@ def make_tables(uri: str) -> None:
 
 
 def draft_prefix(path: Path, maker: Holder) -> str:
-    """Return how the name of a folder begins in which a driver makes the tables of this file: it says which driver."""
+    """Return the prefix of the folder in which a driver makes this file's tables; it names the driver."""
     return f".{path.name}.{maker.host}.{maker.process}.{maker.started:.0f}."
 
 
