@@ -66,7 +66,7 @@ class Fenced(Exception):
 
 
 class RequeueHandler:
-    """submitit's handler requeues a job on the spot, wherever it is; this one waits for `carry_out`.
+    """submitit's handler requeues a job on the spot, wherever it is; this one waits for `requeue`.
 
     So the job gets to the end of its step, when the trial's state is whole and in its checkpoint. It does so at SIGTERM
     too, by which SLURM says that it will kill the job: SLURM or the driver starts another then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
 from sweeps.spec.model import MAX_CELLS, Scalar, Spec, flatten
 
+MOST_POINTS = 1000
+"""Points of the space that are looked at for one that uses an axis."""
 Fail = Callable[[Location, str], NoReturn]
 PATHS = (
     ("dataset", "root", absolute),
@@ -184,13 +187,16 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
 def _check_configs(spec: Spec, fail: Fail) -> None:
     """Check that `trial`, each axis and the control give valid configs."""
     known = functools.cache(architectures.load_registry)  # of thousands of models, and the same for every config
+    unused = set(spec.space)
 
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
-            problem = _problem(spec.trial_config(params), known)
+            config = spec.trial_config(params)
+            problem = _problem(config, known)
         except ValidationError as error:
             problem = explain(error, TrialConfig)
         if problem is None:
+            unused.difference_update(params.keys() & spec.params(config).keys())
             return
         inner, message = problem
         if not inner and "choice" in location and spec.search.algorithm != "grid":
@@ -208,6 +214,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
             if name == spec.search.equal:
                 _check_spelling(spec, name, i, fail)
+    _check_used(spec, unused, fail)
     if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
     if spec.search.algorithm == "grid":
@@ -227,6 +234,21 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             if dotted in spec.control:
                 fail(("control", dotted), message)
             fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def _check_used(spec: Spec, unused: set[str], fail: Fail) -> None:
+    """Check that some point of the space uses each axis; those in `unused` have not been seen in use yet."""
+    choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None}
+    for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
+        if not unused:
+            return
+        chosen = spec.example(dict(zip(choices, values, strict=True)))
+        point = {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
+        with suppress(ValidationError):  # values that don't go together
+            unused.difference_update(point.keys() & spec.params(spec.trial_config(point)).keys())
+    for name in spec.space:
+        if name in unused:
+            fail(("space", name), "no trial of this sweep has a use for it; leave it out")
 
 
 def _problem(
@@ -284,6 +306,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     except UserError as error:
         raise UserError(f"--set {override}: {error}") from None
     parts = key.strip().split(".")
+    axis, space = ".".join(parts[1:]), values.get("space")
+    if parts[0] == "trial" and isinstance(space, dict) and axis in space:
+        raise UserError(
+            f"--set {override}: {axis} is an axis, and the search would choose it; "
+            f"--set 'space.{axis}={{choice: [{text}]}}' pins it"
+        )
     node = values
     while True:
         # the longest key that is there already; else one part, or all of an axis's name

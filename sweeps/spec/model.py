@@ -1,4 +1,4 @@
-"""What a sweep is: a validated `Spec`; `spec_file.py` reads it."""
+"""What a sweep is: a validated `Spec`; `file.py` reads it."""
 
 from __future__ import annotations
 

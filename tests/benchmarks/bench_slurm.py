@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the tests
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before tests/, whose folders have the packages' names
 
 from conftest import digits_values
 from support.slurm_sim import PROFILE, Simulation

@@ -348,7 +348,7 @@ def test_no_process_port_socket_token_or_file_of_rays(tmp_path):
     for folder in (temporary, home, here):
         folder.mkdir()
     environment = os.environ | {"TMPDIR": str(temporary), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
-    code = dedent(ALONE).format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    code = dedent(ALONE).format(tests=[str(Path(__file__).parents[depth]) for depth in (3, 0, 2)])
     done = subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, False]

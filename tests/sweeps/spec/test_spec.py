@@ -174,7 +174,7 @@ def test_overrides_reach_every_kind_of_key(write):
         "control.method=linear_probe",
         "control.optimizer.lr=[0.1, 1]",
     ]
-    changed = spec_file.load(write(), [*overrides, "trial.label_mapping=lp", "control.label_mapping=lp"])
+    changed = spec_file.load(write(), [*overrides, "control.label_mapping=lp"])
     assert changed.search.trials == 3
     assert changed.space["prompt.rank"].integers == [2, 6]
     assert changed.space["optimizer.prompt_lr"].log_uniform == (1e-3, 1e-1)
@@ -201,9 +201,40 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
         "lp",
     ]
     assert controls("control=null") == []
-    without_heads = "[flm, ilm]}", "when: {label_mapping: [flm]"
-    text = GOOD.replace("[flm, fm, lp]}", without_heads[0]).replace("when: {label_mapping: [fm, lp]", without_heads[1])
-    assert controls(old=GOOD, new=text) == ["lp"]
+    head = "  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}\n"
+    assert controls(old=GOOD, new=GOOD.replace("[flm, fm, lp]}", "[flm, ilm]}").replace(head, "")) == ["lp"]
+
+
+def test_an_axis_is_pinned_in_the_space_alone(write):
+    pins = "--set 'space.prompt.rank={choice: [2]}' pins it"
+    with pytest.raises(
+        UserError, match=re.escape("--set trial.prompt.rank=2: prompt.rank is an axis, and the search")
+    ) as refused:
+        spec_file.load(write(), ["trial.prompt.rank=2"])
+    assert str(refused.value).endswith(pins)
+    assert spec_file.load(write(), ["space.prompt.rank={choice: [2]}"]).space["prompt.rank"].choice == [2]
+
+
+@pytest.mark.parametrize(
+    ("axis", "overrides"),
+    [
+        ("prompt.pad: {choice: [10, 20]}", []),
+        ("tokens.count: {choice: [1, 5]}", []),
+        ("optimizer.momentum: {choice: [0.8, 0.9]}", ["trial.optimizer={name: adam}"]),
+        ("optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: flm}}", []),
+    ],
+)
+def test_an_axis_without_use_is_refused(write, axis, overrides):
+    head = "  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}\n"
+    with pytest.raises(
+        UserError, match=f"space.{axis.partition(':')[0]}: no trial of this sweep has a use for it; leave it out"
+    ):
+        spec_file.load(write(head, f"  {axis}\n"), overrides)
+
+
+def test_an_axis_that_one_value_of_another_uses(write):
+    kinds = "space.prompt.kind={choice: [low_rank, full_image, border]}"
+    assert "prompt.pad" in spec_file.load(write(), [kinds, "space.prompt.pad={choice: [10, 20]}"]).space
 
 
 def test_only_the_confirmation_reads_the_test_set(write):
