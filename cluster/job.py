@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import submitit
 
-from cluster.folder import AUTO, NODE_FAILURE_PREFIX, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from cluster.torch_stub import stub_out_compiler
+from cluster.trial_folder import AUTO, NODE_FAILURE_PREFIX, Attempt, Cause, State, StopReason, TrialFolder, pack_file
 from lorvp.errors import TrialFailed, UserError
 from lorvp.utils.files import create, give_libraries_caches, read_line, write_json
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster import snapshot
-from cluster.folder import AUTO, NODE_FAILURE_PREFIX, Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
 from cluster.scan import FollowedTrial, Scan
 from cluster.slurm import SlurmCluster
+from cluster.trial_folder import AUTO, NODE_FAILURE_PREFIX, Cause, JobState, State, StopReason, TrialFolder, pack_file
 
 FINAL_STATES = {"OUT_OF_MEMORY": Cause.OUT_OF_MEMORY, "DEADLINE": Cause.LOST}
 """States of a job that another start would end in again."""

@@ -15,9 +15,9 @@ import psutil
 import submitit
 
 from cluster import snapshot
-from cluster.folder import JobState, TrialFolder
 from cluster.job import TrialJob
 from cluster.profile import Profile
+from cluster.trial_folder import JobState, TrialFolder
 
 UNLIMITED_MINUTES = 60 * 24 * 365
 NVIDIA = "nvidia[0-9]*"

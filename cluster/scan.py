@@ -1,7 +1,7 @@
 """Poll the trials' folders, for all who follow a sweep: the search, MLflow, the screen and the job manager.
 
-A look at a trial that has nothing new costs one `stat`, of the file that its job makes grow (`folder.NEWS`). A trial is
-looked at again after a tenth of its last epoch's time, and sooner when an epoch or its end is due.
+A look at a trial that has nothing new costs one `stat`, of the file that its job makes grow (`trial_folder.NEWS`). A
+trial is looked at again after a tenth of its last epoch's time, and sooner when an epoch or its end is due.
 
 A network disk may show that file as it is and others as they were, for a while. It has a byte for each attempt, epoch
 and end: where some of these are missing, the folder is read at every look until they are there.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder, refresh_listing
+from cluster.trial_folder import NEWS, RESULTS, Attempt, End, StopReason, TrialFolder, refresh_listing
 from lorvp.config import TrialConfig
 
 MIN_POLL, MAX_POLL = 0.5, 30.0

@@ -17,9 +17,9 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 from submitit.slurm import slurm
 
 from cluster import slurm_commands, snapshot
-from cluster.folder import JobState, TrialFolder
 from cluster.job import ANY_GPU, TrialJob
 from cluster.profile import Profile, SbatchOptions
+from cluster.trial_folder import JobState, TrialFolder
 from lorvp.utils.files import replacing, write_json
 
 MIN_POLL, MAX_POLL = 2.0, 30.0

@@ -1,12 +1,10 @@
-"""Make a trial's optimizers and compute its learning-rate schedule."""
+"""Make a trial's optimizers."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from lorvp.config import ScheduleConfig, TrialConfig
+from lorvp.config import TrialConfig
 from lorvp.optim.galore import GaLore
 
 
@@ -28,16 +26,3 @@ def make_optimizer(
         return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused)
     adam_class: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
     return adam_class(parameters, lr, weight_decay=weight_decay, fused=fused)
-
-
-def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch: int) -> float:
-    """Return the factor of the learning rate at `step` (from 0) of `total`; it is above 0 at the first warm-up step."""
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / (total - warmup)
-    if schedule.name == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if schedule.name == "steps":
-        return 0.1 ** sum(done >= milestone for milestone in schedule.milestones)
-    return 1 - done if schedule.name == "linear" else 1.0

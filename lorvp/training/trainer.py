@@ -21,7 +21,7 @@ from lorvp.errors import TrialFailed, UserError
 from lorvp.features import cache as feature_cache
 from lorvp.features import probe
 from lorvp.optim.galore import state_bytes
-from lorvp.optim.optimizers import lr_factor
+from lorvp.optim.schedule import lr_factor
 from lorvp.result import EpochResult
 from lorvp.training import checkpoint
 from lorvp.training.epoch_state import EpochState

@@ -31,7 +31,7 @@ from PIL import Image
 from rich.table import Table
 
 from cluster import profile as profiles
-from cluster.folder import State
+from cluster.trial_folder import State
 from lorvp.bundle.format import EXAMPLE, PICTURE, PROMPTED, describe
 from lorvp.errors import UserError
 from sweeps.report.space_figures import heat_map, importance, parallel

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-from cluster.folder import TrialFolder
+from cluster.trial_folder import TrialFolder
 from lorvp.config import TrialConfig
 from lorvp.utils.files import write_json
 from sweeps.results.leaderboard import Entry, Leaderboard

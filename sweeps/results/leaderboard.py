@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from cluster.folder import End, State, TrialFolder
+from cluster.trial_folder import End, State, TrialFolder
 from lorvp.utils.files import replacing
 from sweeps.spec.model import Spec, Stage
 

@@ -22,8 +22,8 @@ from sweeps.results.comparison import Comparison
 from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Leaderboard
 from sweeps.results.outcome import Outcome
-from sweeps.run.follow import Follower, GivenUp
 from sweeps.run.jobs import Jobs
+from sweeps.run.live_view import Follower, GivenUp
 from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler

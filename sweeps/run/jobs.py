@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from cluster.folder import StopReason
 from cluster.job_manager import JobManager
 from cluster.scan import FollowedTrial
+from cluster.trial_folder import StopReason
 from lorvp.config import TrialConfig
-from sweeps.run.follow import Follower
+from sweeps.run.live_view import Follower
 from sweeps.tracking.retry import PeriodicThread, Retry
 from sweeps.tracking.sender import Sender
 

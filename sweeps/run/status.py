@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.folder import End, JobState, State, TrialFolder
 from cluster.job_manager import JobManager
+from cluster.trial_folder import End, JobState, State, TrialFolder
 from lorvp.errors import UserError
 from sweeps import lock
 from sweeps.spec.model import Spec

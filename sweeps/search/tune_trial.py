@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from cluster.folder import End, State
+from cluster.trial_folder import End, State
 from lorvp.config import TrialConfig
 from lorvp.errors import TrialFailed
 from lorvp.utils.explain import explain

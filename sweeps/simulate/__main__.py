@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from cluster import profile as profiles
-from cluster.folder import State
+from cluster.trial_folder import State
 from lorvp.errors import UserError
 from lorvp.utils import cli
 from sweeps.simulate.curves import AssumedCurves, Curves, RecordedCurves

@@ -20,12 +20,12 @@ from typing import Any
 
 import optuna
 
-from cluster.folder import End, State
 from cluster.local import LocalCluster
 from cluster.profile import Profile
+from cluster.trial_folder import End, State
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from sweeps.run.follow import GivenUp
+from sweeps.run.live_view import GivenUp
 from sweeps.search.controller import Failure, SweepController
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import ArmSeconds, SpecSearch

@@ -17,7 +17,7 @@ from lorvp.errors import UserError
 from lorvp.models import architectures
 from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
-from sweeps.spec.model import MAX_CELLS, Scalar, Spec, flatten
+from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active, flatten
 
 MOST_POINTS = 1000
 """Points of the space that are looked at for one that uses an axis."""

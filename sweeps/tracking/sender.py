@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from cluster.folder import TrialFolder
 from cluster.scan import FollowedTrial
+from cluster.trial_folder import TrialFolder
 from sweeps.tracking.retry import POLL_SECONDS, Retry
 from sweeps.tracking.tracker import Tracker
 

@@ -30,7 +30,7 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
-from cluster.folder import End, State, TrialFolder
+from cluster.trial_folder import End, State, TrialFolder
 from lorvp.bundle.format import describe
 from lorvp.errors import UserError
 from lorvp.utils.explain import without_passwords

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.folder import JobState, State, TrialFolder
+from cluster.trial_folder import JobState, State, TrialFolder
 
 MIB = 2**20
 

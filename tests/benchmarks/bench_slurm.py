@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before tests/, whose folde
 from conftest import digits_values
 from support.slurm_sim import PROFILE, Simulation
 
-from cluster.folder import TrialFolder
 from cluster.job_manager import JobManager, make_cluster
 from cluster.profile import Profile
+from cluster.trial_folder import TrialFolder
 from lorvp.config import TrialConfig
 
 LAUNCH = Path(__file__).parents[2] / "sweeps" / "launch.py"

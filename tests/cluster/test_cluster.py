@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from cluster import job, local
-from cluster.folder import Cause, End, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.local import LocalCluster
 from cluster.profile import Profile
+from cluster.trial_folder import Cause, End, JobState, State, StopReason, TrialFolder, pack_file
 from lorvp.errors import TrialFailed, UserError
 from lorvp.training import precision
 from lorvp.utils.device import NoGpu
@@ -94,7 +94,7 @@ def test_the_job_trains_records_and_ends(trial):
 
 
 def test_the_job_goes_on_where_the_last_attempt_was(trial, monkeypatch):
-    from cluster.folder import Attempt
+    from cluster.trial_folder import Attempt
 
     append = Attempt.append
 
@@ -128,7 +128,7 @@ def test_the_search_stops_a_job_for_good_an_interrupt_does_not(trial):
 
 
 def test_a_job_that_is_fenced_says_no_more(trial, monkeypatch):
-    from cluster.folder import Attempt
+    from cluster.trial_folder import Attempt
 
     append = Attempt.append
 

@@ -14,10 +14,10 @@ from support.stale import Stale
 from support.waiting import wait_for
 
 from cluster import job
-from cluster.folder import Cause, JobState, State, StopReason, TrialFolder, pack_file
 from cluster.job_manager import MAX_UNEXPLAINED_STARTS, JobManager, make_cluster
 from cluster.profile import Profile
 from cluster.scan import STALE_SECONDS
+from cluster.trial_folder import Cause, JobState, State, StopReason, TrialFolder, pack_file
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from support.stale import Stale
 
 from cluster import scan as scanning
-from cluster.folder import NEWS, State, StopReason, TrialFolder
 from cluster.scan import MAX_POLL, MIN_POLL, STALE_SECONDS, FollowedTrial, Scan
+from cluster.trial_folder import NEWS, State, StopReason, TrialFolder
 
 
 class Clock:

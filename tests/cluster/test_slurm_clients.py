@@ -11,10 +11,10 @@ import pytest
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from cluster import slurm_commands
-from cluster.folder import JobState, TrialFolder
 from cluster.job_manager import JobManager
 from cluster.profile import Profile
 from cluster.slurm import UNLISTED, SlurmCluster, sbatch_file, submit_driver
+from cluster.trial_folder import JobState, TrialFolder
 
 ANSWERS = {"scontrol": "echo MaxArraySize = 1001", "srun": "exit 0", "squeue": "exit 0", "scancel": "exit 0"}
 

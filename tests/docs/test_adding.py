@@ -17,8 +17,8 @@ from ruamel.yaml import YAML
 from support import warm
 from support.waiting import wait_for
 
-from cluster.folder import State, TrialFolder
 from cluster.snapshot import CHECKOUT, PACKAGES
+from cluster.trial_folder import State, TrialFolder
 
 pytestmark = pytest.mark.slow
 PAGE = CHECKOUT / "docs" / "adding.md"

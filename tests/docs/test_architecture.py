@@ -73,7 +73,7 @@ def test_the_drawing_has_the_storeys_in_order():
 
 def test_the_files_of_a_trial_are_those_of_its_folder():
     of_trial, _ = RUNS.split("The sweep's folder")
-    described = ast.get_docstring(ast.parse((CHECKOUT / "cluster" / "folder.py").read_text()))
+    described = ast.get_docstring(ast.parse((CHECKOUT / "cluster" / "trial_folder.py").read_text()))
     named = set(re.findall(r"^ +(\w[\w./]*) {2,}", described, re.MULTILINE))
     assert {
         path.removeprefix("attempts/0001/") or path for path in re.findall(r"^\| `(.+?)` \|", of_trial, re.M)

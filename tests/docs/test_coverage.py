@@ -34,8 +34,8 @@ def test_lines_that_drivers_and_jobs_run_are_counted(tmp_path):
     for name, function in (
         ("sweeps/launch.py", "sweep_folder"),
         ("sweeps/run/driver.py", "train"),
-        ("cluster/job.py", "one_by_one"),
-        ("lorvp/training/trainer.py", "Training.step"),
+        ("cluster/job.py", "train_one_by_one"),
+        ("lorvp/training/trainer.py", "Trainer.train_step"),
     ):
         assert counted[name]["functions"][function]["summary"]["percent_covered"] >= 40, name
     assert all(not Path(name).is_absolute() for name in counted), "a copy was taken for a file of its own"

@@ -27,8 +27,8 @@ from support.slurm import installed  # noqa: F401  a fixture
 from support.slurm_sim import Simulation
 from support.waiting import LIMIT, answers, wait_for
 
-from cluster.folder import TrialFolder
 from cluster.snapshot import CHECKOUT, PACKAGES
+from cluster.trial_folder import TrialFolder
 
 TESTS = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from support import debian
 from support.holds import Hold
 from support.slurm_sim import PACKAGES, PROFILE, Simulation

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 import lorvp
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp.predict import predict
 from support import warm
 from support.holds import Holds

@@ -19,10 +19,10 @@ import pytest
 from support.samples import synthetic
 from support.waiting import wait_for
 
-from cluster.folder import StopReason, TrialFolder
 from cluster.job_manager import JobManager
 from cluster.local import LocalCluster
 from cluster.profile import Profile
+from cluster.trial_folder import StopReason, TrialFolder
 from lorvp.errors import UserError
 from lorvp.utils import files
 from sweeps import launch, lock

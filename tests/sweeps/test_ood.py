@@ -11,7 +11,7 @@ import pytest
 from conftest import digits_values, make
 from typer.testing import CliRunner
 
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp import evaluate
 from lorvp.bundle import format as bundle_format
 from lorvp.bundle import io as bundle

@@ -18,10 +18,10 @@ from support import warm
 from typer.testing import CliRunner, Result
 
 from cluster import profile as profiles
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from sweeps import launch
 from sweeps.lock import Holder
-from sweeps.run.follow import Follower
+from sweeps.run.live_view import Follower
 from sweeps.run.signals import SignalHandler
 from sweeps.search.controller import GuardedScheduler
 from sweeps.search.suggest import SpecSearch, Suggestions

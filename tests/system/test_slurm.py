@@ -14,7 +14,7 @@ from support.sweep import SPEC, Sweep
 from support.waiting import wait_for
 from typer.testing import CliRunner
 
-from cluster.folder import State, StopReason, TrialFolder
+from cluster.trial_folder import State, StopReason, TrialFolder
 from sweeps import launch
 from sweeps.spec import file as spec_file
 

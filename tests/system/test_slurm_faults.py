@@ -26,7 +26,7 @@ from support.slurm_sim import PROFILE, Simulation
 from support.sweep import Driver, small_disk
 from support.waiting import wait_for
 
-from cluster.folder import Cause, TrialFolder
+from cluster.trial_folder import Cause, TrialFolder
 from sweeps.spec import file as spec_file
 
 pytest_plugins = ["support.slurm"]

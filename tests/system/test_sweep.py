@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.sweep import LAUNCH, SHARING, SPEC, Sweep
 
 import lorvp
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp.data.prepare import prepare
 
 pytestmark = pytest.mark.slow

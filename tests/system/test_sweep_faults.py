@@ -15,7 +15,7 @@ from support.sweep import SHARING, SPEC, Sweep, empty_store, small_disk
 from support.waiting import wait_for
 
 import lorvp
-from cluster.folder import StopReason, TrialFolder
+from cluster.trial_folder import StopReason, TrialFolder
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from lorvp.data import datasets
 from lorvp.errors import TrialFailed, UserError
 from lorvp.methods.base import Method
 from lorvp.models.backbone import Backbone, resolve_precision
-from lorvp.optim.optimizers import lr_factor, make_optimizer
+from lorvp.optim.optimizers import make_optimizer
+from lorvp.optim.schedule import lr_factor
 from lorvp.training import loop, precision, trainer
 from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import train

@@ -85,13 +85,13 @@ POINTS = {
     "step": Point(JOB, "lorvp.training.trainer", "Trainer.train_step", BEFORE, of_trainer),
     "validation": Point(JOB, "lorvp.training.trainer", "Trainer.batch_metrics", BEFORE, of_trainer),
     "checkpoint": Point(JOB, "lorvp.utils.files", "replacing", WITHIN, of_checkpoint),  # written, and not renamed yet
-    "recorded": Point(JOB, "cluster.folder", "Attempt.append", AFTER, of_record),
-    "handing over": Point(JOB, "cluster.folder", "TrialFolder.assigned_next", BEFORE, of_folder),
+    "recorded": Point(JOB, "cluster.trial_folder", "Attempt.append", AFTER, of_record),
+    "handing over": Point(JOB, "cluster.trial_folder", "TrialFolder.assigned_next", BEFORE, of_folder),
     "signalled": Point(
         JOB, "cluster.job", "RequeueHandler._note", AFTER
     ),  # the limit's or a preemption's signal has come
     "suggested": Point(DRIVER, "sweeps.search.suggest", "Suggestions.append", AFTER, of_suggestions),
-    "noting": Point(DRIVER, "cluster.folder", "TrialFolder.record_job", BEFORE, of_folder),  # sbatch has answered
+    "noting": Point(DRIVER, "cluster.trial_folder", "TrialFolder.record_job", BEFORE, of_folder),  # sbatch has answered
     "chosen": Point(DRIVER, "sweeps.results.confirm", "choose", AFTER),
 }
 """By the names that tests use."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conftest import digits_values
 
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps.results import confirm
 from sweeps.spec.model import Spec

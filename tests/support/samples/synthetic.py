@@ -9,7 +9,7 @@ from itertools import cycle
 import numpy as np
 from pydantic import ValidationError
 
-from cluster.folder import Cause, State, TrialFolder
+from cluster.trial_folder import Cause, State, TrialFolder
 from lorvp.config import TrialConfig
 from lorvp.result import EpochResult
 from lorvp.utils.files import write_json

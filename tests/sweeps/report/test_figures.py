@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from support.samples import synthetic
 
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp.bundle.format import DESCRIPTION, EXAMPLE, FORMAT_VERSION, PICTURE, PROMPTED
 from lorvp.config import TrialConfig
 from lorvp.utils.files import write_json

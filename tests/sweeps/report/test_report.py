@@ -18,7 +18,7 @@ from support.samples import synthetic
 from test_figures import Stated, folders, make_spec
 
 import sweeps
-from cluster.folder import State, TrialFolder
+from cluster.trial_folder import State, TrialFolder
 from lorvp.utils import cli
 from lorvp.utils.files import write_json
 from sweeps import lock

@@ -13,7 +13,7 @@ from conftest import digits_values
 from scipy import stats
 from support.samples.confirmed import SEEDS, confirmed, make_confirmed, ran, searched
 
-from cluster.folder import Cause, State, TrialFolder
+from cluster.trial_folder import Cause, State, TrialFolder
 from sweeps.results import confirm
 from sweeps.results.comparison import MAY_BE_NONE, PUBLISHED_BIAS, VAL_TRAINED_ON, Comparison, paired_difference
 from sweeps.results.leaderboard import NO_VAL, Bias, Leaderboard

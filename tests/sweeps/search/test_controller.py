@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 
-from cluster.folder import End, State
+from cluster.trial_folder import End, State
 from lorvp.config import TrialConfig
 from sweeps.search import controller
 from sweeps.search.controller import (

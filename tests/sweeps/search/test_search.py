@@ -11,8 +11,8 @@ import pytest
 from conftest import digits_values
 from ray.tune.search import Searcher
 
-from cluster.folder import State, TrialFolder
 from cluster.profile import Profile
+from cluster.trial_folder import State, TrialFolder
 from lorvp.config import TrialConfig
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import ArmSeconds, RecordingSearch, SpecSearch, Suggestions

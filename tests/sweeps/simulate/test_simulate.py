@@ -12,8 +12,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from typer.testing import CliRunner
 
-from cluster.folder import State
 from cluster.profile import Profile
+from cluster.trial_folder import State
 from lorvp.utils import cli
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.tune_trial import SCORE

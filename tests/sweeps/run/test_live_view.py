@@ -10,10 +10,10 @@ import pytest
 from conftest import digits_values
 from rich.console import Console
 
-from cluster.folder import End, State, TrialFolder
 from cluster.scan import Scan
+from cluster.trial_folder import End, State, TrialFolder
 from lorvp.config import TrialConfig
-from sweeps.run.follow import Follower, GivenUp
+from sweeps.run.live_view import Follower, GivenUp
 from sweeps.spec.model import Spec
 from sweeps.tracking.sender import Sender
 

@@ -12,9 +12,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.folder import State
 from cluster.job_manager import JobManager
 from cluster.scan import FollowedTrial
+from cluster.trial_folder import State
 from sweeps.results.leaderboard import number
 from sweeps.spec.model import Spec, Stage
 
