@@ -36,6 +36,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     for override in overrides:
         _override(file.values, override)
     spec = file.validate(Spec)
+    _check_pinned(spec, overrides)
     try:
         spec.ordered_axes()
     except ValueError as error:
@@ -296,6 +297,18 @@ def settable_keys(begun: str) -> list[str]:
     return [f"{key}=" for key in keys if key.startswith(begun)]
 
 
+def _check_pinned(spec: Spec, overrides: Sequence[str]) -> None:
+    """Raise UserError for a value of the trial that an axis would replace in every point of the space."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        name = key.strip().removeprefix("trial.")
+        if name != key.strip() and name in spec.space and not spec.space[name].when:
+            raise UserError(
+                f"--set {override}: {name} is an axis, and the search would choose it; "
+                f"--set 'space.{name}={{choice: [{text}]}}' pins it"
+            )
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Put one `KEY=VALUE` in. Keys of `space` and `control` are dotted paths themselves."""
     key, separator, text = override.partition("=")
@@ -306,12 +319,6 @@ def _override(values: dict[str, Any], override: str) -> None:
     except UserError as error:
         raise UserError(f"--set {override}: {error}") from None
     parts = key.strip().split(".")
-    axis, space = ".".join(parts[1:]), values.get("space")
-    if parts[0] == "trial" and isinstance(space, dict) and axis in space:
-        raise UserError(
-            f"--set {override}: {axis} is an axis, and the search would choose it; "
-            f"--set 'space.{axis}={{choice: [{text}]}}' pins it"
-        )
     node = values
     while True:
         # the longest key that is there already; else one part, or all of an axis's name

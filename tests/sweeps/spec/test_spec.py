@@ -213,6 +213,8 @@ def test_an_axis_is_pinned_in_the_space_alone(write):
         spec_file.load(write(), ["trial.prompt.rank=2"])
     assert str(refused.value).endswith(pins)
     assert spec_file.load(write(), ["space.prompt.rank={choice: [2]}"]).space["prompt.rank"].choice == [2]
+    under_a_condition = spec_file.load(write(), ["trial.optimizer.head_lr=0.5"])  # of trials without the axis
+    assert under_a_condition.trial["optimizer"] == {"head_lr": 0.5}
 
 
 @pytest.mark.parametrize(
