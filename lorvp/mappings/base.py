@@ -52,6 +52,19 @@ class IndexMapping(LabelMapping):
         return source[:, self.index]
 
 
+class LinearMapping(LabelMapping):
+    """Learn a linear layer, `head`, on the source logits or the features."""
+
+    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(source_classes, features, classes)
+        self.head = nn.Linear(features if self.input == "features" else source_classes, classes)
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, classes) from source logits (N, source classes) or features (N, d), all float32."""
+        logits: torch.Tensor = self.head(source)
+        return logits
+
+
 def count(counts: torch.Tensor, top: torch.Tensor, labels: torch.Tensor) -> None:
     """Add images to a count matrix, in place.
 

@@ -65,4 +65,4 @@ def make_scheduler(spec: Spec) -> TrialScheduler:
             grace_period=rule.grace_epochs,
             min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
         )
-    return FIFOScheduler()
+    return FIFOScheduler()  # type: ignore[no-untyped-call]  # of Ray

@@ -304,17 +304,23 @@ def test_one_job_measures_before_others_start(digits, tmp_path):
     assert jobs[2] == jobs[3] != jobs[0]
 
 
-@pytest.mark.parametrize("late", ["attempts/0001", "attempts/0001/end.json"])
-@pytest.mark.parametrize("until_listed", [True, False])
-def test_an_end_that_a_network_disk_does_not_show_yet_starts_no_second_job(
-    trial, tmp_path, monkeypatch, late, until_listed
-):
+def with_running_job(tmp_path, monkeypatch) -> tuple[list[float], HoldingCluster, JobManager]:
+    """A job manager that has submitted the trial's job, which runs; and the clock, in seconds, that a test sets."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
     cluster.pack = 1
     manager = JobManager(tmp_path / "trials", cluster)
     manager.poll()
+    return clock, cluster, manager
+
+
+@pytest.mark.parametrize("late", ["attempts/0001", "attempts/0001/end.json"])
+@pytest.mark.parametrize("until_listed", [True, False])
+def test_an_end_that_a_network_disk_does_not_show_yet_starts_no_second_job(
+    trial, tmp_path, monkeypatch, late, until_listed
+):
+    clock, cluster, manager = with_running_job(tmp_path, monkeypatch)
     trial.claim().append({"epoch": 1, "seconds": 1.0})
     manager.scan.poll_all()
     trial.newest().end(State.FINISHED)
@@ -333,12 +339,7 @@ def test_an_end_that_a_network_disk_does_not_show_yet_starts_no_second_job(
 
 
 def test_an_end_that_never_shows_is_not_waited_for(trial, tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    cluster = HoldingCluster(tmp_path / "log", JobState("RUNNING"))
-    cluster.pack = 1
-    manager = JobManager(tmp_path / "trials", cluster)
-    manager.poll()
+    clock, cluster, manager = with_running_job(tmp_path, monkeypatch)
     trial.claim().end(State.FINISHED)
     (trial.newest().path / "end.json").unlink()
     cluster.state = JobState("NODE_FAIL")
