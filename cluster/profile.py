@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lorvp.config import Part
 from lorvp.errors import UserError
+from lorvp.parts import Part
 from lorvp.utils.explain import closest
 from lorvp.utils.yaml_file import YamlFile
 

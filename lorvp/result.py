@@ -15,7 +15,7 @@ class EpochResult:
     val_top1: float
     val_top5: float
     lr: dict[str, float]
-    """Learning rate of each parameter group (prompt, tokens, head, backbone) at the epoch's first step."""
+    """Learning rate of each part (prompt, adapter, head) at the epoch's first step."""
     images_per_second: float
     """Training throughput, data loading included and validation excluded."""
     peak_memory_mib: float
@@ -24,7 +24,7 @@ class EpochResult:
     time: float
     """Unix time at the end of the epoch."""
     parameters: dict[str, int]
-    """Number of trained or fitted parameters of each group (prompt, tokens, head, backbone)."""
+    """Number of trained or fitted parameters of each part (prompt, adapter, head)."""
     optimizer_state_mib: float
     """Size of the optimizers' state, without the parameters."""
     order: int

@@ -58,8 +58,8 @@ def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) 
             "trial": {
                 "backbone": {"name": "lorvp_tiny_32.cifar10"},
                 "dataset": dataset,
-                "optimizer": {"prompt_name": "adam", "head_lr": HEAD_RATE},
-                "head_init": "linear_probe",
+                "prompt": {"optimizer": "adam"},
+                "head": {"init": "fitted", "lr": HEAD_RATE},
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "precision": "fp32",
@@ -67,9 +67,9 @@ def make_spec(dataset: dict[str, Any], epochs: int, batch_size: int, seed: int) 
                 "order_seed": seed,
             },
             "space": {
-                "label_mapping": {"choice": list(MAPPINGS)},
+                "head.kind": {"choice": list(MAPPINGS)},
                 "prompt.rank": {"choice": list(RANKS)},
-                "optimizer.prompt_lr": {"log_uniform": [0.002, 0.3]},
+                "prompt.lr": {"log_uniform": [0.002, 0.3]},
             },
             "search": {"algorithm": "tpe", "trials": len(RATES) * len(RANKS) * len(MAPPINGS), "seed": seed},
             "early_stopping": {"rule": "asha"},

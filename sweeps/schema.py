@@ -13,11 +13,13 @@ from typing import Any
 import typer
 
 from cluster.profile import PROFILES, Profile
-from lorvp.config import Part, TrialConfig
+from lorvp import presets
+from lorvp.config import TrialConfig
+from lorvp.parts import ROOMS, Part, kinds
 from lorvp.utils import cli, plugins
 from lorvp.utils.files import replacing
 from sweeps.spec import reference
-from sweeps.spec.file import dotted_keys
+from sweeps.spec.file import dotted_keys, parts_within
 from sweeps.spec.model import Spec
 
 SPEC_SCHEMA = Path(__file__).parent / "spec.schema.json"
@@ -29,11 +31,17 @@ def spec_schema() -> dict[str, Any]:
     """Make the schema of a sweep's YAML file.
 
     `trial` has the keys of TrialConfig, none of them required, as the space gives the rest; `space` and `control` have
-    them by dotted path.
+    them by dotted path. A prompt, an adapter and a head have the keys of all their kinds, as the kind may be an axis.
     """
     schema, trial = Spec.model_json_schema(by_alias=True), trial_schema()
     definitions = schema.setdefault("$defs", {}) | trial.pop("$defs")
-    for part in (trial, *(definitions[name] for name in _parts_of_trial(TrialConfig))):
+    for key, room in ROOMS.items():
+        part = trial["properties"][key]
+        models = [definitions.pop(kind.__name__) for kind in kinds(room).values()]
+        for field in ("oneOf", "discriminator", "default"):
+            part.pop(field, None)
+        part |= _any_of_kinds(models, list(plugins.names(room)))
+    for part in (trial, *(definitions[name] for name in _parts_of_trial(TrialConfig) if name in definitions)):
         part.pop("required", None)
     schema["$defs"] = definitions | {"TrialConfig": trial}
     properties = schema["properties"]
@@ -46,12 +54,22 @@ def spec_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 
+def _any_of_kinds(models: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Return the schema of a mapping with the keys of several kinds, whose values may be any kind's."""
+    values: dict[str, list[dict[str, Any]]] = {}
+    for model in models:
+        for key, value in model["properties"].items():
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    properties = {key: options[0] if len(options) == 1 else {"anyOf": options} for key, options in values.items()}
+    properties["kind"] = {"enum": names, "type": "string"}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
 def trial_schema() -> dict[str, Any]:
-    """Of a TrialConfig, with the names of methods, label mappings and prompts that there are."""
+    """Make the schema of a TrialConfig, with the names of the presets that there are."""
     trial = TrialConfig.model_json_schema()
-    trial["properties"]["method"]["examples"] = list(plugins.names("methods"))
-    trial["properties"]["label_mapping"]["enum"] = list(plugins.names("mappings"))
-    trial["$defs"]["PromptConfig"]["properties"]["kind"]["enum"] = list(plugins.names("prompts"))
+    trial["properties"]["method"]["examples"] = presets.names()
     return trial
 
 
@@ -62,11 +80,8 @@ def profile_schema() -> dict[str, Any]:
 
 def _parts_of_trial(model: type[Part]) -> set[str]:
     """Return the models that a config has as the value of a key."""
-    names = set()
-    for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            names |= {field.annotation.__name__} | _parts_of_trial(field.annotation)
-    return names
+    within = [kind for field in model.model_fields.values() for kind in parts_within(field)]
+    return {kind.__name__ for kind in within}.union(*map(_parts_of_trial, within))
 
 
 def to_json(schema: dict[str, Any]) -> str:

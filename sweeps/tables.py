@@ -38,7 +38,7 @@ def cells(result: Result, known: Published | None, ood: Sequence[str]) -> dict[s
     return (
         named
         | {"LR": learning_rates_cell(result.lrs())}
-        | {"mapping": config.label_mapping, "rank": number(config.rank)}
+        | {"mapping": config.head.kind, "rank": number(config.rank)}
         | {"epochs": str(config.epochs), "batch": str(config.batch_size)}
         | {"top-1": str(result.top1), "n": str(len(result.row.entries))}
         | {"control": str(result.control_top1 or "-"), "difference": str(difference or "-")}
@@ -57,10 +57,10 @@ def published_cell(known: Published | None, config: TrialConfig) -> str:
 
 
 def learning_rates_cell(lrs: dict[str, float]) -> str:
-    """Return one number where all groups share it, as published; none of a head that was fitted."""
+    """Return one number where all parts share it, as published; none of a head that was fitted."""
     if len(set(lrs.values())) == 1:
         return number(next(iter(lrs.values())))
-    return ", ".join(f"{group} {number(lr)}" for group, lr in lrs.items()) or "-"
+    return ", ".join(f"{part} {number(lr)}" for part, lr in lrs.items()) or "-"
 
 
 def ood_cell(top1: dict[str, float] | None) -> str:

@@ -275,9 +275,9 @@ def _measure_in_process(config: TrialConfig, native_size: int, steps: int) -> fl
 @app.command()
 def memory(
     backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="timm model names")],
-    method: Annotated[list[str], typer.Option(help="of TrialConfig, one or several")] = ["lorvp"],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="a preset of a trial, one or several")] = ["lorvp"],  # noqa: B006
     tokens: Annotated[int, typer.Option(min=1, help="of vpt and vqt")] = 10,
-    optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw, galore")] = "sgd",
+    optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw")] = "sgd",
     batch_size: Annotated[int, typer.Option(min=1, help="of training and of evaluation")] = 32,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
 ) -> None:
@@ -292,7 +292,7 @@ def memory(
             {
                 "method": kind,
                 "backbone": {"name": name, "pretrained": False},
-                "tokens": {"count": tokens},
+                "adapter": {"count": tokens} if kind.endswith(("vpt", "vqt")) else {},
                 "optimizer": {"name": optimizer},
                 "dataset": {"name": "digits"},
                 "epochs": 1,

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lorvp import mappings
-from lorvp.mappings.base import count, greedy_matching
+from lorvp.mappings.base import count, greedy_matching, make_mapping
 from lorvp.models.backbone import Backbone
+from lorvp.parts import HeadConfig, kinds
 
 Loader = DataLoader[tuple[torch.Tensor, int]]
 """Batches of images (n, 3, L, L) float32 and labels (n,) int64."""
@@ -51,7 +51,9 @@ class Trial:
         device, size = self.mean.device, backbone.image_size
         self.b = torch.zeros(3, size, rank, device=device, requires_grad=True)
         self.a = torch.randn(3, rank, size, device=device).mul_(0.01).requires_grad_()
-        self.mapping = mappings.load(mapping)(backbone.source_classes, backbone.features, classes).to(device)
+        options = kinds("mappings")[mapping](kind=mapping)
+        assert isinstance(options, HeadConfig)  # by the folder's rule
+        self.mapping = make_mapping(options, backbone.source_classes, backbone.features, classes).to(device)
         prompt: dict[str, Any] = {"params": [self.b, self.a], "lr": prompt_lr}
         groups = [prompt, {"params": list(self.mapping.parameters())}]
         self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, weight_decay=1e-4)

@@ -63,7 +63,7 @@ def card(description: dict[str, Any]) -> str:
         license=licence,
         base_model=source["hub_id"],
         pipeline_tag="image-classification",
-        tags=["visual-prompting", config.method, config.label_mapping],
+        tags=["visual-prompting", config.method, config.head.kind],
         model_name=name,
         eval_results=[
             EvalResult(
@@ -107,4 +107,4 @@ def selection(config: TrialConfig) -> str:
 def _describe_model(config: TrialConfig) -> str:
     trained = "its weights trained" if config.trains_backbone else "frozen"
     prompt = f", a prompt of rank {config.rank}" if config.rank else ""
-    return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.label_mapping}."
+    return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.head.kind}."

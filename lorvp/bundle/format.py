@@ -23,9 +23,7 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.utils.explain import explain
 
-FORMAT_VERSION = 3
-SINCE_3 = ("vqt", "ilm_vp", "autovp")
-"""Methods whose input or features changed with format 3; bundles of the others in format 2 are still right."""
+FORMAT_VERSION = 4
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 PICTURE, EXAMPLE, PROMPTED = "prompt.png", "example.png", "example_prompted.png"
 
@@ -51,16 +49,16 @@ def describe(folder: Path) -> dict[str, Any]:
         version = description["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a prompt bundle ({type(error).__name__})") from None
-    if version not in (2, FORMAT_VERSION):
-        raise UserError(f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: bundle format {version}, and this lorvp reads {FORMAT_VERSION}: tune it again, "
+            "or load it with the lorvp that wrote it"
+        )
     try:
         _Description.model_validate(description)
     except ValidationError as error:
         location, message = explain(error, _Description)
         raise UserError(f"{path}: {'.'.join(map(str, location))}: {message}") from None
-    method = description["config"].get("method", "lorvp")
-    if version == 2 and set(method.split("+")) & {*SINCE_3}:
-        raise UserError(f"{path}: bundle format 2 of {method}, which takes its input otherwise since: tune it again")
     contents: dict[str, Any] = description
     return contents
 

@@ -250,6 +250,7 @@ def _split_indices(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | 
     elif config.val_images is not None:
         kept, val = stratified_sample(labels, config.val_images, seed)
     else:
+        assert config.val_fraction is not None  # as there are no val_images
         kept, val = stratified_split(labels, config.val_fraction, seed)
     if config.train_images is not None:
         kept = kept[stratified_sample(labels[kept], config.train_images, seed)[1]]

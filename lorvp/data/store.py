@@ -30,9 +30,9 @@ import pyarrow as pa
 from pydantic import ValidationError
 from zlib_ng import zlib_ng
 
-from lorvp.config import Part
 from lorvp.data.sources import SOURCES
 from lorvp.errors import UserError
+from lorvp.parts import Part
 from lorvp.utils.files import replacing
 
 FORMAT_VERSION = 1

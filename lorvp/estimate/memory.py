@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorvp import methods
 from lorvp.config import TrialConfig
+from lorvp.methods.base import Method
 from lorvp.models.backbone import Backbone
 from lorvp.optim.galore import state_bytes
-from lorvp.optim.optimizers import make_optimizer
 
 CLASSES = 1000
 """Number of classes assumed for a dataset that isn't prepared yet."""
@@ -60,7 +60,7 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
     backbone = Backbone(plain, "fp16" if config.precision == "auto" else config.precision, speed)
     with torch.device("meta"):  # shapes are enough; a head may be larger than this machine's memory
         method = methods.make(config, backbone, classes or min(CLASSES, backbone.source_classes or CLASSES))
-    optimizer_bytes = sum(_optimizer_bytes(group, parameters, config) for group, parameters in method.groups().items())
+    optimizer_bytes = sum(_optimizer_bytes(method, part, parameters) for part, parameters in method.groups().items())
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live_bytes, _GpuAutocast():
         tensors = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad)
@@ -83,10 +83,10 @@ def predict(config: TrialConfig, classes: int | None = None, gpus: int = 1) -> P
         return Prediction(peak(config.batch_size), evaluation)
 
 
-def _optimizer_bytes(group: str, parameters: list[torch.nn.Parameter], config: TrialConfig) -> int:
-    """Return the bytes of a group's optimizer state, from a step on the meta device, which computes nothing."""
+def _optimizer_bytes(method: Method, part: str, parameters: list[torch.nn.Parameter]) -> int:
+    """Return the bytes of a part's optimizer state, from a step on the meta device, which computes nothing."""
     shapes = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
-    optimizer = make_optimizer(group, shapes, config, config.precision)
+    optimizer = method.make_optimizer(part, shapes, method.config.precision)
     for parameter in shapes:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()

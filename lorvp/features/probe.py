@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lorvp.config import BEST
 from lorvp.data.datasets import ArrayImages
 from lorvp.features.cache import cache_folder, compute_once, key
+from lorvp.parts import BEST
 from lorvp.utils.device import is_out_of_memory
 from lorvp.utils.files import replacing
 
@@ -84,13 +84,13 @@ def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
 def head(
     train: ArrayImages,
     val: ArrayImages,
-    head_fit: float | str,
+    fit_to: float | str,
     device: torch.device,
     cs: np.ndarray = CS,
     all_images: ArrayImages | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Head:
-    """Return the head for `train` that `TrialConfig.head_fit` asks for; it is fitted if the cache does not hold it.
+    """Return the head for `train` that `head.fit` asks for; it is fitted if the cache does not hold it.
 
     `train` and `val` hold a backbone's outputs (`lorvp.features.cache.get`). `cs` are the values of C to choose from,
     in rising order. With `all_images` the head is fitted to those images, with the C chosen on `train` and `val`.
@@ -112,13 +112,13 @@ def head(
         tensors = load_file(path, str(device))
         return tensors["weight"], tensors["bias"]
 
-    if not isinstance(head_fit, str):
-        return fit_cached(head_fit, None, all_images or train)
+    if not isinstance(fit_to, str):
+        return fit_cached(fit_to, None, all_images or train)
     heads: list[Head] = []
     for c in cs:
         heads.append(fit_cached(c, heads[-1] if heads else None))
     x, labels = val.pixels.to(device), torch.from_numpy(val.labels).to(device)
     accuracies = [accuracy(head, x, labels) for head in heads]
-    threshold = max(accuracies) * (1.0 if head_fit == BEST else float(head_fit.removesuffix("%")) / 100)
+    threshold = max(accuracies) * (1.0 if fit_to == BEST else float(fit_to.removesuffix("%")) / 100)
     chosen = next(i for i, top1 in enumerate(accuracies) if top1 >= threshold)
     return heads[chosen] if all_images is None else fit_cached(cs[chosen], None, all_images)

@@ -1,7 +1,7 @@
 """What label mappings share: each makes downstream logits from a frozen backbone's output.
 
 RLM, FLM and ILM pick one source class for each downstream class; FM and LP learn a linear layer, on the source logits
-and on the features. Each is a file in this folder, found by name (`label_mapping`).
+and on the features. Each is a folder here, found by name (`head.kind`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ import torch
 from torch import nn
 
 from lorvp.errors import UserError
+from lorvp.parts import HeadConfig
+from lorvp.utils import plugins
 
 
 class LabelMapping(nn.Module):
     """Map the backbone's output to downstream logits."""
 
-    input: Literal["logits", "features"] = "logits"
-    """The output of the backbone that it takes."""
     update: Literal["never", "once", "epoch"] = "never"
     """When the map is made anew. once: before the first epoch, without the prompt; epoch: before each, with it."""
+    streamed = False
+    """Whether the counts for the next epoch's map are those of the batches of the epoch under way."""
     index: torch.Tensor
     """The source class of each class, (classes,) int64; of mappings that pick source classes."""
     head: nn.Linear
     """The layer of a mapping that learns."""
 
-    def __init__(self, source_classes: int, features: int, classes: int) -> None:
+    def __init__(self, config: HeadConfig, source_classes: int, features: int, classes: int) -> None:
         super().__init__()
+        self.config = config
+
+    @property
+    def input(self) -> Literal["logits", "features"]:
+        """The output of the backbone that it takes."""
+        return self.config.input
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) from source logits (N, source classes) or features (N, d), all float32."""
@@ -38,12 +46,12 @@ class LabelMapping(nn.Module):
 class IndexMapping(LabelMapping):
     """Read source class `index[j]` for downstream class j; no source class is read twice."""
 
-    def __init__(self, source_classes: int, features: int, classes: int) -> None:
-        super().__init__(source_classes, features, classes)
+    def __init__(self, config: HeadConfig, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(config, source_classes, features, classes)
         if source_classes < classes:
             raise UserError(
                 f"a one-to-one label mapping needs a source class for each of the {classes} classes, and the backbone "
-                f"has {source_classes}: label_mapping must be lp or fm"
+                f"has {source_classes}: head.kind must be lp or fm"
             )
         self.register_buffer("index", torch.randperm(source_classes)[:classes])
 
@@ -55,14 +63,23 @@ class IndexMapping(LabelMapping):
 class LinearMapping(LabelMapping):
     """Learn a linear layer, `head`, on the source logits or the features."""
 
-    def __init__(self, source_classes: int, features: int, classes: int) -> None:
-        super().__init__(source_classes, features, classes)
+    def __init__(self, config: HeadConfig, source_classes: int, features: int, classes: int) -> None:
+        super().__init__(config, source_classes, features, classes)
         self.head = nn.Linear(features if self.input == "features" else source_classes, classes)
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) from source logits (N, source classes) or features (N, d), all float32."""
         logits: torch.Tensor = self.head(source)
         return logits
+
+
+def make_mapping(config: HeadConfig, source_classes: int, features: int, classes: int) -> LabelMapping:
+    """Make the label mapping of a head's options, at its start; random values come from torch's global generator.
+
+    Raises UserError for more classes than source classes where the mapping picks one for each.
+    """
+    kind: type[LabelMapping] = plugins.load(f"mappings.{config.kind}.mapping")
+    return kind(config, source_classes, features, classes)
 
 
 def count(counts: torch.Tensor, top: torch.Tensor, labels: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Ways to adapt a backbone. A file each, found by name (`method`); the trial's loop knows none of them."""
+"""Methods: a prompt, an adapter and a head on a backbone. The trial's loop knows none of their kinds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from lorvp.utils import plugins
 
 
 def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
-    """Build the method of `config`; `lorvp+vpt` is both at once, as each leaves to the next what it does not change.
-
-    Raises UserError for a backbone that it can't work on.
-    """
-    parts: list[type[Method]] = [plugins.load("methods", name) for name in config.methods]
-    kind: type[Method] = type(config.method, tuple(parts), {}) if len(parts) > 1 else parts[0]
-    return kind(config, backbone, classes)
+    """Build the method of `config`, at its start. Raises UserError for a backbone that it can't work on."""
+    adapter: type[Method] = plugins.load(f"adapters.{config.adapter.kind}.adapter")
+    return adapter(config, backbone, classes)

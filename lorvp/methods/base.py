@@ -1,36 +1,38 @@
-"""What methods share: a frozen backbone, and a label mapping on its output."""
+"""A method at work: a backbone, the prompt before it, the adapter within it, and the label mapping on its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from lorvp import mappings
 from lorvp.config import TrialConfig
 from lorvp.data.loader import Batches
 from lorvp.errors import UserError
-from lorvp.mappings.base import count, greedy_matching
+from lorvp.mappings.base import count, greedy_matching, make_mapping
 from lorvp.models.architectures import no_classifier
 from lorvp.models.backbone import Backbone, ForwardFeatures
+from lorvp.optim.optimizers import make_optimizer
+from lorvp.parts import Trained, TrainedByOptimizer
+from lorvp.prompts.base import Prompt, make_prompt
 from lorvp.utils import distributed
 from lorvp.utils.device import MicroBatches
 
 
 class Method(nn.Module):
-    """A backbone and a label mapping. A subclass adds what is trained before, within or after the backbone.
+    """A backbone with an input prompt and a label mapping. A subclass is an adapter: what is trained within it.
 
-    Starting values are drawn with the config's init seed, the mapping's apart from the rest, so that methods with the
-    same mapping start from the same head.
+    Starting values are drawn with the config's init seed, those of each part apart from the rest, so that methods with
+    the same label mapping start from the same head.
 
-    Raises UserError for a mapping of source classes where the backbone has none.
+    Raises UserError for a mapping of source classes where the backbone has none, and for a prompt or an adapter that
+    the backbone can't have.
     """
 
     class_names: Sequence[str]
     """The name of each class, of a loaded bundle."""
-    trains_head_only = False
-    """Whether the label mapping alone is trained, so that the backbone's output on an image never changes."""
     stage = 0
     """The training under way, of `TrialConfig.stages`."""
 
@@ -39,31 +41,45 @@ class Method(nn.Module):
         self.config = config
         self.backbone = backbone
         self.classes = classes
-        kind = mappings.load(config.label_mapping)
-        if kind.input == "logits" and not backbone.source_classes:
-            raise UserError(no_classifier(config))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.init_seed)
-            self.mapping = kind(backbone.source_classes, self.features(), classes)
+        if config.head.input == "logits" and not backbone.source_classes:
+            raise UserError(no_classifier(config.head.kind, config.backbone.name))
+        with self.seeded():
+            self.mapping = make_mapping(config.head, backbone.source_classes, self.features(), classes)
+        self.prompt: Prompt | None = None
+        if config.prompt.trained:
+            with self.seeded():
+                self.prompt = make_prompt(config.prompt, backbone.image_size)
         self.counts: torch.Tensor | None = None
-        """Counts of the epoch under way for the next mapping (`ilm: streamed`): (source classes, classes) int32."""
+        """Counts of the epoch under way for the next mapping (`LabelMapping.streamed`): (source classes, classes)."""
         self._predictions: list[torch.Tensor] = []
         self.recounting: torch.Tensor | None = None
-        """Counts of a pass over the training images for the next mapping, while it is under way: as `counts`."""
+        """Counts of a pass over the training images for the next mapping, while it is under way: as `counts`, int32."""
         self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Draw the starting values of a part within the block, and leave torch's generator as it was."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.init_seed)
+            yield
 
     def features(self) -> int:
         """Return the number of features that a head reads."""
         return self.backbone.features
 
+    @property
+    def trains_head_only(self) -> bool:
+        """Whether the label mapping alone is trained, so that the backbone's output on an image never changes."""
+        return self.config.trains_head_only
+
     def is_identity_at_init(self) -> bool:
         """Return whether the output before the first step is the backbone's on the images as they are."""
-        return True
+        return self.prompt is None or self.prompt.is_identity_at_init()
 
     @property
     def side(self) -> int:
         """The side of the images that the method takes, in pixels: L, or what they are shrunk to."""
-        return self.backbone.image_size
+        return self.backbone.image_size if self.prompt is None else self.prompt.side
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Resize images of any size, uint8 or float in [0, 1], to (N, 3, side, side) float32 in [0, 1]."""
@@ -71,11 +87,11 @@ class Method(nn.Module):
 
     def transform_input(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (N, 3, L, L) in [0, 1], from (N, 3, side, side), before a prompt is added to them."""
-        return images
+        return images if self.prompt is None else self.prompt.transform_input(images)
 
     def input_prompt(self) -> torch.Tensor | None:
         """Return the input prompt, if there is one: (3, L, L), in units of pixels in [0, 1]."""
-        return None
+        return None if self.prompt is None else self.prompt.pattern()
 
     def backbone_output(
         self, images: torch.Tensor, output: str, forward_features: ForwardFeatures | None = None
@@ -112,9 +128,27 @@ class Method(nn.Module):
         self._predictions.clear()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return trainable parameters by group: prompt, tokens, head, backbone; without empty groups."""
-        head = list(self.mapping.parameters())
-        return {"head": head} if head else {}
+        """Return what is trained by steps, by part: prompt, adapter, head; without empty parts."""
+        groups = {
+            "prompt": [] if self.prompt is None else list(self.prompt.parameters()),
+            "adapter": self.adapter_parameters(),
+            "head": list(self.mapping.parameters()) if self.config.trains_by_steps else [],
+        }
+        return {part: parameters for part, parameters in groups.items() if parameters}
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained within the backbone."""
+        return []
+
+    def make_optimizer(self, part: str, parameters: list[nn.Parameter], precision: str) -> torch.optim.Optimizer:
+        """Make the optimizer of a part (prompt, adapter or head) of a trial in that precision."""
+        options = self.config.parts[part]
+        assert isinstance(options, TrainedByOptimizer)  # an adapter with an optimizer of its own makes that itself
+        return make_optimizer(options, self.learning_rate(options), parameters, precision)
+
+    def learning_rate(self, options: Trained) -> float:
+        """Return the learning rate of a part, scaled by the batch size where the config asks for it."""
+        return options.lr * (self.config.batch_size / 256 if self.config.scale_lr else 1)
 
     def head_input(self, source: torch.Tensor) -> torch.Tensor:
         """Return what a fitted head reads, from the backbone's output on the images as they are: (N, d) to (N, d)."""
@@ -159,7 +193,7 @@ class Method(nn.Module):
                     count(counts, torch.cat(self.micro_batches.run(self._predict, images)), labels)
                 counts, self.recounting = distributed.all_reduce_sum(counts), None
         self.mapping.index.copy_(greedy_matching(counts))
-        if self.mapping.update == "epoch" and self.config.ilm == "streamed":
+        if self.mapping.streamed:
             self.counts = torch.zeros_like(counts)
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:

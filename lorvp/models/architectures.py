@@ -28,6 +28,8 @@ from lorvp.utils.files import cache_folder, replacing
 from lorvp.utils.paths import ROOT
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
+FAMILIES = {"VisionTransformer": "vit", "VisionTransformerDistilled": "vit", "SwinTransformer": "swin"}
+"""The families that adapters tell apart, by timm's class."""
 Problem = tuple[str, str]
 """The dotted path of a trial's wrong key, and the reason; an empty path if two keys don't go together."""
 
@@ -49,6 +51,8 @@ class Registry:
     """Weights by architecture and tag, the default tag first; no tags if there is no pretrained_cfg."""
     deprecated: dict[str, str | None]
     """Names of earlier versions and their present names; None if the architecture is gone."""
+    families: dict[str, str]
+    """`vit`, `swin` or `other` by architecture, as far as it is known."""
 
     def current(self, name: str) -> str:
         """Return the present form of a name of an earlier version."""
@@ -89,7 +93,16 @@ def from_timm(name: str = "") -> Registry:
             full.partition(".")[2]: Weights(config.num_classes, bool(config.has_weights))
             for full, config in configs.items()
         }
-    return Registry(weights, deprecated)
+    return Registry(weights, deprecated, {name: family for name in weights if (family := _family_of(name))})
+
+
+def _family_of(architecture: str) -> str | None:
+    """Return the family by the class that timm's function for the architecture says it returns; None if it doesn't."""
+    import timm
+
+    returned = timm.model_entrypoint(architecture).__annotations__.get("return")
+    name = returned if isinstance(returned, str) else getattr(returned, "__name__", None)
+    return None if name is None else FAMILIES.get(name, "other")
 
 
 def load_registry(module: Path | None = None) -> Registry | None:
@@ -136,7 +149,7 @@ def _parse_registry(text: str) -> Registry:
     weights = {
         name: {tag: Weights(**fields) for tag, fields in tags.items()} for name, tags in values["architectures"].items()
     }
-    return Registry(weights, values["deprecated"])
+    return Registry(weights, values["deprecated"], values["families"])
 
 
 def find_problem(config: TrialConfig, registry: Registry) -> Problem | None:
@@ -146,17 +159,16 @@ def find_problem(config: TrialConfig, registry: Registry) -> Problem | None:
     if problem is not None:
         return f"backbone.{problem[0]}".rstrip("."), problem[1]
     classes = backbone.kwargs.get("num_classes", _source_classes(backbone, registry))
-    if config.reads_logits and classes == 0 and backbone.zero_shot is None:
-        return "", no_classifier(config)
-    return None
+    if config.head.input == "logits" and classes == 0 and backbone.zero_shot is None:
+        return "head.kind", no_classifier(config.head.kind, backbone.name)
+    family = _family(backbone, registry)
+    unfit = None if family is None else config.adapter.backbone_problem(backbone.name, family)
+    return (f"adapter.{unfit[0]}".rstrip("."), unfit[1]) if unfit else None
 
 
-def no_classifier(config: TrialConfig) -> str:
-    """Return the error for a label mapping that needs source classes on a backbone that has none."""
-    return (
-        f"label_mapping {config.label_mapping} reads source classes, and {config.backbone.name} has no classifier: "
-        "label_mapping must be lp"
-    )
+def no_classifier(head: str, backbone: str) -> str:
+    """Return the error for a head that needs source classes on a backbone that has none."""
+    return f"head {head} reads source classes, and {backbone} has no classifier: head.kind must be lp"
 
 
 def find_backbone_problem(backbone: BackboneConfig, registry: Registry) -> Problem | None:
@@ -259,6 +271,14 @@ def _source_classes(backbone: BackboneConfig, registry: Registry) -> int | None:
     tags = registry.architectures[architecture]
     weights = tags.get(tag) or next(iter(tags.values()), None)
     return weights.classes if weights else None
+
+
+def _family(backbone: BackboneConfig, registry: Registry) -> str | None:
+    """Return the backbone's family; None if it isn't known before the backbone is built."""
+    if not backbone.name.startswith((HUB, FOLDER)):
+        return registry.families.get(registry.current(backbone.name).partition(".")[0])
+    model_config = description(backbone.name)
+    return registry.families.get(str(model_config.get("architecture"))) if isinstance(model_config, dict) else None
 
 
 def _missing(backbone: BackboneConfig, unknown: list[str]) -> Problem | None:

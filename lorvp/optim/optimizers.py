@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from lorvp.config import TrialConfig
-from lorvp.optim.galore import GaLore
+from lorvp.parts import TrainedByOptimizer
 
 
 def make_optimizer(
-    group: str, parameters: list[torch.nn.Parameter], config: TrialConfig, precision: str
+    options: TrainedByOptimizer, lr: float, parameters: list[torch.nn.Parameter], precision: str
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of one parameter group (prompt, tokens, head or backbone) of a trial in that precision."""
-    options = config.optimizer
-    lr, weight_decay = getattr(options, f"{group}_lr"), getattr(options, f"{group}_weight_decay")
-    if options.scale_lr:
-        lr *= config.batch_size / 256
-    if group == "backbone" and "galore" in config.methods:
-        return GaLore(parameters, lr, weight_decay, **options.galore.model_dump())
-    kind = options.prompt_name if group == "prompt" else options.name
+    """Make the optimizer of one part of a trial (prompt, adapter or head) in that precision."""
     fused = parameters[0].is_cuda  # fused steps read GradScaler's verdict on the device
-    if kind == "sgd":
+    if options.optimizer == "sgd":
         # a fused first step that GradScaler skips leaves the momentum as it was allocated, with whatever lay there
         fused = fused and precision != "fp16"
-        return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused)
-    adam_class: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
-    return adam_class(parameters, lr, weight_decay=weight_decay, fused=fused)
+        momentum = options.momentum or 0.0
+        return torch.optim.SGD(parameters, lr, momentum, weight_decay=options.weight_decay, fused=fused)
+    adam_class: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
+    return adam_class(parameters, lr, weight_decay=options.weight_decay, fused=fused)

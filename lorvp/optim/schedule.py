@@ -15,6 +15,6 @@ def lr_factor(schedule: ScheduleConfig, step: float, total: int, steps_per_epoch
     done = (step - warmup) / (total - warmup)
     if schedule.name == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    if schedule.name == "steps":
-        return 0.1 ** sum(done >= milestone for milestone in schedule.milestones)
+    if schedule.milestones is not None:
+        return float(0.1 ** sum(done >= milestone for milestone in schedule.milestones))
     return 1 - done if schedule.name == "linear" else 1.0

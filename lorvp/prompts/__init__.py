@@ -1,1 +1,1 @@
-"""Input prompts: a file each, found by name (`prompt.kind`)."""
+"""Input prompts: a folder each, found by name (`prompt.kind`)."""

@@ -39,7 +39,7 @@ def choose(config: TrialConfig, where: torch.device, kept: str | None = None) ->
     if where.type != "cpu" or by_flag == "fp32":
         return by_flag
     machine = (device.name(where), torch.__version__, torch.get_num_threads())
-    model = (_plain(config).backbone.model_dump_json(), config.methods, config.label_mapping, _batch(config))
+    model = (_plain(config).backbone.model_dump_json(), config.method, config.head.kind, _batch(config))
     path = files.cache_folder() / f"precision-{key(machine, model)}"
     with compute_once(path) as missing:
         if missing:

@@ -18,7 +18,6 @@ from lorvp.config import Rung, TrialConfig
 from lorvp.data import datasets
 from lorvp.methods.base import Method
 from lorvp.models.backbone import Backbone
-from lorvp.optim.optimizers import make_optimizer
 from lorvp.training.shared import SharedResources
 from lorvp.utils import distributed
 from lorvp.utils.device import MicroBatches
@@ -45,7 +44,7 @@ class Stage:
     ddp_model: nn.Module
     """`model`, with its gradients averaged over the processes."""
     groups: dict[str, list[nn.Parameter]]
-    """Trainable parameters by group: prompt, tokens, head, backbone."""
+    """Trainable parameters by part: prompt, adapter, head."""
     optimizers: dict[str, torch.optim.Optimizer]
     base_lr: dict[str, float]
     """The learning rate of each group before the schedule's factor."""
@@ -82,7 +81,7 @@ def build_stage(
         for parameter in (parameter for name, group in groups.items() if name != "head" for parameter in group):
             parameter.requires_grad_(False)
         groups = {"head": groups["head"]}
-    optimizers = {name: make_optimizer(name, group, config, shared.precision) for name, group in groups.items()}
+    optimizers = {name: method.make_optimizer(name, group, shared.precision) for name, group in groups.items()}
     factor = LATER_STAGES_LR if number else 1.0
     # random crops differ in each epoch, so that their features can't be cached
     model = method.mapping if method.trains_head_only and not config.dataset.crop_flip else method

@@ -15,13 +15,14 @@ import torch
 from torch.nn import functional as F
 
 from lorvp.bundle import io as bundle
-from lorvp.config import HEAD_MAPPINGS, TrialConfig
+from lorvp.config import TrialConfig
 from lorvp.data import augment, datasets, loader, shuffle
 from lorvp.errors import TrialFailed, UserError
 from lorvp.features import cache as feature_cache
 from lorvp.features import probe
 from lorvp.optim.galore import state_bytes
 from lorvp.optim.schedule import lr_factor
+from lorvp.parts import LearnedHeadConfig, Trained
 from lorvp.result import EpochResult
 from lorvp.training import checkpoint
 from lorvp.training.epoch_state import EpochState
@@ -87,8 +88,8 @@ class Trainer:
         self.should_stop = should_stop
         self.device = self.shared.device
         self.rank, self.world_size = distributed.rank_and_world_size()
-        if config.steps_per_layer and self.world_size > 1:
-            raise UserError("optimizer.galore.per_layer frees gradients before several GPUs could average them")
+        if config.adapter.steps_per_layer and self.world_size > 1:
+            raise UserError("adapter.per_layer frees gradients before several GPUs could average them")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.shared.precision == "fp16")
         self.micro_batches = MicroBatches(max(config.batch_size, config.eval_batch_size))
         self.steps_per_epoch = math.ceil(len(self.shared.splits.train) / config.batch_size)
@@ -177,8 +178,9 @@ class Trainer:
             self.scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in stage.groups[name] if p.grad is not None])
             finite &= norm.isfinite()
-            if self.config.optimizer.clip_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(stage.groups[name], self.config.optimizer.clip_grad_norm, norm)
+            options = self.config.parts[name]
+            if isinstance(options, Trained) and options.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(stage.groups[name], options.clip_grad_norm, norm)
             self.scaler.step(optimizer)
         self._zero_grad()
         self.scaler.update()
@@ -237,7 +239,7 @@ class Trainer:
         return result
 
     def parameters(self) -> dict[str, int]:
-        """Return how many numbers of each group were trained, or fitted."""
+        """Return how many numbers of each part were trained, or fitted."""
         groups = {"head": list(self.stage.method.mapping.parameters())} | self.stage.method.groups()
         return {name: sum(p.numel() for p in group) for name, group in groups.items() if group}
 
@@ -283,7 +285,8 @@ class Trainer:
 
     def _fit_head(self) -> None:
         """Fit the head to the images without a prompt, where the config starts from a fitted one."""
-        if self.config.head_init == "random" or self.config.label_mapping not in HEAD_MAPPINGS:
+        head = self.config.head
+        if not (isinstance(head, LearnedHeadConfig) and head.fitted):
             return
         splits, method = self.stage.shared.splits, self.stage.method
         train, val = (
@@ -293,7 +296,7 @@ class Trainer:
         both = train if self.config.dataset.train_on_val else None
         if both is not None:  # C is chosen without val's images, which are its last ones
             train = train.subset(np.arange(len(train) - len(val)))
-        weight, bias = probe.head(train, val, self.config.head_fit, self.device, cs, both, self._check_alone)
+        weight, bias = probe.head(train, val, head.fit, self.device, cs, both, self._check_alone)
         method.load_head(weight, bias)
 
     def _head_input(self, outputs: datasets.ArrayImages) -> datasets.ArrayImages:
@@ -332,7 +335,7 @@ class Trainer:
             return loss.detach()
 
         # several processes would wait for gradients that never come; per layer, some weights have made their step
-        may_split = self.world_size == 1 and not self.config.steps_per_layer
+        may_split = self.world_size == 1 and not self.config.adapter.steps_per_layer
         losses = self.micro_batches.run(backward, images, labels, may_split=may_split, undo=self._undo_batch)
         self.stage.method.count(labels)
         return torch.stack(losses).sum(0)

@@ -1,4 +1,4 @@
-"""Find choices by file name (`lorvp/prompts/low_rank.py` is `prompt.kind: low_rank`), and run users' own files.
+"""Find kinds by the name of their folder (`lorvp/prompts/low_rank` is `prompt.kind: low_rank`), and run users' files.
 
 Listing names imports nothing, so that a spec can be checked without torch.
 """
@@ -12,6 +12,7 @@ import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from lorvp.errors import UserError
 from lorvp.utils.paths import ROOT
@@ -20,24 +21,21 @@ COPIES = ROOT / "own"
 """Folder of the users' files in a copy of this code that was made for jobs."""
 
 
-SHARED = "base"
-"""Name of the module in each such folder that is no choice and holds what the others share."""
+@functools.cache
+def names(room: str) -> tuple[str, ...]:
+    """List the kinds in `lorvp/ROOM`, one for each folder. Cached, because every config asks for it."""
+    modules = pkgutil.iter_modules([str(ROOT / "lorvp" / room)])
+    return tuple(sorted(module.name for module in modules if module.ispkg))
 
 
 @functools.cache
-def names(folder: str) -> tuple[str, ...]:
-    """List the choices in `lorvp/FOLDER`, one for each module. Cached, because every config asks for it."""
-    modules = pkgutil.iter_modules([str(ROOT / "lorvp" / folder)])
-    return tuple(sorted(module.name for module in modules if module.name != SHARED))
-
-
-def load(folder: str, name: str) -> type:
-    """Return the class that `lorvp/FOLDER/NAME.py` defines: the only one in it without a leading underscore."""
-    module = importlib.import_module(f"lorvp.{folder}.{name}")
+def load(module: str) -> type[Any]:
+    """Return the class that the module `lorvp.MODULE` defines: the only one in it without a leading underscore."""
+    loaded = importlib.import_module(f"lorvp.{module}")
     (public_class,) = (
         value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == module.__name__ and not key.startswith("_")
+        for key, value in vars(loaded).items()
+        if isinstance(value, type) and value.__module__ == loaded.__name__ and not key.startswith("_")
     )
     return public_class
 

@@ -12,7 +12,7 @@ from sweeps.spec.model import Scalar, Spec, active
 
 PHASES = {"batch_size": "training", "eval_batch_size": "evaluation"}
 """What a trial does, by the batch size that decides what it takes."""
-GROWING = (*PHASES, "tokens.count")
+GROWING = (*PHASES, "adapter.count")
 """Axes of which the largest value takes the most."""
 USABLE = 0.9
 """Of a GPU's memory; the rest is left to CUDA, its libraries' workspaces and the allocator's gaps."""
@@ -61,7 +61,7 @@ def _format_gb(size: float) -> str:
 def _largest(spec: Spec) -> list[tuple[TrialConfig, dict[str, Scalar]]]:
     """Configs of which one takes the most, each with the values that set it apart; of GROWING axes the largest."""
     axes = spec.ordered_axes()
-    others = ("method", "precision", "tokens.deep")
+    others = ("method", "prompt.kind", "adapter.kind", "precision", "adapter.deep")
     decide = [name for name in axes if name in (*GROWING, *others) or name.startswith("backbone.")]
     conditions = {condition for name in decide for condition in axes[name].when}
     points: list[dict[str, Scalar]] = [{}]

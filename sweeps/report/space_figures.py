@@ -27,8 +27,8 @@ from sweeps.spec.model import Axis, Scalar, Spec
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-RATES = tuple(f"optimizer.{group}lr" for group in ("prompt_", "", "tokens_", "backbone_", "head_"))
-RANKS = ("prompt.rank", "optimizer.galore.rank")
+RATES = ("prompt.lr", "optimizer.lr", "adapter.lr", "head.lr")
+RANKS = ("prompt.rank", "adapter.rank")
 """A heat map is of the first of these that are axes."""
 MOST_VALUES = 12
 """An int axis with more is shown as if it were continuous."""
@@ -127,7 +127,7 @@ def heat_map(outcome: Outcome) -> Figure | None:
     panels: dict[str, dict[Cell, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
         cell = upright.cell(entry.params.get(rank)), across.cell(entry.params.get(rate))
-        panels[entry.trial.config.label_mapping][cell].append(entry)
+        panels[entry.trial.config.head.kind][cell].append(entry)
     best = [_best_of(trials) for cells in panels.values() for trials in cells.values()]
     colours = stretched_colours(min(best), max(best))
     columns = min(WIDEST, len(panels))

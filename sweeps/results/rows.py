@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt, model_validator
 
-from lorvp.config import BackboneConfig, DatasetConfig, Part, TrialConfig
+from lorvp.config import BackboneConfig, DatasetConfig, TrialConfig
 from lorvp.errors import UserError
+from lorvp.parts import ROOMS, Part, Trained
 from lorvp.utils.yaml_file import YamlFile
 from sweeps.results.comparison import Comparison, Difference, Row, Spread
 from sweeps.results.confirm import Choice
@@ -25,11 +26,8 @@ PUBLISHED_PATH = Path(__file__).parent / "published.yaml"
 OOD = "ood.parquet"
 CORRUPTED = "corrupted"
 """What the mean over all corruptions is called among the OOD sets."""
-GROUPS = ("prompt", "tokens", "head", "backbone")
-
-
-Key = tuple[str, str, str, str, str | None, str | None]
-"""Network, pre-training, dataset, method, kind of prompt and label mapping."""
+Key = tuple[str, str, str, str, str | None]
+"""Network, pre-training, dataset, method and label mapping."""
 
 
 class Published(Part):
@@ -39,7 +37,6 @@ class Published(Part):
     pretraining: str
     dataset: str
     method: str
-    prompt: str | None = Field(None, description="prompt.kind, of methods that have one")
     label_mapping: str | None = Field(None, description="null: the source does not name it, and any is compared")
     top1: float = Field(ge=0, le=100)
     epochs: PositiveInt | None = Field(None, description="where the source names them")
@@ -49,7 +46,7 @@ class Published(Part):
     @property
     def key(self) -> Key:
         """What the accuracy belongs to."""
-        return self.network, self.pretraining, self.dataset, self.method, self.prompt, self.label_mapping
+        return self.network, self.pretraining, self.dataset, self.method, self.label_mapping
 
     def differs_by(self, config: TrialConfig) -> str:
         """How it was obtained otherwise than by a trial of `config`, in words; empty where nothing is known of it."""
@@ -100,16 +97,11 @@ class Result:
         return *network(config.backbone), dataset(config.dataset), config.method
 
     def published(self, published_by_key: dict[Key, Published]) -> Published | None:
-        """Find the accuracy published for the same method, prompt, label mapping, network and data, if there is one."""
+        """Find the accuracy published for the same method, label mapping, network and data, if there is one."""
         config = self.entry.trial.config
         name, *rest = self.key
-        kind = config.prompt.kind if config.methods[0] == "lorvp" else None
         networks = [name] + ["clip"] * ("_clip_" in name)
-        keys = [
-            (network_name, *rest, kind, mapping)
-            for network_name in networks
-            for mapping in (config.label_mapping, None)
-        ]
+        keys = [(network_name, *rest, mapping) for network_name in networks for mapping in (config.head.kind, None)]
         return next((published_by_key[key] for key in keys if key in published_by_key), None)
 
     @property
@@ -138,17 +130,17 @@ class Result:
         return spread if self.confirmed else replace(spread, sd=None)
 
     def lrs(self) -> dict[str, float]:
-        """Return the learning rate of each group that was trained by steps."""
-        optimizer = self.entry.trial.config.optimizer
-        return {group: getattr(optimizer, f"{group}_lr") for group in GROUPS if group in self.entry.results[0]["lr"]}
+        """Return the learning rate of each part that was trained by steps."""
+        parts, by_steps = self.entry.trial.config.parts, self.entry.results[0]["lr"]
+        return {name: part.lr for name, part in parts.items() if isinstance(part, Trained) and name in by_steps}
 
     def record(self, known: Published | None) -> dict[str, Any]:
         """Its row of tables.parquet, without the OOD sets: accuracies in percent, differences in points."""
         config, lrs, control, difference = self.entry.trial.config, self.lrs(), self.control_top1, self.difference
         return (
             dict(zip(("network", "pretraining", "dataset", "method"), self.key, strict=True))
-            | {f"lr_{group}": lrs.get(group) for group in GROUPS}
-            | {"label_mapping": config.label_mapping, "rank": config.rank}
+            | {f"lr_{part}": lrs.get(part) for part in ROOMS}
+            | {"label_mapping": config.head.kind, "rank": config.rank}
             | {"epochs": config.epochs, "batch_size": config.batch_size}
             | {"select": self.select, "confirmed": self.confirmed, "n": len(self.row.entries)}
             | {"top1": self.top1.mean, "top1_sd": self.top1.sd}
@@ -162,7 +154,7 @@ class Result:
 
 SCHEMA = pa.schema(
     [(key, pa.string()) for key in ("network", "pretraining", "dataset", "method")]
-    + [(f"lr_{group}", pa.float64()) for group in GROUPS]
+    + [(f"lr_{part}", pa.float64()) for part in ROOMS]
     + [("label_mapping", pa.string()), ("rank", pa.int64()), ("epochs", pa.int64()), ("batch_size", pa.int64())]
     + [("select", pa.string()), ("confirmed", pa.bool_()), ("n", pa.int64())]
     + [(key, pa.float64()) for key in ("top1", "top1_sd", "control_top1", "control_top1_sd")]

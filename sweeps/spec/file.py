@@ -7,17 +7,19 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from cluster import profile as profiles
-from lorvp.config import Part, TrialConfig, absolute, backbone_name
+from lorvp.config import EARLIER, TrialConfig, backbone_name, earlier_form
 from lorvp.errors import UserError
 from lorvp.models import architectures
-from lorvp.utils.explain import Location, closest, explain, without_passwords
+from lorvp.parts import Part, absolute, flatten
+from lorvp.utils.explain import Location, closest, explain, located, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
-from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active, flatten
+from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active
 
 MOST_POINTS = 1000
 """Points of the space that are looked at for one that uses an axis."""
@@ -51,7 +53,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     for kind in ("space", "control"):
         for key in getattr(spec, kind) or {}:
             if key not in known:
-                file.fail((kind, key), f"no such key of a trial{closest(key, known)}")
+                earlier = next((old for old in EARLIER if key == old or key.startswith(f"{old}.")), None)
+                unknown = f"no such key of a trial{closest(key, known)}"
+                file.fail((kind, key), unknown if earlier is None else earlier_form(earlier, EARLIER[earlier]))
     try:
         profile = profiles.load(spec.cluster)
     except UserError as error:
@@ -115,7 +119,7 @@ def _check_search(spec: Spec, fail: Fail) -> None:
     """Check what pydantic can't see: that the algorithm takes these axes, and that conditions can be met."""
     search = spec.search
     if not spec.space:
-        fail(("space",), "needs at least one axis, as in `optimizer.prompt_lr: {log_uniform: [0.01, 1]}`")
+        fail(("space",), "needs at least one axis, as in `prompt.lr: {log_uniform: [0.01, 1]}`")
     for name, axis in spec.space.items():
         for other, allowed in axis.when.items():
             for value in allowed:
@@ -189,15 +193,17 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     """Check that `trial`, each axis and the control give valid configs."""
     known = functools.cache(architectures.load_registry)  # of thousands of models, and the same for every config
     unused = set(spec.space)
+    fixed = set(flatten(spec.trial))
 
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
-            config = spec.trial_config(params)
+            config, without_effect = spec.resolve(params)
             problem = _problem(config, known)
         except ValidationError as error:
             problem = explain(error, TrialConfig)
         if problem is None:
             unused.difference_update(params.keys() & spec.params(config).keys())
+            fixed.intersection_update(without_effect)
             return
         inner, message = problem
         if not inner and "choice" in location and spec.search.algorithm != "grid":
@@ -215,7 +221,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
             if name == spec.search.equal:
                 _check_spelling(spec, name, i, fail)
-    _check_used(spec, unused, fail)
+    _check_used(spec, unused, fixed, fail)
     if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
     if spec.search.algorithm == "grid":
@@ -237,19 +243,37 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("control",), f"{dotted}: {message}" if dotted else message)
 
 
-def _check_used(spec: Spec, unused: set[str], fail: Fail) -> None:
-    """Check that some point of the space uses each axis; those in `unused` have not been seen in use yet."""
+def _check_used(spec: Spec, unused: set[str], fixed: set[str], fail: Fail) -> None:
+    """Check that some point of the space uses each axis, and each fixed value.
+
+    The axes in `unused` and the keys of `trial` in `fixed` have not been seen in use yet.
+    """
     choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None}
     for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
-        if not unused:
+        if not (unused or fixed):
             return
         chosen = spec.example(dict(zip(choices, values, strict=True)))
         point = {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
         with suppress(ValidationError):  # values that don't go together
-            unused.difference_update(point.keys() & spec.params(spec.trial_config(point)).keys())
+            config, without_effect = spec.resolve(point)
+            unused.difference_update(point.keys() & spec.params(config).keys())
+            fixed.intersection_update(without_effect)
     for name in spec.space:
         if name in unused:
             fail(("space", name), "no trial of this sweep has a use for it; leave it out")
+    for key in sorted(fixed - spec.space.keys()):
+        fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {_reason(spec, key)}")
+
+
+def _reason(spec: Spec, key: str) -> str:
+    """Return why a fixed value has no effect at the space's first point."""
+    try:
+        TrialConfig.model_validate(spec.values(spec.example()))
+    except ValidationError as error:
+        for one in error.errors():
+            if ".".join(map(str, located(one, TrialConfig))) == key:
+                return one["msg"]
+    return "leave it out"
 
 
 def _problem(
@@ -271,7 +295,7 @@ def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
     """Check that a trial has the value as it is spelt, since it tells which arm the trial belongs to."""
     value = spec.space[name].examples()[place]
     try:
-        actual = flatten(spec.trial_config(spec.example({name: value})).model_dump(mode="json"))[name]
+        actual = spec.params(spec.trial_config(spec.example({name: value}))).get(name)
     except ValidationError:  # with others it may be valid
         return
     if actual != value:
@@ -282,11 +306,17 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
     """Return every key of a config that holds a value, by dotted path."""
     keys = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
+        for kind in parts_within(field):
+            keys += dotted_keys(kind, f"{prefix}{field.alias or name}.")
+        if not parts_within(field):
+            keys.append(prefix + (field.alias or name))
+    return list(dict.fromkeys(keys))
+
+
+def parts_within(field: FieldInfo) -> list[type[Part]]:
+    """Return the models that a key's mapping may be of: one, several kinds of a part, or none for another value."""
+    options = (field.annotation, *get_args(field.annotation))
+    return [option for option in options if isinstance(option, type) and issubclass(option, Part)]
 
 
 def settable_keys(begun: str) -> list[str]:

@@ -10,9 +10,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from lorvp.config import BEST, HEAD_MAPPINGS, AbsolutePath, Part, TrialConfig, absolute
+from lorvp.config import TrialConfig
+from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig, Part, absolute, flatten, kinds
+from lorvp.presets import LINEAR_PROBE
+from lorvp.utils.explain import located
 
 
 def _scalar(value: Any) -> Any:
@@ -25,16 +36,17 @@ def _scalar(value: Any) -> Any:
 Scalar = Annotated[Any, AfterValidator(_scalar)]
 OneOrMore = Annotated[Any, AfterValidator(lambda v: [_scalar(one) for one in (v if isinstance(v, list) else [v])])]
 FITTED_HEAD = {
-    "method": "linear_probe",
-    "head_init": "linear_probe",
-    "head_fit": BEST,
+    "method": LINEAR_PROBE,
+    "prompt.kind": "none",
+    "adapter.kind": "none",
+    "head.init": "fitted",
+    "head.fit": BEST,
     "epochs": 1,
     "rungs": [],
-    "schedule.warmup_epochs": 0,
 }
 """What makes the control of any sweep, beside its label mapping."""
-DEFAULT_KEYS = ("optimizer.name", "optimizer.lr", "optimizer.weight_decay")
-"""Keys that only say what others are by default."""
+SHARED = "optimizer."
+"""Beginning of the keys that only say what parts have by default."""
 MAX_CELLS = 100_000
 """Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
 DEFAULT_SEEDS = 3
@@ -253,7 +265,28 @@ class Spec(Part):
         return self.folder / "trials"
 
     def trial_config(self, params: dict[str, Scalar]) -> TrialConfig:
-        """Return the config of one point of the space: `trial` with `params`, by dotted path, put in."""
+        """Return the config of one point of the space: `trial` with `params`, by dotted path, put in.
+
+        A key that has no effect at this point is left out: `_check_used` in `file.py` sees that it has one at another.
+        Raises ValidationError for values that are wrong, or don't go together.
+        """
+        return self.resolve(params)[0]
+
+    def resolve(self, params: dict[str, Scalar]) -> tuple[TrialConfig, set[str]]:
+        """Return the config of one point of the space, and the keys that were left out of it as `trial_config` says."""
+        values, without_effect = self.values(params), set[str]()
+        while True:
+            try:
+                return TrialConfig.model_validate(values), without_effect
+            except ValidationError as error:
+                errors = error.errors()
+                keys = {".".join(map(str, located(one, TrialConfig))) for one in errors if one["type"] == NO_EFFECT}
+                if any(one["type"] != NO_EFFECT for one in errors) or not any(remove_dotted(values, k) for k in keys):
+                    raise
+                without_effect |= keys
+
+    def values(self, params: dict[str, Scalar]) -> dict[str, Any]:
+        """Return `trial` with `params`, by dotted path, put in."""
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
@@ -261,12 +294,14 @@ class Spec(Part):
             values["read_test"] = False
             if values.get("select") == "test_best_epoch":
                 values["select"] = "val"
-        return TrialConfig.model_validate(values)
+        return values
 
     def confirmed(self, config: TrialConfig, seed: int) -> TrialConfig:
         """Return a config of the search as it is trained to confirm it."""
         select = self.trial.get("select", config.select)
-        changes = {"init_seed": seed, "order_seed": seed, "read_test": True, "select": select}
+        changes = {"read_test": True, "select": select}
+        if config.trains_by_steps:
+            changes |= {"init_seed": seed, "order_seed": seed}
         values = config.model_dump(mode="json") | changes
         if self.all_images:
             values["dataset"]["train_on_val"] = True
@@ -278,13 +313,21 @@ class Spec(Part):
 
     def params(self, config: TrialConfig) -> dict[str, Scalar]:
         """Return where a trial lies in the space: its values on the axes that matter to it."""
-        values, matter = flatten(config.model_dump(mode="json")), flatten(config.canonical())
-        # what others have by default has done its part by then
-        return {
-            name: values[name]
-            for name, axis in self.space.items()
-            if name in matter or (name in DEFAULT_KEYS and active(axis, values))
-        }
+        values = config.values()
+        params = {name: values[name] for name in self.space if name in values}
+        for name in self.space:
+            key = self._inherited(name, values)
+            if key is not None:
+                params[name] = values[key]
+        return {name: params[name] for name in self.space if name in params}
+
+    def _inherited(self, name: str, values: dict[str, Any]) -> str | None:
+        """Return the key of a part whose value, in a trial with `values`, comes from the axis `name`; else None."""
+        if not name.startswith(SHARED):
+            return None
+        option = name.removeprefix(SHARED).replace("name", "optimizer")
+        own = flatten(self.trial).keys() | {other for other, axis in self.space.items() if active(axis, values)}
+        return next((key for part in ROOMS if (key := f"{part}.{option}") in values and key not in own), None)
 
     def control_configs(self) -> list[TrialConfig]:
         """Return the controls' configs: none where `control` is null.
@@ -294,10 +337,11 @@ class Spec(Part):
         """
         if self.control is None:
             return []
-        axis = self.space.get("label_mapping")
-        mappings = (axis and axis.choice) or [self.trial_config(self.example()).label_mapping]
-        heads = [mapping for mapping in mappings if mapping in HEAD_MAPPINGS] or ["lp"]
-        cells = [FITTED_HEAD | {"label_mapping": head} for head in heads]
+        axis = self.space.get("head.kind")
+        mappings = (axis and axis.choice) or [self.trial_config(self.example()).head.kind]
+        learned = [name for name, kind in kinds(ROOMS["head"]).items() if issubclass(kind, LearnedHeadConfig)]
+        heads = [name for name in mappings if name in learned] or ["lp"]
+        cells = [FITTED_HEAD | {"head.kind": head} for head in heads]
         if self.control:
             lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
             cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
@@ -335,7 +379,7 @@ class Spec(Part):
 
     def arm(self, config: TrialConfig) -> Scalar:
         """Return the arm that a config belongs to."""
-        return flatten(config.model_dump(mode="json"))[self.search.equal] if self.search.equal else None
+        return self.params(config)[self.search.equal] if self.search.equal else None
 
     def ordered_axes(self) -> dict[str, Axis]:
         """Return the axes, each after those that its condition names. Raises ValueError naming a cycle."""
@@ -398,8 +442,10 @@ class Spec(Part):
     def named_keys(self) -> list[str]:
         """Return the keys of a trial that this sweep says something about, and those that anybody asks for first."""
         mentioned = [*self.space, *flatten(self.trial), *(self.control or {})]
+        shared = [key.removeprefix(SHARED) for key in mentioned if key.startswith(SHARED)]
+        mentioned += [f"{part}.{key.replace('name', 'optimizer')}" for key in shared for part in ROOMS]
         seeds = ["init_seed", "order_seed"] if self.seeds else []
-        return list(dict.fromkeys(["method", "label_mapping", "epochs", "batch_size", *mentioned, *seeds]))
+        return list(dict.fromkeys(["method", "head.kind", "epochs", "batch_size", *mentioned, *seeds]))
 
     def number_of_trials(self) -> int:
         """Count the trials of the search."""
@@ -421,8 +467,8 @@ def active(axis: Axis, params: dict[str, Scalar]) -> bool:
 
 
 def shortened(keys: Collection[str]) -> dict[str, str]:
-    """Return each dotted path by its last part, if no other of them ends in it."""
-    ends = {key: key.split(".")[-1] for key in keys}
+    """Return each dotted path by its last part, if no other of them ends in it; a kind by the part it is of."""
+    ends = {key: key.removesuffix(".kind").split(".")[-1] for key in keys}
     many = Counter(ends.values())
     return {key: end if many[end] == 1 else key for key, end in ends.items()}
 
@@ -437,12 +483,16 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted path."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def remove_dotted(values: dict[str, Any], key: str) -> bool:
+    """Remove the dotted path `key`; return whether it was there."""
+    *parents, last = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        return False
+    del node[last]
+    return True
 
 
 def _copy(value: Any) -> Any:

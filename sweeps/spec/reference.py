@@ -12,17 +12,21 @@ Schema = dict[str, Any]
 TITLE = """\
 # The YAML files, key by key
 
-`python -m sweeps.schema` makes this page from the pydantic models (`sweeps/spec/model.py`, `lorvp/config.py`,
-`cluster/profile.py`), with the schemas by which editors check these files. A key that is not here is refused.
+`python -m sweeps.schema` makes this page from the pydantic models (`sweeps/spec/model.py`, `lorvp/config.py` with the
+kinds of parts, and `cluster/profile.py`), with the schemas by which editors check these files. A key that is not here is
+refused.
 """
 SWEEP = """\
 `python sweeps/launch.py SPEC` carries it out. `--set KEY=VALUE` replaces a value by its dotted path, as
 `--set search.trials=8`.
 """
 TRIAL = """\
-Under `trial` a sweep has the values that its trials share, a part's as a mapping: `optimizer: {lr: 0.02}`. `space` and
-`control` name a key by its dotted path, as below: `optimizer.prompt_lr`. With `--set` it begins with `trial.`, as in
+Under `trial` a sweep has the values that its trials share, a part's as a mapping: `prompt: {lr: 0.02}`. `space` and
+`control` name a key by its dotted path, as below: `prompt.lr`. With `--set` it begins with `trial.`, as in
 `--set trial.epochs=5`.
+
+A prompt, an adapter and a head have the keys of their kind. In a sweep whose trials have several kinds, a key that one
+of the kinds lacks is left out of the trials of that kind. A key without an effect in any trial is refused.
 """
 PROFILE = """\
 `cluster` in a sweep names one of those in `cluster/profiles`, or the path of your own.
@@ -48,8 +52,11 @@ def _sections(part: Schema, definitions: Schema, prefix: str = "") -> Iterator[s
     for key, value in part["properties"].items():
         for path, name in _parts_within(value, prefix + key):
             if name != "TrialConfig":
-                yield f"### `{path}`\n\n{_in_a_line(definitions[name]['description'])}\n"
-                yield from _sections(definitions[name], definitions, f"{path}.")
+                within = definitions[name]
+                kind = within["properties"].get("kind", {}).get("const")
+                heading = path if kind is None else f"{path}` of kind `{kind}"
+                yield f"### `{heading}`\n\n{_in_a_line(within['description'])}\n"
+                yield from _sections(within, definitions, f"{path}.")
 
 
 def _table(part: Schema, prefix: str) -> str:
@@ -73,6 +80,9 @@ def _value_text(value: Schema, path: str) -> str:
     """Return the allowed values, in words."""
     if "$ref" in value:
         return f"[its keys](#{_anchor(path)})"
+    if "discriminator" in value:
+        kinds = value["discriminator"]["mapping"]
+        return "its kind's keys: " + ", ".join(f"[{kind}](#{_anchor(f'{path} of kind {kind}')})" for kind in kinds)
     if "anyOf" in value:
         nullable = value.get("default", "") is None  # then it is seen that it may be null
         return " or ".join(
@@ -104,7 +114,7 @@ def _parts_within(value: Schema, path: str) -> Iterator[tuple[str, str]]:
     """Return the path and the name of each part that a value consists of."""
     if "$ref" in value:
         yield path, value["$ref"].rpartition("/")[2]
-    for option in value.get("anyOf", []):
+    for option in (*value.get("anyOf", []), *value.get("oneOf", [])):
         yield from _parts_within(option, path)
     if isinstance(value.get("additionalProperties"), dict):
         yield from _parts_within(value["additionalProperties"], f"{path}.KEY")

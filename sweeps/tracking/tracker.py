@@ -37,7 +37,7 @@ from lorvp.utils.explain import without_passwords
 from lorvp.utils.files import publish
 from sweeps.lock import Holder
 from sweeps.results.leaderboard import epoch_metrics
-from sweeps.spec.model import Spec, flatten, shortened
+from sweeps.spec.model import Spec, shortened
 from sweeps.tracking import registry
 from sweeps.tracking.retry import first_line
 from sweeps.tracking.store import SQLITE, tracking_uri
@@ -238,14 +238,14 @@ class Tracker:
             "method": config.method,
             "backbone": config.backbone.name,
             "dataset": config.dataset.title,
-            "mapping": config.label_mapping,
+            "mapping": config.head.kind,
         }
         if config.rank is not None:
             tags["rank"] = str(config.rank)
         name = f"control-{trial.name}" if control else trial.name
         run = begun[0] if begun else self.client.create_run(self.experiment, tags=tags, run_name=name)
         self._started[trial.name] = run
-        values = flatten(config.canonical())
+        values = config.values() | self.spec.params(config)
         return [Param(short, _param_text(values[key])) for key, short in self._param_names.items() if key in values]
 
 

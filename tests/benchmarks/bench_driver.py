@@ -127,7 +127,7 @@ class Run:
         spec = {
             "name": "driver",
             "trial": {"backbone": {"name": "lorvp_tiny_32.cifar10"}, "dataset": {"name": "digits"}, "epochs": epochs},
-            "space": {"optimizer.prompt_lr": {"log_uniform": [0.005, 0.2]}},
+            "space": {"prompt.lr": {"log_uniform": [0.005, 0.2]}},
             "search": {"algorithm": "random", "trials": trials, "concurrent": concurrent},
             "control": None,
             "output": str(self.folder / "runs"),

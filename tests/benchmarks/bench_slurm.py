@@ -47,7 +47,7 @@ def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
         slurm.say("sbatch", "--gres=gpu:rtx8000:1", "--output=/dev/null", f"--wrap=date +%s.%N > {stamp}")
         slurm.wait(lambda: stamp.exists() and stamp.read_text().strip() != "")  # noqa: B023
         empty.append(float(stamp.read_text()) - begun)
-        config = TrialConfig.model_validate(digits_values(epochs=1, init_seed=i, label_mapping="lp"))
+        config = TrialConfig.model_validate(digits_values(epochs=1, init_seed=i, head={"kind": "lp"}))
         trial = TrialFolder(manager.scan.request(config).path)  # which reads what is there, and not what was seen last
         begun = time.time()
         manager.scan.poll_all()
@@ -70,7 +70,7 @@ def spec(name: str, folder: Path, profile: str, trials: int, concurrent: int, ep
     sweep = {
         "name": name,
         "trial": values,
-        "space": {"optimizer.prompt_lr": {"log_uniform": [0.005, 0.2]}},
+        "space": {"prompt.lr": {"log_uniform": [0.005, 0.2]}},
         "search": {"algorithm": "random", "trials": trials, "concurrent": concurrent},
         "cluster": str(folder / f"{name}.profile.yaml"),
         "output": str(folder / "runs"),

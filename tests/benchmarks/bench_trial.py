@@ -63,7 +63,7 @@ def warm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
     cells = [mean([each[-1] for each in cold])]
     for fit in FITS:
-        warm_start = base | {"head_init": "linear_probe", "head_fit": fit}
+        warm_start = base | {"head": {"init": "fitted", "fit": fit}}
         started = [curve(warm_start | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
         needed = [
             next((epoch for epoch, got in enumerate(each, 1) if got >= goal[-1]), None)
@@ -76,9 +76,9 @@ def warm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
 
 def ilm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     """Of one set and backbone: passes of their own, streamed, and the difference seed by seed."""
-    mapped = base | {"label_mapping": "ilm"}
+    mapped = base | {"head": {"kind": "ilm"}}
     own, streamed = (
-        [curve(mapped | {"ilm": way, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
+        [curve(mapped | {"head": {"counting": way}, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
         for way in ("pass", "streamed")
     )
     return [mean(own), mean(streamed), mean([ours - theirs for ours, theirs in zip(streamed, own, strict=True)])]
@@ -86,7 +86,7 @@ def ilm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
 
 TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], SharedResources], list[str]]]] = {
     "warm": (["cold", *map(str, FITS)], warm),
-    "ilm": (["ilm: pass", "ilm: streamed", "difference"], ilm),
+    "head": {"counting": (["ilm: pass", "ilm: streamed", "difference"], ilm)},
 }
 
 
@@ -111,7 +111,8 @@ def main(
                     "dataset": dataset,
                     "epochs": epochs,
                     "batch_size": 64,
-                    "optimizer": {"lr": 0.1, "prompt_name": "adam", "prompt_lr": 0.01},
+                    "prompt": {"optimizer": "adam", "lr": 0.01},
+                    "optimizer": {"lr": 0.1},
                 }
                 loaded = loop.load(TrialConfig.model_validate(base))
                 print(f"| {data}, {model} | {' | '.join(cells(base, loaded))} |", flush=True)

@@ -39,7 +39,7 @@ def result(epoch: int) -> dict:
 
 def test_equal_configs_share_a_folder(digits, tmp_path):
     first = TrialFolder.request(tmp_path, digits())
-    again = TrialFolder.request(tmp_path, digits(optimizer={"prompt_lr": 0.05, "prompt_name": "adam", "lr": "0.1"}))
+    again = TrialFolder.request(tmp_path, digits(prompt={"lr": 0.05, "optimizer": "adam"}, optimizer={"lr": "0.1"}))
     other = TrialFolder.request(tmp_path, digits(init_seed=1))
     assert first.path == again.path != other.path
     assert first.config == digits()
@@ -144,7 +144,7 @@ def test_a_job_that_is_fenced_says_no_more(trial, monkeypatch):
 
 
 def test_failures_are_recorded_with_their_reason(digits, tmp_path):
-    diverging = TrialFolder.request(tmp_path, digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}))
+    diverging = TrialFolder.request(tmp_path, digits(prompt={"lr": 1e30, "optimizer": "sgd"}, optimizer={"lr": 1e30}))
     with pytest.raises(Exception, match="nan"):
         job.run(diverging.path, threads=1)
     assert diverging.ended() == End(State.FAILED, "train loss is nan in epoch 1", Cause.DIVERGED)
@@ -187,7 +187,7 @@ def test_a_job_that_is_handed_nothing_leaves(trial, monkeypatch):
 
 
 def test_a_trial_that_diverges_does_not_end_its_job_others_do(digits, tmp_path):
-    diverging = digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"})
+    diverging = digits(prompt={"lr": 1e30, "optimizer": "sgd"}, optimizer={"lr": 1e30})
     first, second = (TrialFolder.request(tmp_path / "trials", config) for config in (diverging, digits(epochs=1)))
     for place, trial in enumerate((first, second), start=1):
         trial.record_job("7", tmp_path / "log", place)
@@ -215,7 +215,7 @@ def test_a_packed_job_trains_its_trials_together(digits, tmp_path, monkeypatch):
     """Each with the results that it has alone; one that fails, and one that was given up, end by themselves."""
     monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.3)
     diverging = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
-    configs = [digits(label_mapping="fm"), digits(optimizer=diverging), digits(init_seed=1), digits(init_seed=2)]
+    configs = [digits(head={"kind": "fm"}), digits(optimizer=diverging), digits(init_seed=1), digits(init_seed=2)]
     trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
     packed_jobs(trials)
     trials[3].stop(StopReason.SEARCH)

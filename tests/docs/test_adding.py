@@ -33,7 +33,7 @@ from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
 Path("out").mkdir()
-points = [spec.example({"optimizer.prompt_lr": value}) for value in (0.01, 0.1)]
+points = [spec.example({"prompt.lr": value}) for value in (0.01, 0.1)]
 (result,) = train(spec.trial_config(points[0]), Path("out"))
 names = describe(Path("out/bundle"))["class_names"]
 hashes = {spec.trial_config(point).content_hash() for point in points}
@@ -81,7 +81,7 @@ class Copy:
         self.spec: dict[str, Any] = {
             "name": "added",
             "trial": digits_values(epochs=1),
-            "space": {"optimizer.prompt_lr": {"choice": [0.01, 0.1]}},
+            "space": {"prompt.lr": {"choice": [0.01, 0.1]}},
             "search": {"trials": 2},
         }
 

@@ -22,7 +22,7 @@ def test_texts_are_the_source_classes(tmp_path):
     texts = torch.nn.functional.normalize(torch.randn(30, 24), dim=1)
     save_file({"texts": texts}, tmp_path / "texts.safetensors")
     values = {"backbone": TOWER | {"zero_shot": tmp_path / "texts.safetensors"}, "dataset": {"name": "digits"}}
-    config = TrialConfig.model_validate(values | {"label_mapping": "fm"})
+    config = TrialConfig.model_validate(values | {"head": {"kind": "fm"}})
     backbone = Backbone(config.backbone, "fp32")
     assert backbone.source_classes == 30
     images = torch.rand(2, 3, 224, 224)

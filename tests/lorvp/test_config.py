@@ -15,8 +15,8 @@ from lorvp.utils import plugins
 
 def test_learning_rates_default_to_lr(digits):
     optimizer = digits(optimizer={"lr": 0.3}).optimizer
-    assert (optimizer.prompt_lr, optimizer.head_lr) == (0.3, 0.3)
-    assert digits(optimizer={"lr": 0.3, "prompt_lr": 1}).optimizer.prompt_lr == 1.0
+    assert (prompt.lr, head.lr) == (0.3, 0.3)
+    assert digits(prompt={"lr": 1}, optimizer={"lr": 0.3}).prompt.lr == 1.0
 
 
 def test_equal_configs_are_one_trial(digits):
@@ -59,10 +59,10 @@ def test_which_images_is_said_once(digits, changes, said):
 
 
 def test_what_has_no_effect_does_not_make_another_trial(digits):
-    flm = {"label_mapping": "flm"}
+    flm = {"head": {"kind": "flm"}}
     assert (
-        digits(**flm, optimizer={"prompt_lr": 0.1, "lr": 1}).content_hash()
-        == digits(**flm, optimizer={"prompt_lr": 0.1, "head_lr": 2}).content_hash()
+        digits(**flm, prompt={"lr": 0.1}, optimizer={"lr": 1}).content_hash()
+        == digits(**flm, prompt={"lr": 0.1}, head={"lr": 2}).content_hash()
     )
     probe = {"method": "linear_probe"}
     assert digits(**probe, prompt={"rank": 1}).content_hash() == digits(**probe, prompt={"rank": 8}).content_hash()
@@ -76,11 +76,11 @@ def test_what_has_no_effect_does_not_make_another_trial(digits):
         ({"epoch": 3}, "epoch"),
         ({"prompt": {"kind": "fourier"}}, "low_rank"),
         ({"prompt": {"rank": 0}}, "greater"),
-        ({"label_mapping": "lpp"}, "one of flm, fm, ilm, lp"),
+        ({"head": {"kind": "lpp"}}, "one of flm, fm, ilm, lp"),
         ({"optimizer": {"lr": float("nan")}}, "finite"),
         ({"dataset": {"name": "store"}}, "root"),
         ({"schedule": {"warmup_epochs": 3}}, "below epochs"),
-        ({"method": "linear_probe", "label_mapping": "flm"}, "lp or fm"),
+        ({"method": "linear_probe", "head": {"kind": "flm"}}, "lp or fm"),
     ],
 )
 def test_what_cannot_work_is_refused(digits, changes, word):

@@ -40,9 +40,9 @@ trial:
   batch_size: 32
   precision: fp32
 space:
-  label_mapping: {choice: [rlm, flm, ilm, lp]}
+  head.kind: {choice: [rlm, flm, ilm, lp]}
   prompt.rank: {choice: [1, 4]}
-  optimizer.prompt_lr: {log_uniform: [0.005, 0.2]}
+  prompt.lr: {log_uniform: [0.005, 0.2]}
 search: {algorithm: tpe, trials: 4, seed: 1, concurrent: 2}
 early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
 control: {}

@@ -49,7 +49,9 @@ def unconfirmed(folder: Path, **trial: object) -> Path:
     """A search of two trials and its control, on the whole of CIFAR-100."""
     folder.mkdir()
     dataset = {"name": "store", "root": str(folder / "cifar100-32")}
-    values = digits_values(dataset=dataset, backbone={"name": "resnet18.tv_in1k"}, method="ilm_vp", label_mapping="ilm")
+    values = digits_values(
+        dataset=dataset, backbone={"name": "resnet18.tv_in1k"}, method="ilm_vp", head={"kind": "ilm"}
+    )
     spec = Spec.model_validate(
         {
             "name": "search_only",
@@ -185,7 +187,7 @@ def test_networks_without_a_tag():
     ("trial", "key"),
     [
         ({}, ("resnet18", "in1k", "cifar100", "ilm_vp", None, "ilm")),
-        ({"label_mapping": "flm"}, None),
+        ({"head": {"kind": "flm"}}, None),
         (
             {"method": "lorvp", "prompt": {"kind": "full_image"}},
             ("resnet18", "in1k", "cifar100", "lorvp", "full_image", "ilm"),
@@ -193,7 +195,7 @@ def test_networks_without_a_tag():
         ({"method": "lorvp"}, None),
         ({"backbone": {"name": "resnet50.tv2_in1k"}}, ("resnet50", "in1k", "cifar100", "ilm_vp", None, "ilm")),
         (
-            {"method": "autovp", "backbone": {"name": "vit_base_patch32_clip_224.openai"}, "label_mapping": "lp"},
+            {"method": "autovp", "backbone": {"name": "vit_base_patch32_clip_224.openai"}, "head": {"kind": "lp"}},
             ("clip", "openai", "cifar100", "autovp", None, None),
         ),
     ],

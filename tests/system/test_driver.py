@@ -45,8 +45,8 @@ trial:
   batch_size: 32
   precision: fp32
 space:
-  label_mapping: {choice: [rlm, flm, fm]}
-  optimizer.prompt_lr: {log_uniform: [0.005, 0.2]}
+  head.kind: {choice: [rlm, flm, fm]}
+  prompt.lr: {log_uniform: [0.005, 0.2]}
 search: {algorithm: tpe, trials: 6, seed: 1, concurrent: 2}
 early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
 control: null

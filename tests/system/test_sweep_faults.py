@@ -106,8 +106,8 @@ trial:
   precision: fp32
 space:
   method: {choice: [lorvp, linear_probe]}
-  optimizer.head_lr: {log_uniform: [0.05, 1]}
-  optimizer.prompt_lr: {log_uniform: [0.005, 0.2], when: {method: lorvp}}
+  head.lr: {log_uniform: [0.05, 1]}
+  prompt.lr: {log_uniform: [0.005, 0.2], when: {method: lorvp}}
 search: {algorithm: tpe, trials: 4, seed: 1, concurrent: 2, equal: method}
 early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
 confirm: {seeds: [3, 4]}

@@ -140,7 +140,7 @@ JSON_DEFECTS: dict[str, tuple[Defect, str]] = {
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that has an index map and a prompt of rank 2 for 32 pixels."""
-    return saved(tmp_path_factory.mktemp("good") / "bundle", tuned(label_mapping="rlm"))
+    return saved(tmp_path_factory.mktemp("good") / "bundle", tuned(head={"kind": "rlm"}))
 
 
 @pytest.fixture

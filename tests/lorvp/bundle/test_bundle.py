@@ -23,7 +23,7 @@ from lorvp.training.loop import train
 
 @pytest.fixture
 def saved(digits, tmp_path):
-    results = list(train(digits(label_mapping="fm"), folder=tmp_path))
+    results = list(train(digits(head={"kind": "fm"}), folder=tmp_path))
     return tmp_path / "bundle", results
 
 
@@ -69,7 +69,7 @@ def test_loaded_module_equals_the_trials_own(digits, tmp_path, monkeypatch, mapp
         save(folder, method, *rest, **named)
 
     monkeypatch.setattr(bundle, "save", spy)
-    list(train(digits(label_mapping=mapping), folder=tmp_path))
+    list(train(digits(head={"kind": mapping}), folder=tmp_path))
     loaded = lorvp.load(tmp_path / "bundle")
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     with torch.inference_mode():

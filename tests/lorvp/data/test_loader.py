@@ -193,9 +193,9 @@ WARM.set_forkserver_preload(["lorvp.training", "sklearn.datasets"])
 @pytest.mark.parametrize(
     "changes",
     [
-        {"head_init": "linear_probe", "head_fit": 1e-3},
-        {"label_mapping": "ilm"},
-        {"label_mapping": "ilm", "ilm": "streamed"},
+        {"head": {"init": "fitted", "fit": 1e-3}},
+        {"head": {"kind": "ilm"}},
+        {"head": {"kind": "ilm", "counting": "streamed"}},
     ],
 )
 def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, changes):
@@ -204,7 +204,7 @@ def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, change
         monkeypatch.setattr(launch.multiprocessing, "get_context", lambda _: WARM)
     dataset = {"name": "digits", "train_images": 161, "val_images": 41, "crop_flip": True}
     # SGD: Adam's first steps have the size of the learning rate also where a gradient is rounding alone
-    given = {"dataset": dataset, "optimizer": {"lr": 0.1, "prompt_lr": 2.0}} | changes
+    given = {"dataset": dataset, "prompt": {"lr": 2.0}, "optimizer": {"lr": 0.1}} | changes
     config = digits(**given, precision="fp32", batch_size=32, epochs=3)
     alone = list(train(config))
     (tmp_path / "whole").mkdir()

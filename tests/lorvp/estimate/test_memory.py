@@ -41,7 +41,7 @@ def test_training_takes_what_was_predicted(backbone, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "linear_probe", "eval_batch_size": 64}, {"precision": "fp16"}, {"label_mapping": "fm"}],
+    [{"method": "linear_probe", "eval_batch_size": 64}, {"precision": "fp16"}, {"head": {"kind": "fm"}}],
     ids=str,
 )
 def test_so_do_other_trials(changes):
@@ -87,7 +87,7 @@ trial:
   dataset: {name: digits}
   epochs: 1
 space:
-  optimizer.prompt_lr: {log_uniform: [1e-3, 0.1]}
+  prompt.lr: {log_uniform: [1e-3, 0.1]}
   batch_size: {choice: [8, 64, 32]}
 search: {algorithm: random, trials: 2}
 """
@@ -143,9 +143,9 @@ def test_dry_run_looks_at_the_largest_trial(planned):
 @pytest.mark.slow
 def test_dry_run_takes_the_most_tokens(planned):
     backbone, method = "trial.backbone.name=lorvp_tiny_vit_32", "trial.method=vpt"
-    tokens = "space={tokens.count: {choice: [1, 50, 10]}, tokens.deep: {choice: [true, false]}}"
+    tokens = "space={adapter.count: {choice: [1, 50, 10]}, adapter.deep: {choice: [true, false]}}"
     said = planned(48, backbone, method, tokens, "trial.eval_batch_size=8")
-    assert "in training at batch 256, tokens.count 50, tokens.deep True (16-bit)" in said
+    assert "in training at batch 256, adapter.count 50, adapter.deep True (16-bit)" in said
 
 
 def test_dry_run_says_why_nothing_is_known(planned):

@@ -207,15 +207,15 @@ def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatc
     monkeypatch.setattr(probe, "head", watched)
     for on in (False, True):
         dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2, "train_on_val": on}
-        (result,) = train(digits(method="linear_probe", head_init="linear_probe", epochs=1, dataset=dataset))
+        (result,) = train(digits(method="linear_probe", head={"init": "fitted"}, epochs=1, dataset=dataset))
     assert asked == [(160, 40, None), (160, 40, 200)]
     assert result.test_top1 > 60
 
 
 @pytest.mark.parametrize("mapping", ["lp", "fm"])
 def test_a_probe_fitted_to_the_end_is_one_epoch_and_beats_one_by_steps(digits, cache, tmp_path, mapping):
-    changes = {"method": "linear_probe", "label_mapping": mapping}
-    (result,) = train(digits(**changes, head_init="linear_probe", head_fit="best", epochs=1), folder=tmp_path)
+    changes = {"method": "linear_probe", "head": {"kind": mapping}}
+    (result,) = train(digits(**changes, head={"init": "fitted", "fit": "best"}, epochs=1), folder=tmp_path)
     stepped = list(train(digits(**changes, epochs=3)))
     assert result.val_top1 >= max(r.val_top1 for r in stepped)
     assert result.lr == {}
@@ -246,7 +246,7 @@ def test_a_warm_start_is_the_fitted_heads_function_at_step_0(digits, cache):
     """A learning rate too small to change anything leaves the probe's own figures."""
     still = {"prompt_name": "sgd", "lr": 1e-12, "prompt_lr": 1e-12}
     for mapping in ("lp", "fm"):
-        fit = {"label_mapping": mapping, "head_init": "linear_probe", "head_fit": 0.01, "epochs": 1}
+        fit = {"head": {"kind": mapping, "init": "fitted", "fit": 0.01}, "epochs": 1}
         (warm,) = train(digits(**fit, optimizer=still))
         (fitted,) = train(digits(**fit, method="linear_probe"))
         assert warm.val_top1 == fitted.val_top1
@@ -255,7 +255,7 @@ def test_a_warm_start_is_the_fitted_heads_function_at_step_0(digits, cache):
 
 @pytest.mark.slow
 def test_a_warm_start_is_kept_over_an_interruption(digits, cache, tmp_path):
-    config = digits(head_init="linear_probe", head_fit="90%", epochs=2)
+    config = digits(head={"init": "fitted", "fit": "90%"}, epochs=2)
     expected = [r.val_loss for r in train(config)]
     calls = 0
 
@@ -271,7 +271,7 @@ def test_a_warm_start_is_kept_over_an_interruption(digits, cache, tmp_path):
 @pytest.mark.parametrize("mapping", ["flm", "ilm"])
 def test_the_first_mapping_comes_from_the_cache(digits, cache, forwards, monkeypatch, mapping):
     """No pass of their own over the data, and the same mapping."""
-    config = digits(label_mapping=mapping, epochs=1)
+    config = digits(head={"kind": mapping}, epochs=1)
     list(train(config))
     (first,) = train(config)
     splits = loop.load(config).splits
@@ -296,8 +296,8 @@ def test_the_first_mapping_comes_from_the_cache(digits, cache, forwards, monkeyp
 @pytest.mark.slow
 def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forwards, tmp_path):
     """The same first epoch, no other pass over the data, and the same result after an interruption."""
-    plain = digits(label_mapping="ilm", epochs=3)
-    streamed = digits(label_mapping="ilm", epochs=3, ilm="streamed")
+    plain = digits(head={"kind": "ilm"}, epochs=3)
+    streamed = digits(head={"kind": "ilm", "counting": "streamed"}, epochs=3)
     by_pass = list(train(plain))
     passes = sum(forwards)
     forwards.clear()
@@ -323,7 +323,7 @@ def test_streamed_counts_are_those_of_the_training_passes(digits, cache, forward
 @pytest.mark.parametrize("ilm", ["streamed", "pass"])
 def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tmp_path, monkeypatch, capsys, ilm):
     """The result is that of the whole batch; in training, evaluation, a recount and the computation of features."""
-    config = digits(label_mapping="ilm", ilm=ilm, epochs=2, eval_batch_size=64)
+    config = digits(head={"kind": "ilm", "counting": ilm}, epochs=2, eval_batch_size=64)
     expected = list(train(config, folder=tmp_path))
     method = lorvp.load(tmp_path / "bundle")
     images = datasets.load(config.dataset, 32).test
@@ -357,5 +357,5 @@ def test_a_batch_that_the_device_cannot_hold_is_taken_in_parts(digits, cache, tm
 
 
 def test_what_is_computed_for_a_calibration_is_not_kept(digits, cache):
-    calibrate(digits(label_mapping="flm", epochs=1), threads=1)
+    calibrate(digits(head={"kind": "flm"}, epochs=1), threads=1)
     assert not cache.exists()

@@ -41,35 +41,35 @@ SWIN = {
     "image_size": 56,
     "kwargs": {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 20},
 }
-SELECTION = {"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4, "keep": 0.5}}
+SELECTION = {"method": "vqt", "backbone": VIT, "adapter": {"group_lasso": 1e-4, "keep": 0.5}}
 CNN = {"name": "lorvp_tiny_32", "pretrained": False}
 GALORE = {"lr": 0.01, "galore": {"rank": 8, "update_gap": 4}}
 METHODS: dict[str, dict[str, Any]] = {
     "lorvp": {"backbone": CNN},
     "linear_probe": {"backbone": CNN},
     "fine_tuning": {"backbone": VIT},
-    "fine_tuning, cnn": {"backbone": CNN, "label_mapping": "ilm"},
-    "fine_tuning, lp-ft": {"backbone": VIT, "head_init": "linear_probe"},
+    "fine_tuning, cnn": {"backbone": CNN, "head": {"kind": "ilm"}},
+    "fine_tuning, lp-ft": {"backbone": VIT, "head": {"init": "fitted"}},
     "galore": {"backbone": VIT, "optimizer": GALORE},
     "galore, per layer": {
         "backbone": VIT,
         "precision": "fp32",
         "optimizer": GALORE | {"galore": {"rank": 8, "update_gap": 4, "per_layer": True}},
     },
-    "vpt": {"backbone": VIT, "tokens": {"count": 3}},
-    "vpt, shallow and projected": {"backbone": VIT, "tokens": {"count": 3, "deep": False, "project": 7}},
-    "vpt, dropout": {"backbone": VIT, "tokens": {"count": 3, "dropout": 0.5}},
-    "vpt, swin": {"backbone": SWIN, "tokens": {"count": 3, "deep": False}},
-    "vpt, cnn": {"backbone": CNN, "tokens": {"count": 3, "deep": False}},
-    "vpt, flm": {"backbone": VIT, "tokens": {"count": 3}, "label_mapping": "flm"},
-    "vqt": {"backbone": VIT, "tokens": {"count": 2}},
-    "vqt, selection": {"backbone": VIT, "tokens": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}, "epochs": 3},
-    "vqt, warm": {"backbone": VIT, "tokens": {"count": 2}, "head_init": "linear_probe"},
-    "ilm_vp": {"backbone": CNN, "label_mapping": "ilm"},
-    "autovp": {"backbone": CNN, "label_mapping": "fm"},
+    "vpt": {"backbone": VIT, "adapter": {"count": 3}},
+    "vpt, shallow and projected": {"backbone": VIT, "adapter": {"count": 3, "deep": False, "project": 7}},
+    "vpt, dropout": {"backbone": VIT, "adapter": {"count": 3, "dropout": 0.5}},
+    "vpt, swin": {"backbone": SWIN, "adapter": {"count": 3, "deep": False}},
+    "vpt, cnn": {"backbone": CNN, "adapter": {"count": 3, "deep": False}},
+    "vpt, flm": {"backbone": VIT, "adapter": {"count": 3}, "head": {"kind": "flm"}},
+    "vqt": {"backbone": VIT, "adapter": {"count": 2}},
+    "vqt, selection": {"backbone": VIT, "adapter": {"count": 2, "group_lasso": 1e-3, "keep": 0.5}, "epochs": 3},
+    "vqt, warm": {"backbone": VIT, "adapter": {"count": 2}, "head": {"init": "fitted"}},
+    "ilm_vp": {"backbone": CNN, "head": {"kind": "ilm"}},
+    "autovp": {"backbone": CNN, "head": {"kind": "fm"}},
     "autovp, fixed": {"backbone": CNN, "prompt": {"scale": 0.75, "learn_scale": False}},
-    "lorvp+vpt": {"backbone": VIT, "tokens": {"count": 3}},
-    "lorvp+vqt": {"backbone": VIT, "tokens": {"count": 2}},
+    "lorvp+vpt": {"backbone": VIT, "adapter": {"count": 3}},
+    "lorvp+vqt": {"backbone": VIT, "adapter": {"count": 2}},
     "lorvp+lp_ft": {"backbone": VIT},
 }
 
@@ -81,7 +81,8 @@ def config(case: str, **changes: Any) -> TrialConfig:
     values: dict[str, Any] = {
         "method": case.split(",")[0],
         "dataset": {"name": "digits", "max_per_class": 10, "val_fraction": 0.2},
-        "optimizer": {"lr": 0.05, "prompt_name": "adam"},
+        "prompt": {"optimizer": "adam"},
+        "optimizer": {"lr": 0.05},
         "epochs": 2,
         "batch_size": 32,
         "precision": "fp32",
@@ -308,7 +309,7 @@ def test_vqt_starts_as_its_fitted_head():
 
     At a C at which features that are rounded otherwise give the same head: at 1,000 they do not.
     """
-    wanted = config("vqt, warm", head_fit=1.0)
+    wanted = config("vqt, warm", head={"fit": 1.0})
     trial = Trainer(wanted, loaded(wanted))
     trial.start_epoch(1)
     train = trial.stage.splits.train
@@ -488,7 +489,7 @@ def test_vqt_selects_in_three_stages():
 def test_a_heavier_penalty_leaves_smaller_weights():
     found = []
     for lasso in (1e-6, 1.0):
-        wanted = config("vqt, selection", tokens={"count": 2, "group_lasso": lasso, "keep": 0.5})
+        wanted = config("vqt, selection", adapter={"count": 2, "group_lasso": lasso, "keep": 0.5})
         trial = Trainer(wanted, loaded(wanted))
         one_epoch(trial)
         one_epoch(trial)
@@ -497,7 +498,7 @@ def test_a_heavier_penalty_leaves_smaller_weights():
 
 
 def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
-    wanted = config("vpt", optimizer={"lr": 0.8, "scale_lr": True})
+    wanted = config("vpt", scale_lr=True, optimizer={"lr": 0.8})
     trial = Trainer(wanted, loaded(wanted))
     assert trial.stage.base_lr == {"tokens": pytest.approx(0.1), "head": pytest.approx(0.1)}
 
@@ -506,27 +507,27 @@ def test_learning_rates_are_those_of_a_batch_of_256_where_asked():
     ("changes", "message"),
     [
         ({"method": "vqt", "backbone": {"name": "resnet18"}}, "method vqt asks the layers of a vision transformer"),
-        ({"method": "vqt", "backbone": VIT, "label_mapping": "fm"}, "label_mapping must be lp"),
-        ({"method": "vpt", "backbone": {"name": "resnet18"}}, "tokens.deep must be false"),
-        ({"method": "vpt", "backbone": SWIN}, "tokens.deep must be false"),
-        ({"method": "vpt", "backbone": CNN, "tokens": {"deep": False, "project": 3}}, "vpt pads its images"),
-        ({"method": "vpt", "backbone": VIT, "tokens": {"count": 201}}, "less than or equal to 200"),
-        ({"method": "lorvp+vpt", "backbone": CNN, "tokens": {"deep": False}}, "needs a backbone with tokens"),
+        ({"method": "vqt", "backbone": VIT, "head": {"kind": "fm"}}, "label_mapping must be lp"),
+        ({"method": "vpt", "backbone": {"name": "resnet18"}}, "adapter.deep must be false"),
+        ({"method": "vpt", "backbone": SWIN}, "adapter.deep must be false"),
+        ({"method": "vpt", "backbone": CNN, "adapter": {"deep": False, "project": 3}}, "vpt pads its images"),
+        ({"method": "vpt", "backbone": VIT, "adapter": {"count": 201}}, "less than or equal to 200"),
+        ({"method": "lorvp+vpt", "backbone": CNN, "adapter": {"deep": False}}, "needs a backbone with tokens"),
         ({"method": "vpt+lorvp", "backbone": VIT}, "what goes together is lorvp+vpt"),
         ({"method": "lorvp+linear_probe", "backbone": VIT}, "what goes together is lorvp+vpt"),
         ({"method": "vtp", "backbone": VIT}, "unknown name 'vtp'; one of autovp"),
-        ({"method": "vqt", "backbone": VIT, "tokens": {"keep": 0.5}}, "tokens.group_lasso, which must be above 0"),
-        ({"method": "vqt", "backbone": VIT, "tokens": {"group_lasso": 1e-4}}, "for tokens.keep, which must be given"),
+        ({"method": "vqt", "backbone": VIT, "adapter": {"keep": 0.5}}, "adapter.group_lasso, which must be above 0"),
+        ({"method": "vqt", "backbone": VIT, "adapter": {"group_lasso": 1e-4}}, "for adapter.keep, which must be given"),
         (SELECTION | {"epochs": 20}, "a multiple of 3, not 20"),
         (SELECTION | {"epochs": 30, "schedule": {"warmup_epochs": 10}}, "below a third of epochs"),
-        (SELECTION | {"epochs": 30, "head_init": "linear_probe"}, "head_init must be random"),
+        (SELECTION | {"epochs": 30, "head": {"init": "fitted"}}, "head_init must be random"),
         (SELECTION | {"epochs": 30, "rungs": [{"epochs": 1}]}, "leave rungs out"),
-        ({"method": "lp_ft", "backbone": VIT, "head_init": "random"}, "starts from a fitted head"),
-        ({"method": "lp_ft", "backbone": VIT, "label_mapping": "flm"}, "starts from a fitted head"),
+        ({"method": "lp_ft", "backbone": VIT, "head": {"init": "random"}}, "starts from a fitted head"),
+        ({"method": "lp_ft", "backbone": VIT, "head": {"kind": "flm"}}, "starts from a fitted head"),
         ({"method": "fine_tuning", "backbone": VIT, "rungs": [{"epochs": 1}]}, "trains the backbone"),
         ({"method": "vpt", "backbone": VIT, "rungs": [{"epochs": 1, "image_size": 16}]}, "one image_size to another"),
         (
-            {"method": "galore", "backbone": VIT, "optimizer": {"galore": {"per_layer": True}}},
+            {"method": "galore", "backbone": VIT, "adapter": {"per_layer": True}},
             "precision must be bf16 or fp32",
         ),
     ],
@@ -564,7 +565,7 @@ def test_the_papers_backbones(method, name):
         "method": method,
         "backbone": {"name": name, "pretrained": False, "kwargs": kwargs, "image_size": image_size},
         "dataset": {"name": "digits"},
-        "tokens": {"count": 2, "deep": name.startswith("vit")},
+        "adapter": {"count": 2, "deep": name.startswith("vit")},
     }
     if method == "vqt" and not name.startswith("vit"):
         with pytest.raises(ValidationError, match="method vqt"):
@@ -591,7 +592,7 @@ def test_resnet_50_of_imagenet_21k_p_from_a_file(tmp_path):
         "mean": (0, 0, 0),
         "std": (1, 1, 1),
     }
-    wanted = TrialConfig.model_validate({"backbone": backbone, "dataset": {"name": "digits"}, "label_mapping": "flm"})
+    wanted = TrialConfig.model_validate({"backbone": backbone, "dataset": {"name": "digits"}, "head": {"kind": "flm"}})
     made = methods.make(wanted, Backbone(wanted.backbone, "fp32"), 10)
     assert (made.backbone.source_classes, made.backbone.mean.abs().max()) == (11221, 0)
     assert made(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 10)

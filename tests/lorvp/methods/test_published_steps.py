@@ -177,7 +177,7 @@ class ByHand:
 PUBLISHED: dict[str, tuple[Logits, str, float, float, dict[str, Any]]] = {
     "lorvp": (lorvp, "sgd", 0.02, 1e-4, {}),
     "linear_probe": (linear_probe, "sgd", 0.5, 1e-4, {}),
-    "fine_tuning": (fine_tuning, "sgd", 0.1, 0.0, {"label_mapping": "lp"}),
+    "fine_tuning": (fine_tuning, "sgd", 0.1, 0.0, {"head": {"kind": "lp"}}),
     "ilm_vp": (ilm_vp, "adam", 0.01, 0.0, {"prompt": {"inner": 112}}),
     "autovp": (autovp, "adam", 0.001, 0.0, {"prompt": {"inner": 112, "scale": 1.3}}),
     "vpt": (vpt, "sgd", 0.5, 1e-3, {}),

@@ -40,7 +40,7 @@ name: asked
 trial:
   backbone: {BACKBONE}
   dataset: {name: digits}
-  label_mapping: lp
+  head: {kind: lp}
   epochs: 1
 space:
   prompt.rank: {choice: [1, 2]}
@@ -95,25 +95,25 @@ def test_features_are_enough_for_lp(name):
         assert all(p.grad is not None for p in made.groups()["head"])
     for mapping in ("rlm", "flm", "ilm", "fm"):
         with pytest.raises(UserError, match=f"label_mapping {mapping} reads source classes, and {name} has no"):
-            methods.make(trial(backbone, label_mapping=mapping), built, 10)
+            methods.make(trial(backbone, head={"kind": mapping}), built, 10)
 
 
 @pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "fm"])
 def test_a_mapping_of_source_classes_is_refused_with_the_spec(mapping, tmp_path):
     for name in WITHOUT_CLASSIFIER:
-        said = refused(tmp_path, {"name": name}, f"trial.label_mapping={mapping}")
+        said = refused(tmp_path, {"name": name}, f"trial.head.kind={mapping}")
         assert f"label_mapping {mapping} reads source classes, and {name} has no classifier: label_mapping must" in said
     cut = {"name": "resnet18.a1_in1k", "kwargs": {"num_classes": 0}}
-    assert "resnet18.a1_in1k has no classifier" in refused(tmp_path, cut, f"trial.label_mapping={mapping}")
-    axis = f"space.label_mapping={{choice: [lp, {mapping}]}}"
-    assert "space.label_mapping.choice[1]: label_mapping" in refused(tmp_path, {"name": name}, axis)
-    control = f"control.label_mapping=[{mapping}]"
+    assert "resnet18.a1_in1k has no classifier" in refused(tmp_path, cut, f"trial.head.kind={mapping}")
+    axis = f"space.head.kind={{choice: [lp, {mapping}]}}"
+    assert "space.head.kind.choice[1]: label_mapping" in refused(tmp_path, {"name": name}, axis)
+    control = f"control.head.kind=[{mapping}]"
     assert f"control: label_mapping {mapping} reads" in refused(tmp_path, {"name": name}, control)
 
 
 def test_a_trial_without_a_classifier_trains_and_loads(tmp_path):
     backbone = {"name": "lorvp_tiny_vit_32.cifar10", "kwargs": {"num_classes": 0}}
-    (result,) = train(trial(backbone, epochs=1, head_init="linear_probe"), tmp_path)
+    (result,) = train(trial(backbone, epochs=1, head={"init": "fitted"}), tmp_path)
     assert result.val_top1 > 50
     assert bundle.load(tmp_path / "bundle").backbone.source_classes == 0
 
@@ -225,7 +225,7 @@ def test_a_model_from_a_folder(saved, tmp_path, monkeypatch):
     assert "is of architecture 'resnet81', which timm does not have" in refused(tmp_path, {"name": config.name})
     changed(saved, lambda values: values.update(architecture="lorvp_tiny_vit_32", num_classes=0))
     given = {"name": config.name, "mean": [0, 0, 0]}
-    assert "has no classifier" in refused(tmp_path, given, "trial.label_mapping=fm")
+    assert "has no classifier" in refused(tmp_path, given, "trial.head.kind=fm")
     (saved / "config.json").write_text("[")
     assert "config.json: not JSON" in refused(tmp_path, {"name": config.name})
     (saved / "config.json").unlink()
@@ -306,7 +306,7 @@ def test_a_model_from_the_hub(saved, tmp_path):
             plain = Backbone(BackboneConfig(name="lorvp_tiny_vit_32.cifar10"), "fp32")
             assert built("hf-hub:me/tiny@v1") == [f"{plain.digest} 32 me/tiny@v1"]
             changed(saved, lambda values: values.update(num_classes=0))
-            said = launched("hf-hub:me/tiny", "--set=trial.label_mapping=fm")
+            said = launched("hf-hub:me/tiny", "--set=trial.head.kind=fm")
             assert "label_mapping fm reads source classes, and hf-hub:me/tiny has no classifier" in said
             assert not (tmp_path / "runs").exists()
         finally:
@@ -385,7 +385,7 @@ def test_without_a_head_there_are_features(kind, tmp_path):
     plain = Backbone(BackboneConfig(name=TINY), "fp32")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(backbone(images, "features"), plain(images, "features"))
-    config = trial({"name": TINY}, label_mapping="flm")
+    config = trial({"name": TINY}, head={"kind": "flm"})
     with pytest.raises(UserError, match="label_mapping flm reads source classes"):
         methods.make(config, backbone, 10)
     assert methods.make(trial({"name": TINY}), backbone, 10)(images).shape == (2, 10)

@@ -38,11 +38,11 @@ def together(members: list[Trainer], join=lambda count: []) -> dict[Trainer, lis
 def test_packed_is_what_each_is_by_itself(digits):
     """To the bit: one after another on the same batch; ranks, mappings and optimizers as they come."""
     configs = [
-        digits(label_mapping="lp", prompt={"rank": 1}),
-        digits(label_mapping="fm", prompt={"rank": 8}),
-        digits(label_mapping="ilm", optimizer={"prompt_name": "sgd", "prompt_lr": 0.3}),
-        digits(label_mapping="ilm", ilm="streamed", init_seed=3),
-        digits(label_mapping="lp", prompt={"kind": "border"}, head_init="linear_probe"),
+        digits(head={"kind": "lp"}, prompt={"rank": 1}),
+        digits(head={"kind": "fm"}, prompt={"rank": 8}),
+        digits(head={"kind": "ilm"}, prompt={"optimizer": "sgd", "lr": 0.3}),
+        digits(head={"kind": "ilm", "counting": "streamed"}, init_seed=3),
+        digits(head={"kind": "lp", "init": "fitted"}, prompt={"kind": "border"}),
         digits(method="linear_probe"),
     ]
     loaded = loop.load(configs[0])
@@ -75,7 +75,7 @@ def test_one_that_breaks_leaves_the_others_alone(digits, monkeypatch, where):
         raise OSError(28, "No space left on device")
 
     loaded = loop.load(digits())
-    stays, breaks = Trainer(digits(), loaded), Trainer(digits(label_mapping="fm"), loaded)
+    stays, breaks = Trainer(digits(), loaded), Trainer(digits(head={"kind": "fm"}), loaded)
     monkeypatch.setattr(breaks, where, full)
     events = together([breaks, stays])
     assert isinstance(events[breaks][-1].error, OSError)
@@ -93,8 +93,8 @@ def test_one_leaves_another_joins_at_the_next_epoch(digits, tmp_path):
         return calls > 8
 
     stays = Trainer(digits(epochs=4), loaded)
-    leaves = Trainer(digits(label_mapping="fm"), loaded, tmp_path, should_stop=stop)
-    joins = Trainer(digits(label_mapping="ilm", epochs=2), loaded)
+    leaves = Trainer(digits(head={"kind": "fm"}), loaded, tmp_path, should_stop=stop)
+    joins = Trainer(digits(head={"kind": "ilm"}, epochs=2), loaded)
     waiting = [joins]
     events = together([stays, leaves], lambda count: [waiting.pop()] if count == 1 and waiting else [])
     assert [r.order for r in events[stays][:-1]] == [1, 2, 3, 4]
@@ -121,7 +121,7 @@ def test_a_joiner_is_what_it_is_by_itself_on_the_same_orders(digits, monkeypatch
 
 @pytest.mark.slow
 def test_one_that_left_within_an_epoch_finishes_it_before_it_joins(digits, tmp_path):
-    config = digits(label_mapping="ilm")
+    config = digits(head={"kind": "ilm"})
     calls = 0
 
     def stop() -> bool:

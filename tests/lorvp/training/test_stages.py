@@ -62,7 +62,9 @@ def test_the_bundle_is_of_a_whole_epoch(digits, tmp_path):
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
 @pytest.mark.parametrize("calls", [3, *(pytest.param(c, marks=pytest.mark.slow) for c in (12, 17))])
 def test_an_interruption_at_any_rung_changes_nothing(digits, tmp_path, mapping, calls):
-    config = digits(epochs=4, rungs=[{"epochs": 1, "image_size": 16}, FEW], label_mapping=mapping, ilm="streamed")
+    config = digits(
+        epochs=4, rungs=[{"epochs": 1, "image_size": 16}, FEW], head={"kind": mapping, "counting": "streamed"}
+    )
     expected = figures(list(train(config)))
     left = calls
 

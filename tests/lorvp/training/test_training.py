@@ -28,7 +28,7 @@ from lorvp.training.loop import train
 )
 @pytest.mark.parametrize("stop_after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_and_continued_is_bit_for_bit_uninterrupted(digits, tmp_path, mapping, stop_after):
-    config = digits(label_mapping=mapping)
+    config = digits(head={"kind": mapping})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -75,7 +75,7 @@ def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp
     """
     mapping, _, rungs = mapping.partition(", ")
     stages = {"rungs": [{"epochs": 1, "image_size": 16}]} if rungs else {}
-    config = digits(label_mapping=mapping, epochs=2, batch_size=40, eval_batch_size=30, **stages)
+    config = digits(head={"kind": mapping}, epochs=2, batch_size=40, eval_batch_size=30, **stages)
     expected, images = uninterrupted(config.canonical_json())
     shown = count_forwards(monkeypatch)
     left = calls
@@ -116,7 +116,7 @@ def test_sgd_is_not_fused_where_steps_may_be_skipped(digits, monkeypatch):
 
 
 def test_it_learns_and_the_test_set_is_read_once(digits):
-    results = list(train(digits(epochs=6, optimizer={"lr": 1.0, "prompt_name": "adam", "prompt_lr": 0.05})))
+    results = list(train(digits(epochs=6, prompt={"optimizer": "adam", "lr": 0.05}, optimizer={"lr": 1.0})))
     assert [r.test_top1 is None for r in results] == [True] * 5 + [False]
     assert max(r.val_top1 for r in results) > 50
     assert results[-1].train_loss < results[0].train_loss
@@ -199,7 +199,7 @@ def test_the_published_protocol_can_train_on_every_image(digits, tmp_path, monke
 
 
 def test_a_loss_that_is_no_number_ends_the_trial(digits):
-    config = digits(optimizer={"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"})
+    config = digits(prompt={"lr": 1e30, "optimizer": "sgd"}, optimizer={"lr": 1e30})
     with pytest.raises(TrialFailed, match="train loss is nan in epoch 1"):
         list(train(config))
 
@@ -245,7 +245,8 @@ def test_no_transfer_within_a_step(digits, monkeypatch):
 def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name):
     config = digits(
         epochs=1,
-        optimizer={"name": name, "prompt_name": prompt_name, "lr": 0.01, "prompt_lr": 0.02, "prompt_weight_decay": 0.5},
+        prompt={"optimizer": prompt_name, "lr": 0.02, "weight_decay": 0.5},
+        optimizer={"name": name, "lr": 0.01},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
     prompt = make_optimizer("prompt", parameters, config, "fp32")

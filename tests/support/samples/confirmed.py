@@ -21,7 +21,7 @@ def make_confirmed(folder: Path, **changes: object) -> Spec:
         "trial": digits_values(),
         "space": {
             "prompt.kind": {"choice": ["low_rank", "border"]},
-            "label_mapping": {"choice": ["lp", "fm"]},
+            "head.kind": {"choice": ["lp", "fm"]},
             "prompt.rank": {"int": [1, 8], "when": {"prompt.kind": "low_rank"}},
         },
         "search": {"algorithm": "tpe", "trials": 6, "equal": "prompt.kind"},
@@ -51,7 +51,7 @@ def searched(spec: Spec, **by_point: float) -> None:
         ran(spec, spec.trial_config({"prompt.kind": "low_rank", "prompt.rank": rank}), val)
     ran(spec, spec.trial_config({"prompt.kind": "low_rank", "prompt.rank": 4}), 99, state=State.STOPPED)
     ran(spec, spec.trial_config({"prompt.kind": "border"}), 40)
-    ran(spec, spec.trial_config({"prompt.kind": "border", "label_mapping": "fm"}), 50)
+    ran(spec, spec.trial_config({"prompt.kind": "border", "head.kind": "fm"}), 50)
     for config, val in zip(spec.control_configs(), (70, 71, 72, 77), strict=True):
         ran(spec, config, val)
 

@@ -9,10 +9,10 @@ trial:
   dataset: {name: digits}
   epochs: 4
 space:
-  label_mapping: {choice: [flm, fm, lp]}
+  head.kind: {choice: [flm, fm, lp]}
   prompt.rank: {int: [1, 3]}
-  optimizer.prompt_lr: {choice: [1e-3, 0.1]}
-  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}
+  prompt.lr: {choice: [1e-3, 0.1]}
+  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}
 search: {algorithm: grid}
 early_stopping: {rule: asha, grace_epochs: 2}
 """

@@ -37,7 +37,7 @@ class Stated:
     """Two points for each step of rank, two for fm, half a point an epoch; an epoch takes 1.5 s."""
 
     def curve(self, config: TrialConfig, control: bool) -> Curve:
-        end = CONTROL if control else 70 + 2 * config.prompt.rank + 2 * (config.label_mapping == "fm")
+        end = CONTROL if control else 70 + 2 * config.prompt.rank + 2 * (config.head.kind == "fm")
         values = [end - 0.5 * (config.epochs - epoch) for epoch in range(1, config.epochs + 1)]
         return Curve(values, [STEP] * config.epochs, config.epochs)
 
@@ -50,10 +50,10 @@ def make_spec(folder: Path, **changes: Any) -> Spec:
         "name": "done",
         "trial": digits_values(epochs=4),
         "space": {
-            "label_mapping": {"choice": ["lp", "fm", "ilm"]},
+            "head.kind": {"choice": ["lp", "fm", "ilm"]},
             "prompt.rank": {"choice": [1, 2, 4]},
-            "optimizer.prompt_lr": {"log_uniform": [0.01, 1]},
-            "optimizer.head_lr": {"log_uniform": [0.1, 1], "when": {"label_mapping": ["lp", "fm"]}},
+            "prompt.lr": {"log_uniform": [0.01, 1]},
+            "head.lr": {"log_uniform": [0.1, 1], "when": {"head": {"kind": ["lp", "fm"]}}},
         },
         "search": {"algorithm": "tpe", "trials": 20},
         "output": folder,
@@ -98,8 +98,8 @@ def test_heat_map(sweep: Spec, outcome: Outcome):
     cells = defaultdict(list)
     for trial in folders(sweep):
         config = trial.config
-        place = int(math.log10(config.optimizer.prompt_lr / 0.01) / 2 * BINS)
-        cells[config.label_mapping, [1, 2, 4].index(config.prompt.rank), place].append(trial)
+        place = int(math.log10(config.prompt.lr / 0.01) / 2 * BINS)
+        cells[config.head.kind, [1, 2, 4].index(config.prompt.rank), place].append(trial)
     passed_over = 0
     *panels, bar = plots(outcome, "heat_map")
     assert [panel.get_title() for panel in panels] == ["fm", "ilm", "lp"]
@@ -202,11 +202,11 @@ def test_parallel_coordinates(sweep: Spec, outcome: Outcome):
     tops = [val_top1(entry) for entry in finished]
     for entry, segment in zip(reversed(finished), lines.get_segments(), strict=True):
         config = entry.trial.config
-        rank, rate = [1, 2, 4].index(config.prompt.rank) / 2, math.log10(config.optimizer.prompt_lr / 0.01) / 2
-        assert segment[:3, 1] == pytest.approx([["lp", "fm", "ilm"].index(config.label_mapping) / 2, rank, rate])
-        without = config.label_mapping == "ilm"
+        rank, rate = [1, 2, 4].index(config.prompt.rank) / 2, math.log10(config.prompt.lr / 0.01) / 2
+        assert segment[:3, 1] == pytest.approx([["lp", "fm", "ilm"].index(config.head.kind) / 2, rank, rate])
+        without = config.head.kind == "ilm"
         assert (segment[3, 1] < 0) == without
-        assert without or segment[3, 1] == pytest.approx(math.log10(config.optimizer.head_lr / 0.1))
+        assert without or segment[3, 1] == pytest.approx(math.log10(config.head.lr / 0.1))
         assert segment[4, 1] == pytest.approx((val_top1(entry) - min(tops)) / (max(tops) - min(tops)))
     shades = [lightness(colour) for colour in lines.get_colors()]
     assert shades == sorted(shades, reverse=True)
@@ -221,12 +221,12 @@ def test_importance(sweep: Spec, outcome: Outcome):
     assert next(iter(found)) == "prompt.rank"  # 6 points between its ends, 2 by the label mapping
     assert found["prompt.rank"] > 0.6
     assert set(found) == set(sweep.space)  # the one that exists under a condition among them
-    assert 0 <= min(found.values()) <= sum(found.values()) - found["optimizer.head_lr"] <= 1
+    assert 0 <= min(found.values()) <= sum(found.values()) - found["head.lr"] <= 1
     assert importances(sweep, entries) == found
     (plot,) = plots(outcome, "importance")
     assert [bar.get_width() for bar in plot.patches] == list(found.values())
     labels = [label.get_text() for label in plot.get_yticklabels()]
-    having = sum(entry.trial.config.label_mapping != "ilm" for entry in entries)
+    having = sum(entry.trial.config.head.kind != "ilm" for entry in entries)
     assert labels[0] == "rank (14 trials)"
     assert f"head_lr ({having} trials)" in labels
     assert importances(sweep, entries[:3]) == {}

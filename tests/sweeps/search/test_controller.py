@@ -221,8 +221,8 @@ def test_a_trial_ends_with_the_last_of_its_repetitions(tmp_path):
 
 
 def test_a_point_without_a_trial_is_told_and_the_search_goes_on(tmp_path):
-    space = {"prompt.rank": {"choice": [1, 2]}, "label_mapping": {"choice": ["lp", "flm"]}}
-    mixed = spec(tmp_path, space=space, trial=digits_values(head_init="linear_probe"))
+    space = {"prompt.rank": {"choice": [1, 2]}, "head.kind": {"choice": ["lp", "flm"]}}
+    mixed = spec(tmp_path, space=space, trial=digits_values(head={"init": "fitted"}))
     script, lines = Script([[(rank, 1.0, 1.0)] * 3 for rank in (1, 2)]), []
     SweepController(mixed, SpecSearch(mixed), make_scheduler(mixed), script, Failure(), lines.append).run()
     invalid = len(mixed.cells()) - len(script.asked)

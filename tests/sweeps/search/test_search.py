@@ -35,7 +35,7 @@ def make(tmp_path):
                 "trial": digits_values(),
                 "space": {
                     "method": {"choice": ["lorvp", "linear_probe"]},
-                    "optimizer.head_lr": {"log_uniform": [1e-3, 10]},
+                    "head.lr": {"log_uniform": [1e-3, 10]},
                     "prompt.kind": {"choice": ["low_rank", "border"], "when": {"method": "lorvp"}},
                     "prompt.rank": {"int": [1, 8], "when": {"prompt.kind": "low_rank"}},
                 },
@@ -51,7 +51,7 @@ def make(tmp_path):
 def value_of(point: dict) -> float:
     """A weak method and a strong one, each with a learning rate of its own that is good."""
     strength = {"lorvp": 50, "linear_probe": 90}[point["method"]]
-    ratio = point["optimizer.head_lr"] / GOOD_LR[point["method"]]
+    ratio = point["head.lr"] / GOOD_LR[point["method"]]
     return strength - 10 * abs(max(ratio, 1 / ratio) - 1) ** 0.5
 
 
@@ -80,7 +80,7 @@ def test_each_value_is_searched_by_itself(make):
     """The weaker one's good learning rate is found, though all of its trials are worse than any of the other."""
     points = run(SpecSearch(make(80)), 80)[40:]
     for method, good in GOOD_LR.items():
-        rates = [point["optimizer.head_lr"] for point in points if point["method"] == method]
+        rates = [point["head.lr"] for point in points if point["method"] == method]
         near = [rate for rate in rates if good / 4 < rate < good * 4]
         assert len(near) >= len(rates) / 2 == 10  # of the whole axis they are 30 %; one search for both finds none
 
@@ -95,7 +95,7 @@ def test_shares_of_a_resumed_search(make):
     again = run(RecordingSearch(spec, Suggestions(spec.folder), dict), 12)
     assert again[:5] == first
     assert [point["method"] for point in again] == [point["method"] for point in whole]
-    assert len({(point["method"], point["optimizer.head_lr"]) for point in again}) == 12
+    assert len({(point["method"], point["head.lr"]) for point in again}) == 12
 
 
 def record(spec: Spec, point: dict, seconds: list[float]) -> TrialFolder:
@@ -118,7 +118,7 @@ def test_a_share_that_had_its_seconds_is_passed_over(make):
     assert Counter(point["method"] for point in suggested) == {"lorvp": 5, "linear_probe": 2}
     assert [point["method"] for point in suggested[:4]] == ["lorvp", "linear_probe"] * 2
     assert spent() == {"lorvp": 10, "linear_probe": 12}
-    more = record(spec, {"method": "lorvp", "label_mapping": "fm"}, [5])
+    more = record(spec, {"method": "lorvp", "head": {"kind": "fm"}}, [5])
     for _ in range(2):  # what was counted before is not counted again
         spent.note(more)
     more.newest().append({"epoch": 2, "seconds": 3})
@@ -182,7 +182,7 @@ class _Flat:
 
     def curve(self, config: TrialConfig, control: bool) -> Curve:
         seconds = 10.0 if config.method == "linear_probe" else 1.0
-        return Curve([config.optimizer.head_lr] * config.epochs, [seconds] * config.epochs, config.epochs)
+        return Curve([config.head.lr] * config.epochs, [seconds] * config.epochs, config.epochs)
 
 
 def test_replay_of_shares_and_confirmation(make):

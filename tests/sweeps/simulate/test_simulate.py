@@ -36,9 +36,9 @@ control: null
 """
 WIDE = """\
 space:
-  label_mapping: {choice: [flm, lp]}
-  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}
-  optimizer.head_lr: {log_uniform: [1e-2, 10], when: {label_mapping: lp}}
+  head.kind: {choice: [flm, lp]}
+  prompt.lr: {log_uniform: [1e-3, 1]}
+  head.lr: {log_uniform: [1e-2, 10], when: {head.kind: lp}}
 search: {algorithm: tpe, trials: 60, concurrent: 6}
 early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
 """
@@ -152,7 +152,7 @@ def test_control_goes_first(make):
 
 def test_equal_configs_are_one_and_points_may_be_invalid(make):
     text = SPEC.replace("{choice: [1, 2, 3, 4]}", "{choice: [1, 2]}\n  method: {choice: [lorvp, linear_probe]}")
-    spec = make("search={algorithm: random, trials: 40}", "trial.label_mapping=flm", text=text)
+    spec = make("search={algorithm: random, trials: 40}", "trial.head.kind=flm", text=text)
     found = replay(spec, steady(spec), place(2))
     assert found.states == [State.FINISHED] * 2
     assert found.gpu_seconds == 2 * 40
@@ -161,7 +161,7 @@ def test_equal_configs_are_one_and_points_may_be_invalid(make):
 
 
 def test_recorded_curves(make, tmp_path):
-    axes = ["label_mapping", "optimizer.prompt_lr"]
+    axes = ["label_mapping", "prompt.lr"]
     curves = {
         "a": (False, ("lp", 0.01), [10.0, 20.0], 1.0),
         "b": (False, ("lp", 0.5), [30.0, 40.0, 50.0, 60.0], 2.0),
@@ -171,13 +171,13 @@ def test_recorded_curves(make, tmp_path):
     path = record(tmp_path / "results.parquet", curves, axes)
     text = SPEC.replace(
         "prompt.rank: {choice: [1, 2, 3, 4]}",
-        "label_mapping: {choice: [flm, lp]}\n  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}",
+        "head.kind: {choice: [flm, lp]}\n  prompt.lr: {log_uniform: [1e-3, 1]}",
     )
     spec = make("search={algorithm: random, trials: 2}", text=text)
     recorded = RecordedCurves(path, spec)
 
     def curve(label_mapping: str, prompt_lr: float, control: bool = False):
-        params = {"label_mapping": label_mapping, "optimizer.prompt_lr": prompt_lr}
+        params = {"head.kind": label_mapping, "prompt.lr": prompt_lr}
         return recorded.curve(spec.trial_config(params), control)
 
     assert curve("lp", 0.06).values == [10, 20, 20, 20]  # by the logarithm it is nearer to 0.01 than to 0.5
@@ -188,7 +188,7 @@ def test_recorded_curves(make, tmp_path):
     assert curve("lp", 0.9, control=True).values == [70] * 4
     assert RecordedCurves(path, spec, epoch_seconds=9).curve(spec.trial_config({}), False).seconds == [9] * 4
     arguments = [str(tmp_path / "sweep.yaml"), "--gpus", "2", "--curves", str(path)]
-    overrides = ["--set", "search={algorithm: grid}", "--set", "space.optimizer.prompt_lr={choice: [0.01]}"]
+    overrides = ["--set", "search={algorithm: grid}", "--set", "space.prompt.lr={choice: [0.01]}"]
     shown = CliRunner().invoke(simulate.app, [*arguments, *overrides]).output
     assert f"the nearest of 4 in {path}" in shown
     assert "short curves:    1 trials" in shown
@@ -268,9 +268,7 @@ def test_family(wide):
     curves = AssumedCurves(wide, 10.0, seed=0)
 
     def last(prompt_lr: float) -> float:
-        return curves.curve(
-            wide.trial_config({"label_mapping": "flm", "optimizer.prompt_lr": prompt_lr}), False
-        ).values[-1]
+        return curves.curve(wide.trial_config({"head.kind": "flm", "prompt.lr": prompt_lr}), False).values[-1]
 
     middle = last(10**-1.5)
     assert middle - last(10**-0.5) == pytest.approx(10, abs=3 * 0.3 * 2)
@@ -288,14 +286,14 @@ def test_work_grows_as_the_trials_do(make, monkeypatch):
 
         def suggest(self, trial_id: str) -> dict:
             self.suggested += 1
-            return {"optimizer.prompt_lr": 0.001 * self.suggested}
+            return {"prompt.lr": 0.001 * self.suggested}
 
         def on_trial_result(self, trial_id: str, result: dict) -> None: ...
 
         def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None: ...
 
     monkeypatch.setattr("sweeps.simulate.replay.SpecSearch", Points)
-    text = SPEC.replace("prompt.rank: {choice: [1, 2, 3, 4]}", "optimizer.prompt_lr: {log_uniform: [1e-3, 10]}")
+    text = SPEC.replace("prompt.rank: {choice: [1, 2, 3, 4]}", "prompt.lr: {log_uniform: [1e-3, 10]}")
 
     def work(trials: int) -> int:
         spec = make(f"search={{algorithm: random, trials: {trials}, concurrent: {trials // 2}}}", text=text)

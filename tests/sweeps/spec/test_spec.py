@@ -44,8 +44,8 @@ BROKEN = {
     "unknown key in trial": ("epochs: 4", "epoch: 4", ":5: trial.epoch: no such key; did you mean epochs?"),
     "unknown key deep in trial": ("{name: digits}", "{nam: digits}", "trial.dataset.nam: no such key; did you mean name?"),
     "missing part of trial": ("  dataset: {name: digits}\n", "", ":2: trial.dataset: this key is missing"),
-    "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.optimizer.prompt_lr.choice: List should have at least 1"),
-    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.label_mapping.choice[3]: unknown name 'lpp'; one of flm, fm, ilm, "),
+    "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.prompt.lr.choice: List should have at least 1"),
+    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.head.kind.choice[3]: unknown name 'lpp'; one of flm, fm, ilm, "),
     "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
     "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
     "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
@@ -53,23 +53,23 @@ BROKEN = {
     "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
     "axis that is a number": ("{int: [1, 3]}", "3", ":8: space.prompt.rank: Input should be a valid dictionary"),
     "bounds the wrong way round": ("int: [1, 3]", "int: [3, 1]", "the low end 3 must be below the high end 1"),
-    "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.optimizer.prompt_lr: log_uniform needs a low end above 0"),
+    "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.prompt.lr: log_uniform needs a low end above 0"),
     "value twice": ("[flm, fm, lp]", "[flm, fm, flm]", "choice names a value twice"),
-    "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.label_mapping.choice[1]: must be a single"),
-    "condition on a missing axis": ("when: {label_mapping:", "when: {label_maping:", ":10: space.optimizer.head_lr.when.label_maping: no such axis in space; did you mean label_mapping?"),
-    "condition that can't be met": ("when: {label_mapping: [fm, lp]}", "when: {label_mapping: [ilm]}", ":10: space.optimizer.head_lr.when.label_mapping: 'ilm' is not a value"),
-    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {optimizer.head_lr: 0.1}}", ":6: space: conditions in a circle: label_mapping, optimizer.head_lr"),
-    "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.optimizer.prompt_lr: a grid takes choice and int axes only"),
-    "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.label_mapping: cmaes can't take categories"),
+    "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.head.kind.choice[1]: must be a single"),
+    "condition on a missing axis": ("when: {head.kind:", "when: {label_maping:", ":10: space.head.lr.when.label_maping: no such axis in space; did you mean label_mapping?"),
+    "condition that can't be met": ("when: {head.kind: [fm, lp]}", "when: {head.kind: [ilm]}", ":10: space.head.lr.when.head.kind: 'ilm' is not a value"),
+    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {head.lr: 0.1}}", ":6: space: conditions in a circle: label_mapping, head.lr"),
+    "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.prompt.lr: a grid takes choice and int axes only"),
+    "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.head.kind: cmaes can't take categories"),
     "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
     "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: Input should be 'grid', 'random'"),
     "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
     "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
     "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
-    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head_fit: far", ":6: trial.head_fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
-    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head_fit: 0", ":6: trial.head_fit: must be C above 0"),
-    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head_fit: 120%", ":6: trial.head_fit: must be C above 0"),
+    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head_fit: far", ":6: trial.head.fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
+    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head_fit: 0", ":6: trial.head.fit: must be C above 0"),
+    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head_fit: 120%", ":6: trial.head.fit: must be C above 0"),
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
     "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
     "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
@@ -84,13 +84,13 @@ BROKEN = {
     "test set and confirm": ("  epochs: 4\n", "  epochs: 4\n  read_test: true\nconfirm: {}\n", ":6: trial.read_test: leave it out beside confirm"),
     "test set of the control and confirm": ("name: good", "name: good\ncontrol: {read_test: true}\nconfirm: {}", ":2: control.read_test: leave it out beside confirm"),
     "selection searched and confirm": ("space:\n", "confirm: {}\nspace:\n  select: {choice: [val, test_best_epoch]}\n", ":8: space.select: leave it out beside confirm"),
-    "equal shares of a grid": ("algorithm: grid", "algorithm: grid, equal: label_mapping", ":11: search.equal: a grid has every cell anyway"),
+    "equal shares of a grid": ("algorithm: grid", "algorithm: grid, equal: head.kind", ":11: search.equal: a grid has every cell anyway"),
     "equal shares of no axis": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_maping", ":11: search.equal: no such axis in space: label_maping; did you mean label_mapping?"),
     "equal shares of a range": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: prompt.rank", ":11: search.equal: prompt.rank must be a choice axis"),
-    "equal shares under a condition": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: optimizer.head_lr", ":11: search.equal: optimizer.head_lr exists under a condition only"),
-    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: label_mapping", ":11: search.trials: must be at least 3, one for each value of label_mapping"),
+    "equal shares under a condition": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: head.lr", ":11: search.equal: head.lr exists under a condition only"),
+    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: head.kind", ":11: search.trials: must be at least 3, one for each value of label_mapping"),
     "seconds without equal shares": ("algorithm: grid", "algorithm: tpe, trials: 6, seconds: 60", ":11: search.seconds: a limit for each value of an axis: needs search.equal"),
-    "no seconds": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_mapping, seconds: 0", ":11: search.seconds: Input should be greater than 0"),
+    "no seconds": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: head.kind, seconds: 0", ":11: search.seconds: Input should be greater than 0"),
     "equal shares spelt otherwise": (GOOD[GOOD.index("  label_mapping") : GOOD.index("early")], "  backbone.checkpoint: {choice: [a.safetensors, b.safetensors]}\nsearch: {algorithm: tpe, trials: 6, equal: backbone.checkpoint}\n", ":7: space.backbone.checkpoint.choice[0]: search.equal needs it as a trial has it: '/"),
     "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
@@ -169,39 +169,39 @@ def test_overrides_reach_every_kind_of_key(write):
         "search.trials=3",
         "trial.prompt.init_std=1e-3",
         "space.prompt.rank.int=[2, 6]",
-        "space.optimizer.prompt_lr={log_uniform: [1e-3, 1e-1]}",
+        "space.prompt.lr={log_uniform: [1e-3, 1e-1]}",
         "space.prompt.init_a={choice: [normal, uniform]}",
         "control.method=linear_probe",
         "control.optimizer.lr=[0.1, 1]",
     ]
-    changed = spec_file.load(write(), [*overrides, "control.label_mapping=lp"])
+    changed = spec_file.load(write(), [*overrides, "control.head.kind=lp"])
     assert changed.search.trials == 3
     assert changed.space["prompt.rank"].integers == [2, 6]
-    assert changed.space["optimizer.prompt_lr"].log_uniform == (1e-3, 1e-1)
-    assert changed.space["optimizer.prompt_lr"].choice is None
+    assert changed.space["prompt.lr"].log_uniform == (1e-3, 1e-1)
+    assert changed.space["prompt.lr"].choice is None
     assert list(changed.space)[-1] == "prompt.init_a"
     assert changed.trial["prompt"] == {"init_std": 1e-3}
     fitted, *_ = changed.control_configs()
-    assert (fitted.method, fitted.head_init, fitted.head_fit, fitted.epochs) == (
+    assert (fitted.method, fitted.head.init, fitted.head.fit, fitted.epochs) == (
         "linear_probe",
         "linear_probe",
         "best",
         1,
     )
-    assert [config.optimizer.head_lr for config in changed.control_configs()[-2:]] == [0.1, 1.0]
+    assert [config.head.lr for config in changed.control_configs()[-2:]] == [0.1, 1.0]
 
 
 def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
     def controls(*overrides: str, old: str = "", new: str = "") -> list[str]:
-        return [config.label_mapping for config in spec_file.load(write(old, new), overrides).control_configs()]
+        return [config.head.kind for config in spec_file.load(write(old, new), overrides).control_configs()]
 
     assert controls() == ["fm", "lp"]
-    assert controls("trial.schedule={warmup_epochs: 1}", "space.optimizer.head_lr.when={label_mapping: fm}") == [
+    assert controls("trial.schedule={warmup_epochs: 1}", "space.head.lr.when={label_mapping: fm}") == [
         "fm",
         "lp",
     ]
     assert controls("control=null") == []
-    head = "  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}\n"
+    head = "  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}\n"
     assert controls(old=GOOD, new=GOOD.replace("[flm, fm, lp]}", "[flm, ilm]}").replace(head, "")) == ["lp"]
 
 
@@ -213,7 +213,7 @@ def test_an_axis_is_pinned_in_the_space_alone(write):
         spec_file.load(write(), ["trial.prompt.rank=2"])
     assert str(refused.value).endswith(pins)
     assert spec_file.load(write(), ["space.prompt.rank={choice: [2]}"]).space["prompt.rank"].choice == [2]
-    under_a_condition = spec_file.load(write(), ["trial.optimizer.head_lr=0.5"])  # of trials without the axis
+    under_a_condition = spec_file.load(write(), ["trial.head.lr=0.5"])  # of trials without the axis
     assert under_a_condition.trial["optimizer"] == {"head_lr": 0.5}
 
 
@@ -221,13 +221,13 @@ def test_an_axis_is_pinned_in_the_space_alone(write):
     ("axis", "overrides"),
     [
         ("prompt.pad: {choice: [10, 20]}", []),
-        ("tokens.count: {choice: [1, 5]}", []),
+        ("adapter.count: {choice: [1, 5]}", []),
         ("optimizer.momentum: {choice: [0.8, 0.9]}", ["trial.optimizer={name: adam}"]),
-        ("optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: flm}}", []),
+        ("head.lr: {choice: [0.1, 1], when: {head.kind: flm}}", []),
     ],
 )
 def test_an_axis_without_use_is_refused(write, axis, overrides):
-    head = "  optimizer.head_lr: {choice: [0.1, 1], when: {label_mapping: [fm, lp]}}\n"
+    head = "  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}\n"
     with pytest.raises(
         UserError, match=f"space.{axis.partition(':')[0]}: no trial of this sweep has a use for it; leave it out"
     ):
@@ -307,8 +307,8 @@ def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
     ("overrides", "count"),
     [
         (["confirm={}"], 3 + 1),  # the control is fitted
-        (["confirm={top: 2}", "control.head_init=random", "control.method=linear_probe"], 2 * 3 + 3),
-        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: label_mapping}"], 5 * 3),
+        (["confirm={top: 2}", "control.head.init=random", "control.method=linear_probe"], 2 * 3 + 3),
+        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: head.kind}"], 5 * 3),
         (["confirm={top: 99, seeds: [1, 2]}", "control=null"], 30 * 2),
         ([], 0),
     ],
@@ -330,11 +330,11 @@ def test_milestones_are_where_decisions_fall(write):
 
 def test_where_a_trial_lies_in_the_space(write):
     """With an axis that is the default of other keys, without one that has no effect on the trial."""
-    spec = spec_file.load(write("optimizer.prompt_lr", "optimizer.lr"))
-    point = {"label_mapping": "fm", "prompt.rank": 2, "optimizer.lr": 0.1, "optimizer.head_lr": 1}
+    spec = spec_file.load(write("prompt.lr", "optimizer.lr"))
+    point = {"head.kind": "fm", "prompt.rank": 2, "optimizer.lr": 0.1, "head.lr": 1}
     assert spec.params(spec.trial_config(point)) == point
-    del point["optimizer.head_lr"]
-    assert spec.params(spec.trial_config(point | {"label_mapping": "flm"})) == point | {"label_mapping": "flm"}
+    del point["head.lr"]
+    assert spec.params(spec.trial_config(point | {"head": {"kind": "flm"}})) == point | {"head": {"kind": "flm"}}
     (control, _) = spec.control_configs()
     assert "prompt.rank" not in spec.params(control)
 
@@ -343,7 +343,7 @@ def test_grid_has_every_valid_cell_once(write):
     good = spec_file.load(write())
     cells = good.cells()
     expected = [
-        {"label_mapping": m, "prompt.rank": r, "optimizer.prompt_lr": p} | ({"optimizer.head_lr": h} if h else {})
+        {"head.kind": m, "prompt.rank": r, "prompt.lr": p} | ({"head.lr": h} if h else {})
         for m, r, p in itertools.product(["flm", "fm", "lp"], [1, 2, 3], [0.001, 0.1])
         for h in ([None] if m == "flm" else [0.1, 1])
     ]
@@ -374,21 +374,21 @@ def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
         for _ in range(12):
             trial = study.ask()
             points.append(suggest(sweep, trial))
-            study.tell(trial, points[-1]["optimizer.prompt_lr"])
+            study.tell(trial, points[-1]["prompt.lr"])
         return points
 
     points = run(4)
     assert points == run(4) != run(5)
     for point in points:
-        assert ("optimizer.head_lr" in point) == (point["label_mapping"] != "flm")
+        assert ("head.lr" in point) == (point["label_mapping"] != "flm")
         assert isinstance(sweep.trial_config(point), TrialConfig)
 
 
 def test_cmaes_takes_numbers(write):
-    overrides = ["search={algorithm: cmaes, trials: 8}", "trial.label_mapping=lp"]
+    overrides = ["search={algorithm: cmaes, trials: 8}", "trial.head.kind=lp"]
     path = write(
         GOOD[GOOD.index("  label_mapping") : GOOD.index("search:")],
-        "  optimizer.prompt_lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
+        "  prompt.lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
     )
     sweep = spec_file.load(path, overrides)
     study = optuna.create_study(sampler=make_sampler(sweep, 0))
@@ -420,17 +420,17 @@ def test_published_settings():
     imagenet = spec_file.load(SWEEPS / "lorvp_imagenet.yaml")
     config = imagenet.trial_config({})
     assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
-    assert {"optimizer.lr", "optimizer.prompt_lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
+    assert {"optimizer.lr", "prompt.lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
     cifar = spec_file.load(SWEEPS / "lorvp_cifar100.yaml")
     row = cifar.trial_config({})
-    assert (row.optimizer.lr, row.prompt.rank, row.label_mapping, row.epochs, row.batch_size) == (
+    assert (row.optimizer.lr, row.prompt.rank, row.head.kind, row.epochs, row.batch_size) == (
         0.02,
         4,
         "lp",
         20,
         256,
     )
-    published = {"label_mapping": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "optimizer.prompt_lr": 0.02}
+    published = {"head.kind": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "prompt.lr": 0.02}
     assert published in cifar.cells()
 
 
@@ -443,7 +443,7 @@ def test_the_peers_published_grids():
     assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 54)
     for spec in (vpt, vqt):
         config = spec.trial_config(spec.cells()[0])
-        assert (config.optimizer.scale_lr, config.batch_size, config.tokens.dropout) == (True, 128, 0.1)
+        assert (config.scale_lr, config.batch_size, config.adapter.dropout) == (True, 128, 0.1)
         assert (config.epochs, config.schedule.warmup_epochs, spec.early_stopping.rule) == (100, 10, "none")
         assert (config.dataset.train_images, config.dataset.val_images, config.dataset.val_from) == (800, 200, 45_000)
         assert (config.backbone.name, config.backbone.mean) == (
@@ -452,7 +452,7 @@ def test_the_peers_published_grids():
         )
         assert spec.confirm is not None
         assert (spec.confirm.seeds, spec.confirm.all_images) == ([42, 44, 82, 100, 800], True)
-    dropouts = {(c.tokens.deep, c.tokens.dropout) for c in map(vpt.trial_config, vpt.cells())}
+    dropouts = {(c.adapter.deep, c.adapter.dropout) for c in map(vpt.trial_config, vpt.cells())}
     assert dropouts == {(True, 0.1), (False, 0.0)}
     for spec, schedule, grace in ((autovp, "constant", 3), (ilm_vp, "steps", 1)):
         config = spec.trial_config(spec.cells()[0])

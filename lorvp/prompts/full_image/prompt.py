@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorvp.config import PromptConfig
 from lorvp.prompts.base import Prompt, initialise
+from lorvp.prompts.full_image import FullImageConfig
 
 
 class FullImagePrompt(Prompt):
     """A free value for every pixel: 3·L·L parameters, the full-rank prompt that LoR-VP is compared with."""
 
-    def __init__(self, config: PromptConfig, image_size: int) -> None:
+    def __init__(self, config: FullImageConfig, image_size: int) -> None:
         super().__init__(config, image_size)
-        self.delta = nn.Parameter(initialise(torch.empty(3, image_size, image_size), config.init_b, config.init_std))
+        self.delta = nn.Parameter(initialise(torch.empty(3, image_size, image_size), config.init, config.init_std))
 
     def pattern(self) -> torch.Tensor:
         """Return the values themselves: (3, L, L) float32."""

@@ -6,32 +6,36 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lorvp.config import PromptConfig
-from lorvp.methods.ilm_vp import ILMVP, _Frame
+from lorvp.prompts.frame.prompt import FramePrompt
+from lorvp.prompts.scaled_frame import ScaledFrameConfig
 
 SMALLEST, LARGEST = 0.1, 5.0
 
 
-class _ScaledFrame(_Frame):
-    """ILM-VP's frame around an image whose scale is learned, too; what leaves the frame's sides is cut off.
+class ScaledFramePrompt(FramePrompt):
+    """ILM-VP's frame around an image whose scale is learned, too (Tsao et al. 2024, IBM/AutoVP, section 3).
 
-    The frame follows the image's size in whole pixels, and has no gradient to the scale. Without `learn_scale` the
-    image is resized to its scale once, and keeps it.
+    What leaves the frame's sides is cut off. The frame follows the image's size in whole pixels, and has no gradient to
+    the scale. Without `learn_scale` the image is resized to its scale once, and keeps it.
     """
 
-    def __init__(self, config: PromptConfig, image_size: int) -> None:
-        fixed = 1.0 if config.learn_scale else config.scale
-        inner = min(224, round(config.inner * fixed))
-        super().__init__(config.model_copy(update={"inner": inner}), image_size)
+    def __init__(self, config: ScaledFrameConfig, image_size: int) -> None:
+        super().__init__(config, image_size)
         self.scale = nn.Parameter(torch.tensor(config.scale)) if config.learn_scale else None
 
+    def is_identity_at_init(self) -> bool:
+        """Return whether the image keeps its place and size: it has no learned scale, and fills the frame."""
+        return super().is_identity_at_init() and self.scale is None
+
     def pattern(self) -> torch.Tensor:
+        """Return the frame around the image at its present scale: (3, L, L) float32."""
         if self.scale is None:
             return super().pattern()
         side = (self.inner * self._scale().detach()).long().clamp(max=self.image_size)
         return self.delta.sigmoid() * self.mask(side)
 
     def transform_input(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, 3, L, L) at the present scale, from (N, 3, side, side)."""
         placed = super().transform_input(images)
         if self.scale is None:
             return placed
@@ -44,17 +48,3 @@ class _ScaledFrame(_Frame):
     def _scale(self) -> torch.Tensor:
         assert self.scale is not None
         return self.scale.clamp(SMALLEST, LARGEST)
-
-
-class AutoVP(ILMVP):
-    """A frame around an image of learned scale (Tsao et al. 2024, IBM/AutoVP, section 3)."""
-
-    prompt: _ScaledFrame
-
-    def make_prompt(self) -> _ScaledFrame:
-        """Build the frame of AutoVP, with the config's options."""
-        return _ScaledFrame(self.config.prompt, self.backbone.image_size)
-
-    def is_identity_at_init(self) -> bool:
-        """Return whether the image keeps its place and size: it has no learned scale, and fills the frame."""
-        return super().is_identity_at_init() and self.prompt.scale is None

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorvp.config import PromptConfig
 from lorvp.errors import UserError
 from lorvp.prompts.base import Prompt, initialise
+from lorvp.prompts.border import BorderConfig
 
 
 class BorderPrompt(Prompt):
     """A frame of width p: 12·p·(L - p) parameters, 69,840 at L = 224 and p = 30 (Bahng et al. 2022, padding prompt)."""
 
-    def __init__(self, config: PromptConfig, image_size: int) -> None:
+    def __init__(self, config: BorderConfig, image_size: int) -> None:
         super().__init__(config, image_size)
         pad = max(1, round(config.pad * image_size / 224))
         inner = image_size - 2 * pad
         if inner < 1:
             raise UserError(f"prompt.pad {config.pad} leaves nothing of the image: it must be below 112")
         top_bottom, left_right = torch.empty(6, pad, image_size), torch.empty(6, inner, pad)
-        self.top_bottom = nn.Parameter(initialise(top_bottom, config.init_b, config.init_std))
-        self.left_right = nn.Parameter(initialise(left_right, config.init_b, config.init_std))
+        self.top_bottom = nn.Parameter(initialise(top_bottom, config.init, config.init_std))
+        self.left_right = nn.Parameter(initialise(left_right, config.init, config.init_std))
 
     def pattern(self) -> torch.Tensor:
         """Return the frame, with zeros in the middle: (3, L, L) float32."""

@@ -10,10 +10,11 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from lorvp.adapters.vpt.adapter import drop, embedded, token_start
+from lorvp.adapters.vqt import VQTConfig
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
-from lorvp.methods.vpt import drop, embedded, token_start
 from lorvp.models.backbone import Backbone, ForwardFeatures
 from lorvp.models.speed import ClassTokenBlock
 
@@ -29,8 +30,8 @@ class VQT(Method):
     The head reads the class token and each layer's q answers as one vector, each of these of length 1 as in the public
     code: d + layers x q x d features.
 
-    `tokens.keep` selects among them in three stages, as there: VQT; with its queries frozen a new head under a penalty;
-    a new head on the features whose weights that left largest.
+    `adapter.keep` selects among them in three stages, as there: VQT; with its queries frozen a new head under a
+    penalty; a new head on the features whose weights that left largest.
     """
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
@@ -39,21 +40,26 @@ class VQT(Method):
             isinstance(block, ClassTokenBlock) or (type(block) is Block and type(block.attn) is Attention)
             for block in model.blocks
         ):
-            raise UserError(f"method vqt: {config.backbone.name} is no plain vision transformer")
+            raise UserError(f"adapter vqt: {config.backbone.name} is no plain vision transformer")
         super().__init__(config, backbone, classes)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.init_seed)
+        with self.seeded():
             start = token_start(model, model.embed_dim)
-            shape = (len(model.blocks), config.tokens.count, model.embed_dim)
+            shape = (len(model.blocks), self.options.count, model.embed_dim)
             self.tokens = nn.Parameter(torch.empty(shape).uniform_(-start, start))
         self.kept: torch.Tensor
         self.register_buffer("kept", torch.ones(self.features()))
+
+    @property
+    def options(self) -> VQTConfig:
+        """The adapter's part of the config."""
+        assert isinstance(self.config.adapter, VQTConfig)
+        return self.config.adapter
 
     def features(self) -> int:
         """Return d + layers x q x d, the number of features that the head reads."""
         model = self.backbone.model
         own, width = super().features(), int(model.embed_dim)
-        return own + len(model.blocks) * self.config.tokens.count * width
+        return own + len(model.blocks) * self.options.count * width
 
     def backbone_output(
         self, images: torch.Tensor, output: str, forward_features: ForwardFeatures | None = None
@@ -76,16 +82,17 @@ class VQT(Method):
         together = [answer.float().flatten(1) for answer in answers]
         return torch.cat([F.normalize(part) for part in (own, *together)], dim=1) * self.kept
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the queries and the head."""
-        return {"tokens": [self.tokens]} | super().groups()
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return the queries."""
+        return [self.tokens]
 
     def penalty(self) -> torch.Tensor | None:
         """Return the group lasso on the head's weights, in the stage that chooses features."""
         if self.stage != CHOOSING:
             return None
+        assert self.options.group_lasso is not None  # or there were no stages
         norms: torch.Tensor = self.mapping.head.weight.norm(dim=0)
-        return self.config.tokens.group_lasso * norms.sum()
+        return self.options.group_lasso * norms.sum()
 
     def head_input(self, source: torch.Tensor) -> torch.Tensor:
         """Return class tokens (N, d), scaled to length 1."""
@@ -100,8 +107,8 @@ class VQT(Method):
         super().start_stage(before)
         if before.stage == CHOOSING:
             norms = before.mapping.head.weight.detach().norm(dim=0)
-            assert self.config.tokens.keep is not None  # or there were no stages
-            count = max(1, int(self.config.tokens.keep * len(norms)))
+            assert self.options.keep is not None  # or there were no stages
+            count = max(1, int(self.options.keep * len(norms)))
             self.kept.zero_()[norms.topk(count).indices] = 1
 
     def _answer(self, layer: int, block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +119,7 @@ class VQT(Method):
         weights = attention.qkv.weight.split([width, 2 * width])
         biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.split([width, 2 * width])
         key, value = F.linear(block.norm1(x), weights[1], biases[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-        tokens = drop(self.tokens[layer].expand(x.shape[0], -1, -1), self.config.tokens.dropout)
+        tokens = drop(self.tokens[layer].expand(x.shape[0], -1, -1), self.options.dropout)
         query = F.linear(block.norm1(tokens), weights[0], biases[0]).unflatten(2, heads).transpose(1, 2)
         seen = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
         tokens = tokens + block.ls1(attention.proj(attention.norm(seen.transpose(1, 2).flatten(2))))

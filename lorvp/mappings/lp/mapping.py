@@ -7,5 +7,3 @@ from lorvp.mappings.base import LinearMapping
 
 class LinearProbing(LinearMapping):
     """LP: a new head on the features."""
-
-    input = "features"

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from lorvp.adapters.vpt import VPTConfig
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method
@@ -20,38 +21,43 @@ from lorvp.models.backbone import Backbone, ForwardFeatures
 class VPT(Method):
     """Visual prompt tuning (Jia et al. 2022, KMnP/vpt): p tokens beside the image's, at the first layer or at each.
 
-    In a vision transformer they stand after the class token, and with `tokens.deep` those of a layer take the place of
+    In a vision transformer they stand after the class token, and with `adapter.deep` those of a layer take the place of
     the layer before's: p x d numbers a layer. In Swin they go with every window, and what the windows make of them is
     averaged. A convolutional net has no tokens: its images are padded by p pixels on each side.
     """
 
     def __init__(self, config: TrialConfig, backbone: Backbone, classes: int) -> None:
         super().__init__(config, backbone, classes)
-        model, tokens = backbone.model, config.tokens
+        model, options = backbone.model, self.options
         self.project: nn.Linear | None = None
         self.pads = not isinstance(model, VisionTransformer | SwinTransformer)
-        if self.pads and (len(config.methods) > 1 or tokens.project):
-            raise UserError(f"method {config.method}: {config.backbone.name} has no tokens, vpt pads its images")
-        with torch.random.fork_rng():
-            torch.manual_seed(config.init_seed)
+        if self.pads and (self.prompt is not None or options.project):
+            raise UserError(f"adapter vpt: {config.backbone.name} has no tokens, vpt pads its images")
+        if options.deep and not isinstance(model, VisionTransformer):
+            raise UserError(
+                f"adapter vpt: {config.backbone.name} is no plain vision transformer; adapter.deep must be false"
+            )
+        with self.seeded():
             if self.pads:
-                side, p = backbone.image_size, tokens.count
+                side, p = backbone.image_size, options.count
                 self.top_bottom = nn.Parameter(torch.rand(2, 3, p, side + 2 * p))
                 self.left_right = nn.Parameter(torch.rand(2, 3, side, p))
                 return
-            if tokens.deep and not isinstance(model, VisionTransformer):
-                raise UserError(
-                    f"method vpt: {config.backbone.name} is no plain vision transformer; tokens.deep must be false"
-                )
             width = model.embed_dim
-            if tokens.project:
-                self.project = nn.Linear(tokens.project, width)
+            if options.project:
+                self.project = nn.Linear(options.project, width)
                 nn.init.kaiming_normal_(self.project.weight, mode="fan_out")
-            start = token_start(model, tokens.project or width)
-            layers = len(model.blocks) if tokens.deep else 1
+            start = token_start(model, options.project or width)
+            layers = len(model.blocks) if options.deep else 1
             self.tokens = nn.Parameter(
-                torch.empty(layers, tokens.count, tokens.project or width).uniform_(-start, start)
+                torch.empty(layers, options.count, options.project or width).uniform_(-start, start)
             )
+
+    @property
+    def options(self) -> VPTConfig:
+        """The adapter's part of the config."""
+        assert isinstance(self.config.adapter, VPTConfig)
+        return self.config.adapter
 
     def is_identity_at_init(self) -> bool:
         """Return False: tokens start at random."""
@@ -75,17 +81,17 @@ class VPT(Method):
             forward_features = self._in_vit if isinstance(self.backbone.model, VisionTransformer) else self._in_swin
         return super().backbone_output(images, output, forward_features)
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the tokens' parameters and the head's."""
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return the tokens, or the padding, and what projects them."""
         own = [self.top_bottom, self.left_right] if self.pads else [self.tokens]
-        return {"tokens": own + (list(self.project.parameters()) if self.project else [])} | super().groups()
+        return own + (list(self.project.parameters()) if self.project else [])
 
     def _layer(self, layer: int, images: int) -> torch.Tensor:
         """Return the tokens of a layer for N images: (N, p, d)."""
         tokens = self.tokens[layer]
         if self.project:
             tokens = self.project(tokens)
-        return drop(tokens.expand(images, *tokens.shape), self.config.tokens.dropout)
+        return drop(tokens.expand(images, *tokens.shape), self.options.dropout)
 
     def _in_vit(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         x = embedded(model, x)

@@ -18,7 +18,6 @@ class FineTuning(Method):
         if self.mapping.input == "features":
             backbone.model.get_classifier().requires_grad_(False)  # nothing reads it
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the head, and all of the backbone that the output depends on."""
-        trained = [parameter for parameter in self.backbone.model.parameters() if parameter.requires_grad]
-        return super().groups() | {"backbone": trained}
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return all of the backbone that the output depends on."""
+        return [parameter for parameter in self.backbone.model.parameters() if parameter.requires_grad]
