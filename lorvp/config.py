@@ -423,6 +423,11 @@ class TrialConfig(Part):
         return presets.name_of(self.prompt, self.adapter, self.head)
 
     @property
+    def warmup_epochs(self) -> float:
+        """Epochs over which the learning rate grows to its full value."""
+        return self.schedule.warmup_epochs
+
+    @property
     def stages(self) -> int:
         """Number of the trial's stages, each with an equal number of epochs and the complete schedule."""
         return self.adapter.stages

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union
 
 from pydantic import (
     AfterValidator,
@@ -29,9 +29,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorvp.utils import plugins
-
-if TYPE_CHECKING:
-    from lorvp.config import TrialConfig
 
 ROOMS = {"prompt": "prompts", "adapter": "adapters", "head": "mappings"}
 """The keys of a trial's parts, and the folders of their kinds."""
@@ -115,6 +112,30 @@ class Part(BaseModel):
         return {name: value for name, value in values.items() if name not in idle}
 
 
+class Trial(Protocol):
+    """What a part may check of the trial that it belongs to, a `TrialConfig`."""
+
+    @property
+    def head(self) -> HeadConfig:
+        """Options of the head."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the trial."""
+
+    @property
+    def rungs(self) -> tuple[Any, ...]:
+        """Cheaper first epochs."""
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs over which the learning rate grows to its full value."""
+
+    @property
+    def precision(self) -> str:
+        """The precision that is asked for, auto included."""
+
+
 class Kind(Part):
     """Options of one kind of prompt, adapter or head. A subclass fixes `kind` to the name of its folder."""
 
@@ -124,7 +145,7 @@ class Kind(Part):
     method: ClassVar[str | None] = None
     """Name of the kind in a trial's `method`; None for a kind that is not named there."""
 
-    def check(self, trial: TrialConfig) -> None:
+    def check(self, trial: Trial) -> None:
         """Raise ValueError, naming the keys, for a trial that this part does not go with."""
 
 

@@ -13,8 +13,8 @@ TITLE = """\
 # The YAML files, key by key
 
 `python -m sweeps.schema` makes this page from the pydantic models (`sweeps/spec/model.py`, `lorvp/config.py` with the
-kinds of parts, and `cluster/profile.py`), with the schemas by which editors check these files. A key that is not here is
-refused.
+kinds of parts, and `cluster/profile.py`), with the schemas by which editors check these files. A key that is not here
+is refused.
 """
 SWEEP = """\
 `python sweeps/launch.py SPEC` carries it out. `--set KEY=VALUE` replaces a value by its dotted path, as

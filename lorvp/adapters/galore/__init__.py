@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lorvp.parts import AdapterConfig, Trained
-
-if TYPE_CHECKING:
-    from lorvp.config import TrialConfig
+from lorvp.parts import AdapterConfig, Trained, Trial
 
 
 class GaLoreConfig(AdapterConfig, Trained):
@@ -32,7 +29,7 @@ class GaLoreConfig(AdapterConfig, Trained):
         """Whether each gradient is freed before the step has all gradients."""
         return self.per_layer
 
-    def check(self, trial: TrialConfig) -> None:
+    def check(self, trial: Trial) -> None:
         """Raise ValueError for what needs all gradients of the backbone at the same time."""
         if self.per_layer and self.clip_grad_norm is not None:
             raise ValueError("adapter.per_layer frees each gradient at once: adapter.clip_grad_norm must be null")

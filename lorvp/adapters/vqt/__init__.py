@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from lorvp.parts import AdapterConfig, Fraction, TrainedByOptimizer
-
-if TYPE_CHECKING:
-    from lorvp.config import TrialConfig
+from lorvp.parts import AdapterConfig, Fraction, TrainedByOptimizer, Trial
 
 
 class VQTConfig(AdapterConfig, TrainedByOptimizer):
@@ -41,7 +38,7 @@ class VQTConfig(AdapterConfig, TrainedByOptimizer):
         """Whether queries are dropped at random."""
         return self.dropout > 0
 
-    def check(self, trial: TrialConfig) -> None:
+    def check(self, trial: Trial) -> None:
         """Raise ValueError for a head other than lp, and for a choice of features that can't be carried out."""
         if trial.head.kind != "lp":
             raise ValueError("adapter vqt has features of its own: head.kind must be lp")
@@ -53,7 +50,7 @@ class VQTConfig(AdapterConfig, TrainedByOptimizer):
             raise ValueError("adapter.keep chooses by adapter.group_lasso, which must be given")
         if trial.epochs % self.stages:
             raise ValueError(f"adapter.keep trains three times: epochs must be a multiple of 3, not {trial.epochs}")
-        if trial.schedule.warmup_epochs >= trial.epochs // self.stages:
+        if trial.warmup_epochs >= trial.epochs // self.stages:
             raise ValueError("adapter.keep trains three times: schedule.warmup_epochs must be below a third of epochs")
         if trial.head.fitted:
             raise ValueError("adapter.keep trains two heads anew: head.init must be random")

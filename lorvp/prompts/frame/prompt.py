@@ -7,9 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorvp.errors import UserError
+from lorvp.parts import PromptConfig
 from lorvp.prompts.base import Prompt
-from lorvp.prompts.frame import FrameConfig
-from lorvp.prompts.scaled_frame import ScaledFrameConfig
 
 
 class FramePrompt(Prompt):
@@ -22,11 +21,12 @@ class FramePrompt(Prompt):
     Raises UserError for an image that is larger than its frame.
     """
 
-    def __init__(self, config: FrameConfig | ScaledFrameConfig, image_size: int) -> None:
+    def __init__(self, config: PromptConfig, image_size: int) -> None:
         super().__init__(config, image_size)
+        assert config.inner_side is not None  # of a prompt with a frame
         self.inner = max(1, round(config.inner_side * image_size / 224))
         if self.inner > image_size:
-            raise UserError(f"prompt.inner {config.inner}: the image inside must not be larger than 224")
+            raise UserError(f"prompt.inner {config.inner_side}: the image inside must not be larger than 224")
         self.side = self.inner
         self.delta = nn.Parameter(torch.zeros(3, image_size, image_size))
 
