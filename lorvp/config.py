@@ -387,7 +387,9 @@ class TrialConfig(Part):
                 f"not {self.head.kind}"
             )
         if self.backbone.zero_shot is not None and self.head.input != "logits":
-            raise no_effect("backbone.zero_shot", f"it makes source classes, and head {self.head.kind} reads features")
+            raise no_effect(
+                "backbone.zero_shot", f"head {self.head.kind} reads features, not source classes: leave it out"
+            )
         if self.dataset.val_from is not None and not any(rung.train_share for rung in self.rungs):
             self._check_default(("dataset.split_seed",), "dataset.val_from draws nothing")
         if self.trains_backbone:

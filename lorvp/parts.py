@@ -206,11 +206,11 @@ class AdapterConfig(Kind):
         """Whether a step draws random numbers, so that trials can't share it."""
         return False
 
-    def backbone_problem(self, name: str, family: str) -> tuple[str, str] | None:
+    def backbone_problem(self, name: str, family: str, prompted: bool) -> tuple[str, str] | None:
         """Return the option that does not go with a backbone, and the reason; None if all of them do.
 
-        `family` is `vit` for a plain vision transformer, `swin`, or `other`. The key is relative to the part, and empty
-        for the adapter itself.
+        `family` is `vit` for a plain vision transformer, `swin`, or `other`. `prompted` says whether the trial has a
+        prompt. The key is relative to the part, and empty for the adapter itself.
         """
         return None
 

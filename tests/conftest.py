@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import shutil
@@ -96,10 +97,6 @@ def digits_values(**changes: Any) -> dict[str, Any]:
 
     The keys of a part in `changes` are put into the part, and what then has no effect is left out, as in a sweep.
     """
-    from pydantic import ValidationError
-
-    from sweeps.spec.model import Spec, remove_dotted
-
     values: dict[str, Any] = {
         "backbone": {"name": "lorvp_tiny_32.cifar10"},
         "dataset": {"name": "digits", "max_per_class": 20, "val_fraction": 0.2},
@@ -109,17 +106,29 @@ def digits_values(**changes: Any) -> dict[str, Any]:
         "batch_size": 32,
         "precision": "fp32",
     }
-    for part in ("prompt", "adapter", "head"):
-        if part in changes:
-            changes[part] = values.get(part, {}) | changes[part]
-    values |= changes
-    try:
-        _, without_effect = Spec.model_construct(trial=values, confirm=None).resolve({})
-    except ValidationError:  # the test's own
-        return values
-    for key in without_effect:
-        remove_dotted(values, key)
-    return values
+    return effective(values, changes)
+
+
+def effective(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, those of a part put into the part, and without what then has no effect."""
+    from pydantic import ValidationError
+
+    from lorvp.config import TrialConfig
+    from lorvp.parts import NO_EFFECT
+    from lorvp.utils.explain import located
+    from sweeps.spec.model import remove_dotted
+
+    parts = {part: values.get(part, {}) | changes[part] for part in ("prompt", "adapter", "head") if part in changes}
+    values = copy.deepcopy(values | changes | parts)
+    while True:
+        try:
+            TrialConfig.model_validate(values)
+            return values
+        except ValidationError as error:
+            errors = [one for one in error.errors() if one["type"] == NO_EFFECT]
+            keys = [".".join(map(str, located(one, TrialConfig))) for one in errors]
+            if not any([remove_dotted(values, key) for key in keys]):
+                return values  # what is wrong with them is for the test to see
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def find_problem(config: TrialConfig, registry: Registry) -> Problem | None:
     if config.head.input == "logits" and classes == 0 and backbone.zero_shot is None:
         return "head.kind", no_classifier(config.head.kind, backbone.name)
     family = _family(backbone, registry)
-    unfit = None if family is None else config.adapter.backbone_problem(backbone.name, family)
+    unfit = None if family is None else config.adapter.backbone_problem(backbone.name, family, config.prompt.trained)
     return (f"adapter.{unfit[0]}".rstrip("."), unfit[1]) if unfit else None
 
 

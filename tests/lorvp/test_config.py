@@ -2,20 +2,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from random import Random
+from typing import Any
 
 import pytest
 from conftest import digits_values
 from pydantic import ValidationError
 
-from lorvp import mappings
-from lorvp.config import HEAD_MAPPINGS, DatasetConfig, TrialConfig
+from lorvp.config import DatasetConfig, TrialConfig
 from lorvp.data.datasets import LOADERS
+from lorvp.mappings.base import make_mapping
+from lorvp.methods.base import Method
+from lorvp.parts import ROOMS, kinds
+from lorvp.prompts.base import make_prompt
 from lorvp.utils import plugins
+from lorvp.utils.explain import explain, located
+from sweeps.spec.model import set_dotted
 
 
 def test_learning_rates_default_to_lr(digits):
-    optimizer = digits(optimizer={"lr": 0.3}).optimizer
-    assert (prompt.lr, head.lr) == (0.3, 0.3)
+    values = {"backbone": {"name": "resnet18"}, "dataset": {"name": "digits"}, "optimizer": {"lr": 0.3}}
+    config = TrialConfig.model_validate(values)
+    assert (config.prompt.lr, config.head.lr) == (0.3, 0.3)
     assert digits(prompt={"lr": 1}, optimizer={"lr": 0.3}).prompt.lr == 1.0
 
 
@@ -23,7 +31,8 @@ def test_equal_configs_are_one_trial(digits):
     config = digits()
     values = digits_values()
     shuffled = {key: values[key] for key in reversed(values)}
-    shuffled["optimizer"] = {"prompt_lr": "5e-2", "prompt_name": "adam", "head_lr": 0.1, "lr": 1e-1}
+    shuffled["prompt"] = {"lr": "5e-2", "optimizer": "adam", "rank": 2, "kind": "low_rank"}
+    shuffled |= {"head": {"kind": "lp"}, "method": "lorvp", "optimizer": {"name": "sgd", "lr": 1e-1}}
     assert TrialConfig.model_validate(shuffled).content_hash() == config.content_hash()
     again = TrialConfig.model_validate_json(config.model_dump_json())
     assert again == config
@@ -58,16 +67,113 @@ def test_which_images_is_said_once(digits, changes, said):
         digits(**changes)
 
 
-def test_what_has_no_effect_does_not_make_another_trial(digits):
-    flm = {"head": {"kind": "flm"}}
-    assert (
-        digits(**flm, prompt={"lr": 0.1}, optimizer={"lr": 1}).content_hash()
-        == digits(**flm, prompt={"lr": 0.1}, head={"lr": 2}).content_hash()
-    )
-    probe = {"method": "linear_probe"}
-    assert digits(**probe, prompt={"rank": 1}).content_hash() == digits(**probe, prompt={"rank": 8}).content_hash()
-    assert digits(prompt={"rank": 1}).content_hash() != digits(prompt={"rank": 8}).content_hash()
-    assert digits(init_seed=1).content_hash() != digits().content_hash()
+FITTED = {"method": "linear_probe", "epochs": 1, "head": {"init": "fitted"}}
+VAL_FROM = {"name": "digits", "train_images": 4, "val_images": 4, "val_from": 9}
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"prompt": {"kind": "border", "rank": 2}}, "prompt.rank"),
+        ({"method": "vpt", "prompt": {"lr": 0.1}}, "prompt.lr"),
+        ({"prompt": {"optimizer": "adam", "momentum": 0.9}}, "prompt.momentum"),
+        ({"prompt": {"init_a": "xavier", "init_std": 1}}, "prompt.init_std"),
+        ({"adapter": {"count": 3}}, "adapter.count"),
+        ({"head": {"kind": "flm", "lr": 2}}, "head.lr"),
+        ({"head": {"fit": "best"}}, "head.fit"),
+        ({"head": {"kind": "flm", "counting": "pass"}}, "head.counting"),
+        ({"optimizer": {"lr": 1}, "head": {"kind": "flm"}, "prompt": {"lr": 1}}, "optimizer.lr"),
+        ({"optimizer": {"name": "adam", "momentum": 0.5}}, "optimizer.momentum"),
+        ({"method": "galore", "head": {"kind": "flm"}, "optimizer": {"name": "adam"}}, "optimizer.name"),
+        (FITTED | {"optimizer": {"lr": 1}}, "optimizer.lr"),
+        (FITTED | {"head": {"init": "fitted", "lr": 1}}, "head.lr"),
+        (FITTED | {"batch_size": 2}, "batch_size"),
+        (FITTED | {"init_seed": 2}, "init_seed"),
+        (FITTED | {"schedule": {"name": "constant"}}, "schedule.name"),
+        ({"schedule": {"milestones": [0.5]}}, "schedule.milestones"),
+        ({"method": "fine_tuning", "speed": {"fold_batchnorm": False}}, "speed.fold_batchnorm"),
+        ({"backbone": {"name": "resnet18", "zero_shot": "texts"}}, "backbone.zero_shot"),
+        ({"dataset": {"name": "digits", "val_images": 9, "val_fraction": 0.1}}, "dataset.val_fraction"),
+        ({"dataset": {"name": "digits", "root": "data"}}, "dataset.root"),
+        ({"dataset": VAL_FROM | {"split_seed": 1}}, "dataset.split_seed"),
+    ],
+)
+def test_a_key_without_effect_cannot_be_written(values, key):
+    with pytest.raises(ValidationError) as raised:
+        TrialConfig.model_validate({"backbone": {"name": "resnet18"}, "dataset": {"name": "digits"}} | values)
+    error = raised.value.errors()[0]
+    assert (error["type"], ".".join(map(str, located(error, TrialConfig)))) == ("no_effect", key)
+    assert "leave it out" in explain(raised.value, TrialConfig)[1]
+
+
+VALUES: dict[str, list[Any]] = {
+    "method": ["lorvp", "vpt", "lorvp+vpt", "autovp+vqt", "galore", "lorvp+lp_ft", "linear_probe", "border"],
+    "prompt.kind": ["none", "low_rank", "border", "frame"],
+    "prompt.rank": [1, 2],
+    "prompt.pad": [3, 4],
+    "prompt.inner": [128, 200],
+    "prompt.init": ["zero", "normal"],
+    "prompt.init_a": ["normal", "xavier"],
+    "prompt.init_std": [0.1, 0.2],
+    "prompt.lr": [0.1, 0.2],
+    "prompt.optimizer": ["sgd", "adam"],
+    "prompt.momentum": [0.5, 0.9],
+    "adapter.kind": ["none", "vpt", "fine_tuning", "galore"],
+    "adapter.count": [1, 2],
+    "adapter.rank": [8, 16],
+    "adapter.lr": [0.1, 0.2],
+    "adapter.momentum": [0.5, 0.9],
+    "head.kind": ["lp", "fm", "flm", "ilm"],
+    "head.init": ["random", "fitted"],
+    "head.fit": ["best", 0.1],
+    "head.lr": [0.1, 0.2],
+    "head.counting": ["pass", "streamed"],
+    "optimizer.name": ["sgd", "adam"],
+    "optimizer.lr": [0.3, 0.4],
+    "optimizer.momentum": [0.6, 0.7],
+    "schedule.name": ["steps", "cosine"],
+    "schedule.milestones": [[0.5], [0.75]],
+    "epochs": [1, 3],
+    "batch_size": [8, 16],
+    "init_seed": [0, 1],
+    "speed.fold_batchnorm": [True, False],
+    "dataset.val_fraction": [0.2, 0.3],
+    "dataset.val_images": [20, 30],
+}
+
+
+def drawn(random: Random) -> dict[str, Any]:
+    """Values of some keys, by dotted path."""
+    return {key: random.choice(VALUES[key]) for key in random.sample(list(VALUES), random.randint(1, 9))}
+
+
+def validated(flat: dict[str, Any]) -> TrialConfig | None:
+    values: dict[str, Any] = {"backbone": {"name": "resnet18"}, "dataset": {"name": "digits"}}
+    for key, value in flat.items():
+        set_dotted(values, key, value)
+    try:
+        return TrialConfig.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def test_nothing_that_a_valid_config_says_is_ignored():
+    """Two valid configs that differ in one key differ in their hash, but where a default or a preset says the same."""
+    random = Random(0)
+    configs = [(flat, config) for flat in (drawn(random) for _ in range(6_000)) if (config := validated(flat))]
+    assert len(configs) > 150
+    assert {key for flat, _ in configs for key in flat} == VALUES.keys()
+    for flat, config in configs:
+        read = config.values()
+        for key, value in flat.items():
+            if key.startswith("optimizer."):
+                option = key.removeprefix("optimizer.").replace("name", "optimizer")
+                taken = [f"{part}.{option}" for part in ("prompt", "adapter", "head") if f"{part}.{option}" not in flat]
+                assert any(read.get(name) == value for name in taken), (flat, key)
+            else:
+                assert read[key] == value, (flat, key)
+        again = TrialConfig.model_validate(config.model_dump())
+        assert (again, again.content_hash()) == (config, config.content_hash())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +182,7 @@ def test_what_has_no_effect_does_not_make_another_trial(digits):
         ({"epoch": 3}, "epoch"),
         ({"prompt": {"kind": "fourier"}}, "low_rank"),
         ({"prompt": {"rank": 0}}, "greater"),
-        ({"head": {"kind": "lpp"}}, "one of flm, fm, ilm, lp"),
+        ({"head": {"kind": "lpp"}}, "lpp.*'flm', 'fm', 'ilm', 'lp'"),
         ({"optimizer": {"lr": float("nan")}}, "finite"),
         ({"dataset": {"name": "store"}}, "root"),
         ({"schedule": {"warmup_epochs": 3}}, "below epochs"),
@@ -94,12 +200,17 @@ def test_config_is_frozen(digits):
 
 
 def test_names_in_the_config_are_those_that_exist():
-    names = plugins.names("mappings")
-    assert {name for name in names if list(mappings.load(name)(20, 8, 5).parameters())} == set(HEAD_MAPPINGS)
+    for name, kind in kinds("mappings").items():
+        mapping = make_mapping(kind(kind=name), 20, 8, 5)
+        assert bool(list(mapping.parameters())) == kind.learns
+        assert (mapping.update == "epoch") == (name == "ilm")
     assert set(DatasetConfig.model_fields["name"].annotation.__args__) == set(LOADERS)
-    for folder in ("prompts", "methods"):
-        for name in plugins.names(folder):
-            plugins.load(folder, name)
+    for name in set(plugins.names("prompts")) - {"none"}:
+        assert make_prompt(kinds("prompts")[name](kind=name), 32).pattern().shape == (3, 32, 32)
+    for name in plugins.names("adapters"):
+        assert issubclass(plugins.load(f"adapters.{name}.adapter"), Method)
+    for room in ROOMS.values():
+        assert [kind.model_fields["kind"].default for kind in kinds(room).values()] == list(plugins.names(room))
 
 
 @pytest.mark.slow

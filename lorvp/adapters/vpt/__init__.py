@@ -30,10 +30,12 @@ class VPTConfig(AdapterConfig, TrainedByOptimizer):
         """Whether tokens are dropped at random."""
         return self.dropout > 0
 
-    def backbone_problem(self, name: str, family: str) -> tuple[str, str] | None:
+    def backbone_problem(self, name: str, family: str, prompted: bool) -> tuple[str, str] | None:
         """Return the option that does not go with a backbone, and the reason; None if all of them do."""
         if self.deep and family != "vit":
             return "deep", f"vpt is deep on vision transformers (vit_*, deit_*) alone: it must be false for {name}"
+        if family == "other" and prompted:
+            return "", f"vpt beside a prompt needs a backbone with tokens; of {name} it pads the images"
         if family == "other" and self.project:
             return "project", f"{name} has no tokens to project, vpt pads its images: leave it out"
         if family == "other" and self.dropout:

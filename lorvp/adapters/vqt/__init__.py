@@ -57,7 +57,7 @@ class VQTConfig(AdapterConfig, TrainedByOptimizer):
         if trial.rungs:
             raise ValueError("adapter.keep trains three times: leave rungs out")
 
-    def backbone_problem(self, name: str, family: str) -> tuple[str, str] | None:
+    def backbone_problem(self, name: str, family: str, prompted: bool) -> tuple[str, str] | None:
         """Return the reason why a backbone has no layers to ask; None if it has."""
         if family != "vit":
             return "", f"vqt asks the layers of a vision transformer (vit_*, deit_*), not of {name}"

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorvp import mappings
 from lorvp.errors import UserError
-from lorvp.mappings.base import count, greedy_matching
+from lorvp.mappings.base import LabelMapping, count, greedy_matching, make_mapping
+from lorvp.parts import kinds
+
+
+def mapping(kind: str, source_classes: int, features: int, classes: int) -> LabelMapping:
+    return make_mapping(kinds("mappings")[kind](kind=kind), source_classes, features, classes)
 
 
 def published_matching(counts: torch.Tensor, steps: int | None = None) -> torch.Tensor:
@@ -115,15 +119,15 @@ def test_counts_are_streamed_into_one_matrix():
 
 def test_random_mapping_is_injective_and_seeded():
     torch.manual_seed(3)
-    first = mappings.load("rlm")(50, 8, 40).index
+    first = mapping("rlm", 50, 8, 40).index
     torch.manual_seed(3)
-    assert torch.equal(first, mappings.load("rlm")(50, 8, 40).index)
+    assert torch.equal(first, mapping("rlm", 50, 8, 40).index)
     assert len(set(first.tolist())) == 40
 
 
 def test_one_to_one_mapping_needs_enough_source_classes():
-    with pytest.raises(UserError, match="label_mapping must be lp or fm"):
-        mappings.load("ilm")(10, 8, 11)
+    with pytest.raises(UserError, match=r"head\.kind must be lp or fm"):
+        mapping("ilm", 10, 8, 11)
 
 
 @pytest.mark.slow

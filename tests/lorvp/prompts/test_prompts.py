@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from lorvp.config import PromptConfig
 from lorvp.errors import UserError
 from lorvp.prompts.base import initialise
-from lorvp.prompts.border import BorderPrompt
-from lorvp.prompts.full_image import FullImagePrompt
-from lorvp.prompts.low_rank import LowRankPrompt
+from lorvp.prompts.border import BorderConfig
+from lorvp.prompts.border.prompt import BorderPrompt
+from lorvp.prompts.full_image import FullImageConfig
+from lorvp.prompts.full_image.prompt import FullImagePrompt
+from lorvp.prompts.low_rank import LowRankConfig
+from lorvp.prompts.low_rank.prompt import LowRankPrompt
 
 
 def count(module: torch.nn.Module) -> int:
@@ -18,7 +20,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_low_rank_prompt_as_published():
-    prompt = LowRankPrompt(PromptConfig(rank=4), 224)
+    prompt = LowRankPrompt(LowRankConfig(rank=4), 224)
     assert count(prompt) == 5376
     assert prompt.B.shape == (3, 224, 4)
     assert prompt.A.shape == (3, 4, 224)
@@ -28,14 +30,14 @@ def test_low_rank_prompt_as_published():
 
 
 def test_low_rank_prompt_has_its_rank_and_is_not_clamped():
-    prompt = LowRankPrompt(PromptConfig(rank=3, init_b="normal", init_a="normal", init_std=1), 33)
+    prompt = LowRankPrompt(LowRankConfig(rank=3, init_b="normal", init_a="normal", init_std=1), 33)
     assert all(torch.linalg.matrix_rank(channel) == 3 for channel in prompt.pattern())
     torch.testing.assert_close(prompt.pattern()[1], prompt.B[1] @ prompt.A[1])
     assert prompt.pattern().abs().max() > 1
 
 
 def test_gradient_of_a_is_zero_at_the_start():
-    prompt = LowRankPrompt(PromptConfig(), 16)
+    prompt = LowRankPrompt(LowRankConfig(), 16)
     (prompt.pattern() * torch.randn(3, 16, 16)).sum().backward()
     assert prompt.A.grad.abs().max() == 0
     assert prompt.B.grad.abs().max() > 0
@@ -55,16 +57,16 @@ def test_other_inits():
 
 
 def test_border_prompt_as_its_paper_counts_it():
-    prompt = BorderPrompt(PromptConfig(kind="border", init_b="normal"), 224)
+    prompt = BorderPrompt(BorderConfig(init="normal"), 224)
     assert count(prompt) == 69840
     pattern = prompt.pattern()
     assert pattern.shape == (3, 224, 224)
     assert (pattern[:, 30:-30, 30:-30] == 0).all()
     assert (pattern != 0).sum() == count(prompt)
-    assert count(BorderPrompt(PromptConfig(kind="border"), 32)) == 12 * 4 * (32 - 4)
+    assert count(BorderPrompt(BorderConfig(), 32)) == 12 * 4 * (32 - 4)
     with pytest.raises(UserError, match="below 112"):
-        BorderPrompt(PromptConfig(kind="border", pad=112), 224)
+        BorderPrompt(BorderConfig(pad=112), 224)
 
 
 def test_full_image_prompt():
-    assert count(FullImagePrompt(PromptConfig(kind="full_image"), 224)) == 3 * 224 * 224
+    assert count(FullImagePrompt(FullImageConfig(), 224)) == 3 * 224 * 224
