@@ -43,6 +43,7 @@ def test_texts_are_the_source_classes(tmp_path):
 def test_other_files(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "texts.safetensors")
     values = {"backbone": TOWER | {"zero_shot": tmp_path / "texts.safetensors"}, "dataset": {"name": "digits"}}
+    values["head"] = {"kind": "fm"}
     with pytest.raises(UserError, match=message):
         Backbone(TrialConfig.model_validate(values).backbone, "fp32")
 

@@ -95,10 +95,8 @@ def test_bundles_that_cannot_be_loaded(saved):
     write(format_version=99)
     with pytest.raises(UserError, match="bundle format 99"):
         lorvp.load(folder)
-    write(format_version=2)
-    lorvp.load(folder)
-    write(format_version=2, config=description["config"] | {"method": "ilm_vp"})
-    with pytest.raises(UserError, match="bundle format 2 of ilm_vp, which takes its input otherwise since"):
+    write(format_version=3, config={"label_mapping": "fm"})  # of the form before parts
+    with pytest.raises(UserError, match="bundle format 3, and this lorvp reads 4: tune it again, or load it with the"):
         lorvp.load(folder)
     write(source=description["source"] | {"digest": "0" * 16})
     with pytest.raises(UserError, match="tuned on other weights"):

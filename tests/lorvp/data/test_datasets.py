@@ -15,7 +15,8 @@ from lorvp.errors import UserError
 
 
 def folder_config(root: Path, **changes) -> DatasetConfig:
-    return DatasetConfig(**{"name": "image_folder", "root": root, "val_fraction": 0.25} | changes)
+    fraction = {} if "val_images" in changes else {"val_fraction": 0.25}
+    return DatasetConfig(**{"name": "image_folder", "root": root} | fraction | changes)
 
 
 def test_image_folder_is_the_published_resize(image_root):
@@ -112,7 +113,8 @@ def test_positions_in_place_of_draws(image_root, tmp_path, stored):
     rows = datasets.image_folder(image_root / "train", 8)
 
     def load(**changes: object) -> datasets.Splits:
-        return datasets.load(DatasetConfig(**config.model_dump() | {"train_images": 10, "val_images": 3} | changes), 8)
+        values = config.model_dump(exclude={"val_fraction"}) | {"train_images": 10, "val_images": 3} | changes
+        return datasets.load(DatasetConfig(**values), 8)
 
     for seed in (0, 1):
         found = load(val_from=20, split_seed=seed)

@@ -214,9 +214,9 @@ def test_the_last_training_fits_its_head_to_all_images(digits, cache, monkeypatc
 
 @pytest.mark.parametrize("mapping", ["lp", "fm"])
 def test_a_probe_fitted_to_the_end_is_one_epoch_and_beats_one_by_steps(digits, cache, tmp_path, mapping):
-    changes = {"method": "linear_probe", "head": {"kind": mapping}}
-    (result,) = train(digits(**changes, head={"init": "fitted", "fit": "best"}, epochs=1), folder=tmp_path)
-    stepped = list(train(digits(**changes, epochs=3)))
+    fitted = {"kind": mapping, "init": "fitted", "fit": "best"}
+    (result,) = train(digits(method="linear_probe", head=fitted, epochs=1), folder=tmp_path)
+    stepped = list(train(digits(method="linear_probe", head={"kind": mapping}, epochs=3)))
     assert result.val_top1 >= max(r.val_top1 for r in stepped)
     assert result.lr == {}
     assert result.test_top1 is not None
@@ -236,7 +236,7 @@ def test_a_probe_never_runs_the_backbone_twice_on_an_image(digits, cache, forwar
 def test_a_probe_by_steps_is_what_it_was_without_the_cache(digits, cache, monkeypatch):
     config = digits(method="linear_probe")
     cached = list(train(config))
-    monkeypatch.setattr("lorvp.methods.linear_probe.LinearProbe.trains_head_only", False)
+    monkeypatch.setattr("lorvp.methods.base.Method.trains_head_only", False)
     for ours, plain in zip(cached, train(config), strict=True):
         assert ours.train_loss == pytest.approx(plain.train_loss, abs=1e-5)
         assert ours.val_top1 == plain.val_top1
@@ -244,10 +244,10 @@ def test_a_probe_by_steps_is_what_it_was_without_the_cache(digits, cache, monkey
 
 def test_a_warm_start_is_the_fitted_heads_function_at_step_0(digits, cache):
     """A learning rate too small to change anything leaves the probe's own figures."""
-    still = {"prompt_name": "sgd", "lr": 1e-12, "prompt_lr": 1e-12}
+    still = {"prompt": {"optimizer": "sgd", "lr": 1e-12}, "optimizer": {"lr": 1e-12}}
     for mapping in ("lp", "fm"):
         fit = {"head": {"kind": mapping, "init": "fitted", "fit": 0.01}, "epochs": 1}
-        (warm,) = train(digits(**fit, optimizer=still))
+        (warm,) = train(digits(**fit, **still))
         (fitted,) = train(digits(**fit, method="linear_probe"))
         assert warm.val_top1 == fitted.val_top1
         assert warm.val_loss == pytest.approx(fitted.val_loss, abs=1e-5)

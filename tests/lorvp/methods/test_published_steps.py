@@ -190,6 +190,7 @@ PUBLISHED: dict[str, tuple[Logits, str, float, float, dict[str, Any]]] = {
 def test_forward_and_steps_are_the_published_ones(method):
     logits, name, lr, decay, changes = PUBLISHED[method]
     optimizer = {"name": name, "lr": lr, "weight_decay": decay}
+    changes = changes | {"prompt": changes.get("prompt", {}) | {"optimizer": name}}
     wanted = config(method, speed=PLAIN, schedule={"name": "constant"}, optimizer=optimizer, **changes)
     common = loaded(wanted)
     if common.backbone.model.__class__.__name__ == "VisionTransformer":  # as they come, its layers hardly say a thing

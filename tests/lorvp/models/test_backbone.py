@@ -94,7 +94,7 @@ def test_features_are_enough_for_lp(name):
         logits.sum().backward()
         assert all(p.grad is not None for p in made.groups()["head"])
     for mapping in ("rlm", "flm", "ilm", "fm"):
-        with pytest.raises(UserError, match=f"label_mapping {mapping} reads source classes, and {name} has no"):
+        with pytest.raises(UserError, match=f"head {mapping} reads source classes, and {name} has no"):
             methods.make(trial(backbone, head={"kind": mapping}), built, 10)
 
 
@@ -102,13 +102,13 @@ def test_features_are_enough_for_lp(name):
 def test_a_mapping_of_source_classes_is_refused_with_the_spec(mapping, tmp_path):
     for name in WITHOUT_CLASSIFIER:
         said = refused(tmp_path, {"name": name}, f"trial.head.kind={mapping}")
-        assert f"label_mapping {mapping} reads source classes, and {name} has no classifier: label_mapping must" in said
+        assert f"head {mapping} reads source classes, and {name} has no classifier: head.kind must" in said
     cut = {"name": "resnet18.a1_in1k", "kwargs": {"num_classes": 0}}
     assert "resnet18.a1_in1k has no classifier" in refused(tmp_path, cut, f"trial.head.kind={mapping}")
     axis = f"space.head.kind={{choice: [lp, {mapping}]}}"
-    assert "space.head.kind.choice[1]: label_mapping" in refused(tmp_path, {"name": name}, axis)
+    assert f"space.head.kind.choice[1]: head {mapping} reads" in refused(tmp_path, {"name": name}, axis)
     control = f"control.head.kind=[{mapping}]"
-    assert f"control: label_mapping {mapping} reads" in refused(tmp_path, {"name": name}, control)
+    assert f"control.head.kind: head {mapping} reads" in refused(tmp_path, {"name": name}, control)
 
 
 def test_a_trial_without_a_classifier_trains_and_loads(tmp_path):
@@ -307,7 +307,7 @@ def test_a_model_from_the_hub(saved, tmp_path):
             assert built("hf-hub:me/tiny@v1") == [f"{plain.digest} 32 me/tiny@v1"]
             changed(saved, lambda values: values.update(num_classes=0))
             said = launched("hf-hub:me/tiny", "--set=trial.head.kind=fm")
-            assert "label_mapping fm reads source classes, and hf-hub:me/tiny has no classifier" in said
+            assert "head fm reads source classes, and hf-hub:me/tiny has no classifier" in said
             assert not (tmp_path / "runs").exists()
         finally:
             server.shutdown()
@@ -386,7 +386,7 @@ def test_without_a_head_there_are_features(kind, tmp_path):
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(backbone(images, "features"), plain(images, "features"))
     config = trial({"name": TINY}, head={"kind": "flm"})
-    with pytest.raises(UserError, match="label_mapping flm reads source classes"):
+    with pytest.raises(UserError, match="head flm reads source classes"):
         methods.make(config, backbone, 10)
     assert methods.make(trial({"name": TINY}), backbone, 10)(images).shape == (2, 10)
 

@@ -19,7 +19,7 @@ from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import Finished, Left, train, train_together
 from lorvp.training.trainer import Trainer
 
-DIVERGES = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
+DIVERGES = {"prompt": {"lr": 1e30, "optimizer": "sgd"}, "optimizer": {"lr": 1e30}}
 
 
 def figures(results: list[EpochResult]) -> list[dict]:
@@ -55,7 +55,7 @@ def test_packed_is_what_each_is_by_itself(digits):
 
 
 def test_one_that_diverges_leaves_the_others_bits_alone(digits):
-    good, bad = digits(), digits(optimizer=DIVERGES)
+    good, bad = digits(), digits(**DIVERGES)
     loaded = loop.load(good)
     first, second = Trainer(good, loaded), Trainer(bad, loaded)
     events = together([first, second])

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from support.samples.training import figures
 
 import lorvp
+from lorvp import methods
 from lorvp.bundle.format import describe
 from lorvp.config import BackboneConfig, ScheduleConfig, TrialConfig
 from lorvp.data import datasets
@@ -21,6 +22,7 @@ from lorvp.optim.schedule import lr_factor
 from lorvp.training import loop, precision, trainer
 from lorvp.training.checkpoint import CHECKPOINT
 from lorvp.training.loop import train
+from lorvp.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_sgd_is_not_fused_where_steps_may_be_skipped(digits, monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)  # torch fuses on CPUs, too
     for kind, fused in (("fp16", False), ("bf16", True)):
-        made = make_optimizer("head", parameters, digits(), kind)
+        made = make_optimizer(digits().head, 0.1, parameters, kind)
         assert (type(made), made.defaults["fused"]) == (torch.optim.SGD, fused)
 
 
@@ -141,8 +143,7 @@ def test_test_set_sees_the_best_epochs_prompt(digits, tmp_path):
 def test_the_last_training_ends_at_its_last_epoch(digits, tmp_path):
     """Trained on the validation images, too, a trial has nothing to choose an epoch by."""
     dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2, "train_on_val": True}
-    rough = {"lr": 1.0, "prompt_lr": 0.05, "prompt_name": "adam"}
-    config = digits(epochs=3, dataset=dataset, optimizer=rough, schedule={"name": "constant"})
+    config = digits(epochs=3, dataset=dataset, optimizer={"lr": 1.0}, schedule={"name": "constant"})
     results = list(train(config, folder=tmp_path))
     model = lorvp.load(tmp_path / "bundle")
     from lorvp.bundle.io import describe
@@ -235,7 +236,8 @@ def test_no_transfer_within_a_step(digits, monkeypatch):
     seen = []
     for batch_size in (40, 10):
         calls = 0
-        list(train(digits(epochs=1, batch_size=batch_size, optimizer={"lr": 0.1, "name": "sgd", "clip_grad_norm": 1})))
+        shared = {"lr": 0.1, "name": "sgd", "clip_grad_norm": 1}
+        list(train(digits(epochs=1, batch_size=batch_size, prompt={"optimizer": "sgd", "lr": 0.1}, optimizer=shared)))
         seen.append(calls)
     assert seen[0] == seen[1]
 
@@ -249,8 +251,9 @@ def test_optimizers_of_prompt_and_head_differ_as_asked(digits, name, prompt_name
         optimizer={"name": name, "lr": 0.01},
     )
     parameters = [torch.nn.Parameter(torch.ones(2))]
-    prompt = make_optimizer("prompt", parameters, config, "fp32")
-    head = make_optimizer("head", parameters, config, "fp32")
+    method = Trainer(config, loop.load(config)).stage.method
+    prompt = method.make_optimizer("prompt", parameters, "fp32")
+    head = method.make_optimizer("head", parameters, "fp32")
     assert (type(head).__name__.lower(), type(prompt).__name__.lower()) == (name, prompt_name)
     assert (prompt.param_groups[0]["lr"], prompt.param_groups[0]["weight_decay"]) == (0.02, 0.5)
     assert (head.param_groups[0]["lr"], head.param_groups[0]["weight_decay"]) == (0.01, 1e-4)
@@ -284,9 +287,7 @@ def test_other_prompts_train(digits, prompt, tmp_path):
 
 def test_same_head_with_and_without_a_prompt(digits):
     backbone = Backbone(digits().backbone, "fp32")
-    from lorvp.utils import plugins
-
-    made = [plugins.load("methods", name)(digits(), backbone, 10) for name in ("lorvp", "linear_probe")]
+    made = [methods.make(digits(method=name), backbone, 10) for name in ("lorvp", "linear_probe")]
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(made[0](images), made[1](images))
 

@@ -20,7 +20,7 @@ RESULT = EpochResult(1, 0.5, 0.5, 50.0, 90.0, {}, 1.0, 1.0, 1.0, 0.0, {}, 0.0, 1
 
 def tuned(precision: str = "fp32", **changes: Any) -> Method:
     """A method whose every number that it tunes is another than at its start, so that it matters."""
-    config = TrialConfig.model_validate(digits_values(prompt={"rank": 2, "inner": 200}) | changes)
+    config = TrialConfig.model_validate(digits_values(**{"prompt": {"rank": 2, "inner": 200}} | changes))
     torch.manual_seed(0)  # the weights, where none are read
     method = methods.make(config, Backbone(config.backbone, precision, config.backbone_speed), 10)
     with torch.no_grad():
