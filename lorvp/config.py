@@ -343,7 +343,7 @@ class TrialConfig(Part):
             if key in said and key not in kind.model_fields:
                 raise ValueError(f"method {method} has {key} {said[key]}: kind must be {' or '.join(having)}")
             if having and key not in kind.model_fields:
-                raise no_effect(key, f"{values['kind']} has no such option, but {', '.join(having)}: leave it out")
+                raise no_effect(key, f"it belongs to kind {' or '.join(having)}, not {values['kind']}: leave it out")
         parts: list[Kind] = [info.data[part] for part in ("prompt", "adapter") if part in info.data]
         by_steps = room != "head" or values.get("init") != "fitted" or any(part.kind != "none" for part in parts)
         shared = info.data.get("shared_by_parts")

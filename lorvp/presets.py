@@ -20,7 +20,7 @@ Parts = dict[str, dict[str, Any]]
 
 def names() -> list[str]:
     """List the presets that are not put together of two others."""
-    return [*_prompts(), *_adapters(), LINEAR_PROBE]
+    return sorted([*_prompts(), *_adapters(), LINEAR_PROBE])
 
 
 def parts_of(method: str) -> Parts:

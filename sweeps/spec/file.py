@@ -17,7 +17,7 @@ from lorvp.config import EARLIER, TrialConfig, backbone_name, earlier_form
 from lorvp.errors import UserError
 from lorvp.models import architectures
 from lorvp.parts import Part, absolute, flatten
-from lorvp.utils.explain import Location, closest, explain, located, without_passwords
+from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
 from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active
 
@@ -193,7 +193,11 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     """Check that `trial`, each axis and the control give valid configs."""
     known = functools.cache(architectures.load_registry)  # of thousands of models, and the same for every config
     unused = set(spec.space)
-    fixed = set(flatten(spec.trial))
+    fixed = dict.fromkeys(flatten(spec.trial), "")
+    for name in spec.space:
+        parent = name.partition(".")[0]
+        if parent != name and not isinstance(spec.trial.get(parent, {}), dict):
+            fail(("trial", parent), f"must be a mapping of its keys, not {spec.trial[parent]!r}")
 
     def check(params: dict[str, Scalar], location: Location) -> None:
         try:
@@ -203,7 +207,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             problem = explain(error, TrialConfig)
         if problem is None:
             unused.difference_update(params.keys() & spec.params(config).keys())
-            fixed.intersection_update(without_effect)
+            _keep_unused(fixed, without_effect)
             return
         inner, message = problem
         if not inner and "choice" in location and spec.search.algorithm != "grid":
@@ -243,10 +247,10 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("control",), f"{dotted}: {message}" if dotted else message)
 
 
-def _check_used(spec: Spec, unused: set[str], fixed: set[str], fail: Fail) -> None:
+def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail) -> None:
     """Check that some point of the space uses each axis, and each fixed value.
 
-    The axes in `unused` and the keys of `trial` in `fixed` have not been seen in use yet.
+    The axes in `unused` and the keys of `trial` in `fixed` have not been seen in use yet; these have the reasons.
     """
     choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None}
     for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
@@ -257,23 +261,19 @@ def _check_used(spec: Spec, unused: set[str], fixed: set[str], fail: Fail) -> No
         with suppress(ValidationError):  # values that don't go together
             config, without_effect = spec.resolve(point)
             unused.difference_update(point.keys() & spec.params(config).keys())
-            fixed.intersection_update(without_effect)
+            _keep_unused(fixed, without_effect)
     for name in spec.space:
         if name in unused:
             fail(("space", name), "no trial of this sweep has a use for it; leave it out")
-    for key in sorted(fixed - spec.space.keys()):
-        fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {_reason(spec, key)}")
+    for key in fixed.keys() - spec.space.keys():
+        fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {fixed[key]}")
 
 
-def _reason(spec: Spec, key: str) -> str:
-    """Return why a fixed value has no effect at the space's first point."""
-    try:
-        TrialConfig.model_validate(spec.values(spec.example()))
-    except ValidationError as error:
-        for one in error.errors():
-            if ".".join(map(str, located(one, TrialConfig))) == key:
-                return one["msg"]
-    return "leave it out"
+def _keep_unused(fixed: dict[str, str], without_effect: dict[str, str]) -> None:
+    """Keep the keys in `fixed` that have no effect at another point of the space, too, with the reasons."""
+    unused = {key: without_effect[key] for key in fixed if key in without_effect}
+    fixed.clear()
+    fixed.update(unused)
 
 
 def _problem(

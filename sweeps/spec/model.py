@@ -272,21 +272,9 @@ class Spec(Part):
         """
         return self.resolve(params)[0]
 
-    def resolve(self, params: dict[str, Scalar]) -> tuple[TrialConfig, set[str]]:
-        """Return the config of one point of the space, and the keys that were left out of it as `trial_config` says."""
-        values, without_effect = self.values(params), set[str]()
-        while True:
-            try:
-                return TrialConfig.model_validate(values), without_effect
-            except ValidationError as error:
-                errors = error.errors()
-                keys = {".".join(map(str, located(one, TrialConfig))) for one in errors if one["type"] == NO_EFFECT}
-                if any(one["type"] != NO_EFFECT for one in errors) or not any(remove_dotted(values, k) for k in keys):
-                    raise
-                without_effect |= keys
-
-    def values(self, params: dict[str, Scalar]) -> dict[str, Any]:
-        """Return `trial` with `params`, by dotted path, put in."""
+    def resolve(self, params: dict[str, Scalar]) -> tuple[TrialConfig, dict[str, str]]:
+        """Return the config of one point of the space, and the keys that `trial_config` left out of it, with reasons."""
+        without_effect: dict[str, str] = {}
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
@@ -294,7 +282,17 @@ class Spec(Part):
             values["read_test"] = False
             if values.get("select") == "test_best_epoch":
                 values["select"] = "val"
-        return values
+        while True:
+            try:
+                return TrialConfig.model_validate(values), without_effect
+            except ValidationError as error:
+                errors = error.errors()
+                reasons = {".".join(map(str, located(one, TrialConfig))): one["msg"] for one in errors}
+                if any(one["type"] != NO_EFFECT for one in errors):
+                    raise
+                if not any([remove_dotted(values, key) for key in reasons]):
+                    raise
+                without_effect |= reasons
 
     def confirmed(self, config: TrialConfig, seed: int) -> TrialConfig:
         """Return a config of the search as it is trained to confirm it."""
