@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
-from cluster import snapshot
-from cluster.local import LocalCluster
-from cluster.profile import Profile
+from cluster.base import Cluster
 from cluster.scan import FollowedTrial, Scan
-from cluster.slurm import SlurmCluster
-from cluster.trial_folder import AUTO, NODE_FAILURE_PREFIX, Cause, JobState, State, StopReason, TrialFolder, pack_file
+from cluster.trial_folder import AUTO, NODE_FAILURE_PREFIX, Cause, JobState, State, StopReason, pack_file
 
 FINAL_STATES = {"OUT_OF_MEMORY": Cause.OUT_OF_MEMORY, "DEADLINE": Cause.LOST}
 """States of a job that another start would end in again."""
@@ -31,34 +26,6 @@ DISK_FULL_POLL = 5.0
 INTERRUPT_POLL = 0.1
 LOG_LINES = 20
 """The end of a log, where a job says that its disk is full."""
-
-
-class Cluster(Protocol):
-    """What the job manager needs of the place where jobs run."""
-
-    jobs_in_flight: int
-    trials_per_job: int
-    pack: int | str
-    max_submissions: int
-
-    def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
-        """Submit a job for each trial, not on the nodes in `exclude`, and record its id. Raises OSError."""
-
-    def adopt(self, trials: Sequence[TrialFolder]) -> None:
-        """Find the trials' jobs that were submitted but not recorded. Raises OSError."""
-
-    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """Return the state of each job that is known. Raises OSError when the cluster does not answer."""
-
-    def cancel(self, job_ids: Sequence[str]) -> None:
-        """Cancel the jobs. Raises OSError when the cluster does not answer."""
-
-
-def make_cluster(profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str = 1) -> Cluster:
-    """Make the cluster that `profile` describes, for the sweep in the folder `sweep`; `pack` trials share a process."""
-    snapshot.snapshot(sweep / "code")
-    kinds: dict[str, Callable[..., Cluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
-    return kinds[profile.kind](profile, sweep, sweep_id, concurrent, pack)
 
 
 class JobManager:

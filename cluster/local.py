@@ -15,6 +15,7 @@ import psutil
 import submitit
 
 from cluster import snapshot
+from cluster.base import Cluster
 from cluster.job import TrialJob
 from cluster.profile import Profile
 from cluster.trial_folder import JobState, TrialFolder
@@ -25,10 +26,8 @@ GPU_DEVICES = (NVIDIA, "dxg", "kfd")
 """Files in /dev, one of which a machine with a GPU has: NVIDIA's, those of WSL, AMD's."""
 
 
-class LocalCluster:
+class LocalCluster(Cluster):
     """Starts a process per job, and gives each the GPU that the fewest of them use, where there is one."""
-
-    max_submissions = 3
 
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
         self.folder = sweep / "jobs"
@@ -36,6 +35,7 @@ class LocalCluster:
         self.trials_per_job = profile.trials_per_job
         self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
+        self.max_submissions = self.starts_allowed(profile)
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, str] = {}
 

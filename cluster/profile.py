@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema
 
 from lorvp.errors import UserError
 from lorvp.parts import Part
@@ -14,6 +14,20 @@ from lorvp.utils.explain import closest
 from lorvp.utils.yaml_file import YamlFile
 
 PROFILES = Path(__file__).parent / "profiles"
+KINDS = {
+    "local": "cluster.local:LocalCluster",
+    "slurm": "cluster.slurm:SlurmCluster",
+}
+"""The kinds of places where jobs run, and their classes."""
+
+
+def _is_known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"unknown name {kind!r}; one of {', '.join(KINDS)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_is_known), WithJsonSchema({"enum": list(KINDS), "type": "string"})]
 
 
 SbatchOptions = dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | int | bool]
@@ -32,7 +46,7 @@ class DriverJob(Part):
 class Profile(Part):
     """One place to run jobs. Most keys are SLURM's: `kind: local` looks at `jobs_in_flight` and `trials_per_job`."""
 
-    kind: Literal["local", "slurm"] = Field(description="local: processes on this machine")
+    kind: Kind = Field(description="local: processes on this machine; slurm: jobs of SLURM")
     jobs_in_flight: PositiveInt | None = Field(None, description="jobs that wait or run; default: search.concurrent")
     partition: str | None = None
     account: str | None = None

@@ -17,6 +17,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 from submitit.slurm import slurm
 
 from cluster import slurm_commands, snapshot
+from cluster.base import Cluster
 from cluster.job import ANY_GPU, TrialJob
 from cluster.profile import Profile, SbatchOptions
 from cluster.trial_folder import JobState, TrialFolder
@@ -42,7 +43,7 @@ def _sbatch_with_limit(executor: submitit.SlurmExecutor, submission_file_path: P
 setattr(submitit.SlurmExecutor, "_make_submission_command", _sbatch_with_limit)  # noqa: B010  mypy's words on the other way
 
 
-class SlurmCluster:
+class SlurmCluster(Cluster):
     """Submits in arrays, and keeps the last answer of squeue between two questions.
 
     squeue knows the jobs that wait and run and, for some minutes, those that ended. Of older ones, which a driver asks
@@ -57,7 +58,7 @@ class SlurmCluster:
         self.trials_per_job = profile.trials_per_job
         self.pack = pack
         self.jobs_in_flight = profile.jobs_in_flight or concurrent
-        self.max_submissions = 1 + profile.requeues
+        self.max_submissions = self.starts_allowed(profile)
         self.name = sweep_name(sweep_id)
         self._states: dict[str, JobState] = {}
         self._ended_states: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
@@ -66,6 +67,28 @@ class SlurmCluster:
         self._pause = MIN_POLL
         self._next_query = 0.0
         slurm_commands.show_variables(profile.slurm_variables)
+
+    @staticmethod
+    def starts_allowed(profile: Profile) -> int:
+        """Return how often a trial may be started before it has failed for good."""
+        return 1 + profile.requeues
+
+    @staticmethod
+    def seconds_of_a_start(profile: Profile) -> float:
+        """Return the time limit of one start of a job, in seconds."""
+        return 60.0 * profile.time_limit_minutes
+
+    @staticmethod
+    def batch_file(profile: Profile, sweep: Path) -> str:
+        """Return the file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
+        python, jobs = snapshot.python(sweep / "code", profile.container), sweep / "jobs"
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
+        return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
+
+    @staticmethod
+    def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
+        """Submit the sweep's driver as a job, as `submit_driver` does."""
+        return submit_driver(profile, sweep, sweep_id, arguments)
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         """Submit a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
@@ -239,13 +262,6 @@ def _drop_memory_default(user_options: SbatchOptions, parameters: dict[str, Any]
     """Take out how much memory we would ask for where the user does so, in whichever way."""
     if MEMORY_OPTIONS & user_options.keys():
         del parameters["mem"]
-
-
-def sbatch_file(profile: Profile, sweep: Path) -> str:
-    """Return the file that sbatch would be given for one trial of the sweep in the folder `sweep`."""
-    python, jobs = snapshot.python(sweep / "code", profile.container), sweep / "jobs"
-    command = f"{python} -u -m submitit.core._submit {shlex.quote(str(jobs))}"
-    return slurm._make_sbatch_string(command, jobs, **sbatch_parameters(profile, "lorvp"))
 
 
 def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:

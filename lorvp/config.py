@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     Adapter = AdapterConfig
     Head = HeadConfig
 else:
-    Prompt, Adapter, Head = (tagged_union(room) for room in ROOMS.values())
+    Prompt, Adapter, Head = map(tagged_union, ROOMS)
 
 DEFAULT_KINDS = {"prompt": "low_rank", "adapter": "none", "head": "lp"}
 """The kinds of a trial that names none: LoR-VP with a linear probe."""
@@ -327,25 +327,25 @@ class TrialConfig(Part):
         assert info.field_name is not None
         if not isinstance(values, dict):
             return values
-        room, method = info.field_name, info.data.get("preset")
-        said = {} if method is None else presets.parts_of(method).get(room, {})
+        part, method = info.field_name, info.data.get("preset")
+        said = {} if method is None else presets.parts_of(method).get(part, {})
         for key, value in said.items():
             if values.get(key, value) != value:
-                reason = f"method {method} has {room}.{key} {value}, not {values[key]}: leave one of them out"
+                reason = f"method {method} has {part}.{key} {value}, not {values[key]}: leave one of them out"
                 raise PydanticCustomError("contradiction", "{reason}", {"key": key, "reason": reason})
-        values = {"kind": DEFAULT_KINDS[room]} | said | values
-        known = kinds(ROOMS[room])
+        values = {"kind": DEFAULT_KINDS[part]} | said | values
+        known = kinds(part)
         kind = known.get(values["kind"]) if isinstance(values["kind"], str) else None
         if kind is None:
             return values
         for key in values:
-            having = [name for name, other in known.items() if key in other.model_fields]
+            having = [name for name, options in known.items() if key in options.model_fields]
             if key in said and key not in kind.model_fields:
                 raise ValueError(f"method {method} has {key} {said[key]}: kind must be {' or '.join(having)}")
             if having and key not in kind.model_fields:
                 raise no_effect(key, f"it belongs to kind {' or '.join(having)}, not {values['kind']}: leave it out")
-        parts: list[Kind] = [info.data[part] for part in ("prompt", "adapter") if part in info.data]
-        by_steps = room != "head" or values.get("init") != "fitted" or any(part.kind != "none" for part in parts)
+        others: list[Kind] = [info.data[other] for other in ("prompt", "adapter") if other in info.data]
+        by_steps = part != "head" or values.get("init") != "fitted" or any(other.kind != "none" for other in others)
         shared = info.data.get("shared_by_parts")
         return values | (shared.give(kind, values) if shared is not None and by_steps else {})
 

@@ -1,4 +1,4 @@
-"""Define what the options of a trial's parts share: conditions, learning rates, and the three rooms of kinds.
+"""Define what the options of a trial's parts share: conditions, learning rates, and the kinds of each part.
 
 A trial has a prompt (`lorvp/prompts`), an adapter (`lorvp/adapters`) and a head (`lorvp/mappings`). Each kind of them
 is a folder. Its `__init__.py` holds the options, a subclass of `PromptConfig`, `AdapterConfig` or `HeadConfig`, and
@@ -30,8 +30,8 @@ from pydantic_core import PydanticCustomError
 
 from lorvp.utils import plugins
 
-ROOMS = {"prompt": "prompts", "adapter": "adapters", "head": "mappings"}
-"""The keys of a trial's parts, and the folders of their kinds."""
+ROOMS = {"prompt": "lorvp.prompts", "adapter": "lorvp.adapters", "head": "lorvp.mappings"}
+"""The keys of a trial's parts, and the packages of their kinds."""
 NO_EFFECT = "no_effect"
 """Type of the error about a key that has no effect beside the others; `ctx["key"]` names it."""
 BEST = "best"
@@ -266,11 +266,11 @@ class LearnedHeadConfig(HeadConfig, TrainedByOptimizer):
         return self.init == "fitted"
 
 
-def kinds(room: str) -> dict[str, type[Kind]]:
-    """Return the options' classes of a room's kinds, by name: `prompts`, `adapters` or `mappings`."""
-    return {name: plugins.load(f"{room}.{name}") for name in plugins.names(room)}
+def kinds(part: str) -> dict[str, type[Kind]]:
+    """Return the options' classes of the kinds of a part (prompt, adapter or head), by name."""
+    return {name: plugins.load(f"{ROOMS[part]}.{name}") for name in plugins.names(ROOMS[part])}
 
 
-def tagged_union(room: str) -> Any:
-    """Return the type of a part: the options of any kind of a room, told apart by `kind`."""
-    return Annotated[Union[tuple(kinds(room).values())], Field(discriminator="kind")]  # noqa: UP007  made at run time
+def tagged_union(part: str) -> Any:
+    """Return the type of a part: the options of any of its kinds, told apart by `kind`."""
+    return Annotated[Union[tuple(kinds(part).values())], Field(discriminator="kind")]  # noqa: UP007  made at run time

@@ -47,13 +47,13 @@ def name_of(prompt: PromptConfig, adapter: AdapterConfig, head: HeadConfig) -> s
 
 
 def _prompts() -> dict[str, Parts]:
-    return {name: {"prompt": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("prompts").items()}
+    return {name: {"prompt": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("prompt").items()}
 
 
 def _adapters() -> dict[str, Parts]:
-    own = {name: {"adapter": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("adapters").items()}
+    own = {name: {"adapter": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("adapter").items()}
     return own | {LP_FT: own["fine_tuning"] | {"head": FITTED}}
 
 
-def _named(room: str) -> dict[str, type[Kind]]:
-    return {kind.method: kind for kind in kinds(room).values() if kind.method is not None}
+def _named(part: str) -> dict[str, type[Kind]]:
+    return {kind.method: kind for kind in kinds(part).values() if kind.method is not None}

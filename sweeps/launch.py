@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from cluster import profile as profiles
-from cluster.job_manager import JobManager, make_cluster
-from cluster.slurm import sbatch_file, submit_driver
+from cluster.base import Cluster, cluster_class, make_cluster
+from cluster.job_manager import JobManager
 from cluster.snapshot import snapshot
 from lorvp import __version__
 from lorvp.data.store import read_manifest
@@ -124,14 +124,14 @@ def main(
 def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) -> None:
     """Submit a driver that goes on with the sweep just begun. Raises UserError where it can't be a job."""
     profile = profiles.load(spec.cluster)
-    if profile.kind != "slurm":
-        raise UserError(f"cluster: {spec.cluster} is no SLURM profile, and --detach makes the driver a SLURM job")
+    if cluster_class(profile).submit_driver is Cluster.submit_driver:
+        raise UserError(f"cluster: {spec.cluster} is of kind {profile.kind}, which can't run the driver as a job")
     with replacing(spec.folder / "spec.yaml") as temporary:  # the user's own may be edited before the job starts
         shutil.copyfile(file, temporary)
     snapshot(spec.folder / "code", spec.modules())
     arguments = [str(spec.folder / "spec.yaml"), "--resume", *options]
     try:
-        job_id, log = submit_driver(profile, spec.folder, sweep_id, arguments)
+        job_id, log = cluster_class(profile).submit_driver(profile, spec.folder, sweep_id, arguments)
     except OSError as error:
         raise UserError(f"cluster: {spec.cluster}: the driver can't be a job: {error}") from None
     write_json(spec.folder / status.DRIVER_JOB, {"id": job_id, "log": log.name})
@@ -156,9 +156,10 @@ def show_plan(spec: Spec) -> None:
     console.print_json(spec.trial_config(spec.example()).model_dump_json())
     console.print(memory_line(spec), markup=False, highlight=False)
     profile = profiles.load(spec.cluster)
-    if profile.kind == "slurm":
-        console.print(f"one sbatch file, by profile {spec.cluster}:")
-        console.print(sbatch_file(profile, spec.folder), markup=False, highlight=False, soft_wrap=True)
+    batch_file = cluster_class(profile).batch_file(profile, spec.folder)
+    if batch_file is not None:
+        console.print(f"one batch file, by profile {spec.cluster}:")
+        console.print(batch_file, markup=False, highlight=False, soft_wrap=True)
 
 
 def estimate_line(spec: Spec) -> str:

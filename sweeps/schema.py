@@ -37,7 +37,7 @@ def spec_schema() -> dict[str, Any]:
     definitions = schema.setdefault("$defs", {}) | trial.pop("$defs")
     for key, room in ROOMS.items():
         part = trial["properties"][key]
-        models = [definitions.pop(kind.__name__) for kind in kinds(room).values()]
+        models = [definitions.pop(kind.__name__) for kind in kinds(key).values()]
         for field in ("oneOf", "discriminator", "default"):
             part.pop(field, None)
         part |= _any_of_kinds(models, list(plugins.names(room)))

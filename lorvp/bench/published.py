@@ -51,7 +51,7 @@ class Trial:
         device, size = self.mean.device, backbone.image_size
         self.b = torch.zeros(3, size, rank, device=device, requires_grad=True)
         self.a = torch.randn(3, rank, size, device=device).mul_(0.01).requires_grad_()
-        options = kinds("mappings")[mapping](kind=mapping)
+        options = kinds("head")[mapping](kind=mapping)
         assert isinstance(options, HeadConfig)  # by the folder's rule
         self.mapping = make_mapping(options, backbone.source_classes, backbone.features, classes).to(device)
         prompt: dict[str, Any] = {"params": [self.b, self.a], "lr": prompt_lr}

@@ -78,7 +78,7 @@ def make_mapping(config: HeadConfig, source_classes: int, features: int, classes
 
     Raises UserError for more classes than source classes where the mapping picks one for each.
     """
-    kind: type[LabelMapping] = plugins.load(f"mappings.{config.kind}.mapping")
+    kind: type[LabelMapping] = plugins.load(f"lorvp.mappings.{config.kind}.mapping")
     return kind(config, source_classes, features, classes)
 
 

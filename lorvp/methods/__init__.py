@@ -10,5 +10,5 @@ from lorvp.utils import plugins
 
 def make(config: TrialConfig, backbone: Backbone, classes: int) -> Method:
     """Build the method of `config`, at its start. Raises UserError for a backbone that it can't work on."""
-    adapter: type[Method] = plugins.load(f"adapters.{config.adapter.kind}.adapter")
+    adapter: type[Method] = plugins.load(f"lorvp.adapters.{config.adapter.kind}.adapter")
     return adapter(config, backbone, classes)

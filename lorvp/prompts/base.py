@@ -39,7 +39,7 @@ class Prompt(nn.Module):
 
 def make_prompt(config: PromptConfig, image_size: int) -> Prompt:
     """Make the prompt of these options for images of that side, at its start. Raises UserError for one too large."""
-    kind: type[Prompt] = plugins.load(f"prompts.{config.kind}.prompt")
+    kind: type[Prompt] = plugins.load(f"lorvp.prompts.{config.kind}.prompt")
     return kind(config, image_size)
 
 

@@ -1,4 +1,6 @@
-"""Find kinds by the name of their folder (`lorvp/prompts/low_rank` is `prompt.kind: low_rank`), and run users' files.
+"""Find kinds by the name of their file or folder, and run users' own files.
+
+`lorvp/prompts/low_rank` is `prompt.kind: low_rank`, `sweeps/search/algorithms/tpe.py` is `search.algorithm: tpe`.
 
 Listing names imports nothing, so that a spec can be checked without torch.
 """
@@ -21,17 +23,21 @@ COPIES = ROOT / "own"
 """Folder of the users' files in a copy of this code that was made for jobs."""
 
 
+SHARED = "base"
+"""Name of the module in a package that is no kind, and holds what the kinds share."""
+
+
 @functools.cache
-def names(room: str) -> tuple[str, ...]:
-    """List the kinds in `lorvp/ROOM`, one for each folder. Cached, because every config asks for it."""
-    modules = pkgutil.iter_modules([str(ROOT / "lorvp" / room)])
-    return tuple(sorted(module.name for module in modules if module.ispkg))
+def names(package: str) -> tuple[str, ...]:
+    """List the kinds in a package, one for each module or folder in it. Cached, because every config asks for it."""
+    modules = pkgutil.iter_modules([str(ROOT.joinpath(*package.split(".")))])
+    return tuple(sorted(module.name for module in modules if module.name != SHARED))
 
 
 @functools.cache
 def load(module: str) -> type[Any]:
-    """Return the class that the module `lorvp.MODULE` defines: the only one in it without a leading underscore."""
-    loaded = importlib.import_module(f"lorvp.{module}")
+    """Return the class that a module defines: the only one in it without a leading underscore."""
+    loaded = importlib.import_module(module)
     (public_class,) = (
         value
         for key, value in vars(loaded).items()

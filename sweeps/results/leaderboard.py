@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.trial_folder import End, State, TrialFolder
 from lorvp.utils.files import replacing
+from sweeps.spec.choices import milestones
 from sweeps.spec.model import Spec, Stage
 
 MARKS = {State.FINISHED: "", State.STOPPED: "stopped early", State.FAILED: "failed"}
@@ -209,7 +210,7 @@ class Leaderboard:
         finished = [entry for entry in self.search_entries() if entry.finished]
         final = [entry.score(self.spec) for entry in finished]
         correlations = []
-        for epoch in self.spec.milestones():
+        for epoch in milestones(self.spec):
             at_epoch = [entry.score(self.spec, epoch) for entry in finished]
             if len(set(at_epoch)) > 2 and len(set(final)) > 2:
                 correlations.append(f"epoch {epoch} {rank_correlation(at_epoch, final):.2f}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from sweeps.search.tune_trial import SCORE
+from sweeps.spec.choices import stopping_rule
 from sweeps.spec.model import Scalar, Spec
 
 
@@ -44,25 +43,7 @@ class ArmScheduler(FIFOScheduler):
 
 
 def make_scheduler(spec: Spec) -> TrialScheduler:
-    """Tune's early stopping by epochs, on the score."""
+    """Make the scheduler of the spec's stopping rule, for each arm one of its own."""
     if spec.search.equal:
         return ArmScheduler(spec.search.equal, {value: make_scheduler(arm) for value, arm in spec.arms().items()})
-    rule = spec.early_stopping
-    if rule.rule == "asha":
-        return ASHAScheduler(
-            time_attr="epoch",
-            metric=SCORE,
-            mode=spec.mode,
-            max_t=spec.max_epochs(),
-            grace_period=rule.grace_epochs,
-            reduction_factor=rule.reduction_factor,
-        )
-    if rule.rule == "median":
-        return MedianStoppingRule(
-            time_attr="epoch",
-            metric=SCORE,
-            mode=spec.mode,
-            grace_period=rule.grace_epochs,
-            min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
-        )
-    return FIFOScheduler()  # type: ignore[no-untyped-call]  # of Ray
+    return stopping_rule(spec.early_stopping).make_scheduler(spec)

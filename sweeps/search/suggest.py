@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from sweeps.search.tune_trial import SCORE, RecordedTrial
+from sweeps.spec.choices import algorithm
 from sweeps.spec.model import Scalar, Spec, Stage, active
 
 
@@ -132,7 +130,7 @@ def _optuna_search(spec: Spec, points: list[dict[str, Scalar]]) -> OptunaSearch:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # a sampler that starts over would suggest its first points a second time
-        sampler = make_sampler(spec, spec.search.seed + len(points))
+        sampler = algorithm(spec.search).make_sampler(spec, spec.search.seed + len(points))
     return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=points, sampler=sampler)
 
 
@@ -153,47 +151,6 @@ class RecordingSearch(SpecSearch):
         elif isinstance(params, dict):
             self._suggestions.append(params)
         return params
-
-
-class CellSampler(BaseSampler):
-    """Trial number n gets cell n of a grid, conditions respected, which Optuna's own GridSampler can't do."""
-
-    def __init__(self, cells: list[dict[str, Scalar]]) -> None:
-        self.cells = cells
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return no parameters: all are sampled independently."""
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Return no values: all are sampled independently."""
-        return {}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Return the parameter's value in the trial's cell."""
-        return self.cells[trial.number][param_name]
-
-
-def make_sampler(spec: Spec, seed: int) -> BaseSampler:
-    """Make the sampler of the spec's algorithm, with every option given that decides its path."""
-    match spec.search.algorithm:
-        case "grid":
-            return CellSampler(spec.cells())
-        case "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        case "tpe":
-            startup = min(10, max(2, spec.number_of_trials() // 4))
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
-            )
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed)
-        case "gp":
-            return optuna.samplers.GPSampler(seed=seed)
 
 
 def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import optuna
 
-from cluster.local import LocalCluster
+from cluster.base import cluster_class
 from cluster.profile import Profile
 from cluster.trial_folder import End, State
 from lorvp.config import TrialConfig
@@ -52,12 +52,12 @@ class Place:
     @property
     def starts(self) -> int:
         """How often a trial may be started before it has failed for good, as `cluster.job_manager` counts."""
-        return 1 + self.profile.requeues if self.profile.kind == "slurm" else LocalCluster.max_submissions
+        return cluster_class(self.profile).starts_allowed(self.profile)
 
     @property
     def time_limit(self) -> float:
         """Of one start of a job; its trial goes on where it was, in another."""
-        return 60.0 * self.profile.time_limit_minutes if self.profile.kind == "slurm" else math.inf
+        return cluster_class(self.profile).seconds_of_a_start(self.profile)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from lorvp.models import architectures
 from lorvp.parts import Part, absolute, flatten
 from lorvp.utils.explain import Location, closest, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
+from sweeps.spec.choices import algorithm, stopping_rule
 from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active
 
 MOST_POINTS = 1000
@@ -117,7 +118,7 @@ def check_hub(spec: Spec) -> None:
 
 def _check_search(spec: Spec, fail: Fail) -> None:
     """Check what pydantic can't see: that the algorithm takes these axes, and that conditions can be met."""
-    search = spec.search
+    search, chosen = spec.search, algorithm(spec.search)
     if not spec.space:
         fail(("space",), "needs at least one axis, as in `prompt.lr: {log_uniform: [0.01, 1]}`")
     for name, axis in spec.space.items():
@@ -126,22 +127,23 @@ def _check_search(spec: Spec, fail: Fail) -> None:
                 possible = spec.space[other].values()
                 if possible is not None and value not in possible:
                     fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
-        if search.algorithm == "grid" and axis.values() is None:
-            many = f"an axis of a grid may have {MAX_CELLS} values, and this one has more"
-            few = "a grid takes choice and int axes only; list the values in choice"
+        if chosen.takes_every_cell and axis.values() is None:
+            many = f"an axis of a {search.algorithm} may have {MAX_CELLS} values, and this one has more"
+            few = f"a {search.algorithm} takes choice and int axes only; list the values in choice"
             fail(("space", name), few if axis.integers is None else many)
-        if search.algorithm == "cmaes" and axis.choice is not None:
-            fail(("space", name), "cmaes can't take categories; use uniform, log_uniform or int, or tpe for the search")
-        if search.algorithm == "cmaes" and axis.when:
-            fail(("space", name, "when"), "cmaes can't take conditions; use tpe for the search")
-    if search.algorithm == "grid":
+        if axis.choice is not None and not chosen.takes_choices:
+            use = "use uniform, log_uniform or int, or tpe for the search"
+            fail(("space", name), f"{search.algorithm} can't take categories; {use}")
+        if axis.when and not chosen.takes_conditions:
+            fail(("space", name, "when"), f"{search.algorithm} can't take conditions; use tpe for the search")
+    if chosen.takes_every_cell:
         try:
             cells = len(spec.cells())
         except ValueError as error:
             fail(("space",), str(error))
         if search.trials not in (None, cells):
             fail(("search", "trials"), f"this grid has {cells} cells; leave trials out")
-    if search.algorithm != "grid" and search.trials is None:
+    if search.trials is None and not chosen.takes_every_cell:
         fail(("search",), f"{search.algorithm} needs trials: how many")
     if search.equal is not None:
         _check_equal(spec, search.equal, fail)
@@ -158,7 +160,7 @@ def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
         fail(location, f"{name} must be a choice axis: only listed values can have equal shares")
     if axis.when:
         fail(location, f"{name} exists under a condition only; every trial must have it")
-    if spec.search.algorithm == "grid":
+    if algorithm(spec.search).takes_every_cell:
         fail(location, "a grid has every cell anyway; leave equal out")
     if spec.number_of_trials() < len(axis.choice):
         fail(("search", "trials"), f"must be at least {len(axis.choice)}, one for each value of {name}")
@@ -210,7 +212,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             _keep_unused(fixed, without_effect)
             return
         inner, message = problem
-        if not inner and "choice" in location and spec.search.algorithm != "grid":
+        if not inner and "choice" in location and not algorithm(spec.search).takes_every_cell:
             return  # two values that don't go together; with others this one may
         dotted = ".".join(str(part) for part in inner)
         # an error about a searched key belongs to its axis, any other to the fixed values
@@ -226,9 +228,9 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             if name == spec.search.equal:
                 _check_spelling(spec, name, i, fail)
     _check_used(spec, unused, fixed, fail)
-    if spec.early_stopping.rule != "none" and spec.early_stopping.grace_epochs > spec.max_epochs():
+    if stopping_rule(spec.early_stopping).stops and spec.early_stopping.grace_epochs > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
-    if spec.search.algorithm == "grid":
+    if algorithm(spec.search).takes_every_cell:
         for cell in spec.cells():
             check(cell, ("space",))
     for key, value in (spec.control or {}).items():

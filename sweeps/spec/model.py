@@ -17,12 +17,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from lorvp.config import TrialConfig
 from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig, Part, absolute, flatten, kinds
 from lorvp.presets import LINEAR_PROBE
+from lorvp.utils import plugins
 from lorvp.utils.explain import located
 
 
@@ -47,6 +49,25 @@ FITTED_HEAD = {
 """What makes the control of any sweep, beside its label mapping."""
 SHARED = "optimizer."
 """Beginning of the keys that only say what parts have by default."""
+ALGORITHMS, RULES = "sweeps.search.algorithms", "sweeps.search.stopping_rules"
+"""Packages with a module for each."""
+
+
+def _known(package: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in plugins.names(package):
+            raise ValueError(f"unknown name {name!r}; one of {', '.join(plugins.names(package))}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _enum(package: str) -> WithJsonSchema:
+    return WithJsonSchema({"enum": list(plugins.names(package)), "type": "string"})
+
+
+AlgorithmName = Annotated[str, _known(ALGORITHMS), _enum(ALGORITHMS)]
+RuleName = Annotated[str, _known(RULES), _enum(RULES)]
 MAX_CELLS = 100_000
 """Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
 DEFAULT_SEEDS = 3
@@ -115,9 +136,7 @@ class Axis(Part):
 class SearchConfig(Part):
     """How configs are chosen: Optuna's samplers, each with an explicit seed, or every cell of a grid."""
 
-    algorithm: Literal["grid", "random", "tpe", "cmaes", "gp"] = Field(
-        "tpe", description="tpe, cmaes and gp learn from the trials that have ended"
-    )
+    algorithm: AlgorithmName = Field("tpe", description="tpe, cmaes and gp learn from the trials that have ended")
     trials: PositiveInt | None = Field(None, description="how many; a grid has as many as it has cells")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of the algorithm")
     concurrent: PositiveInt = Field(2, description="trials that run at the same time")
@@ -159,7 +178,7 @@ class Stage(StrEnum):
 class EarlyStopping(Part):
     """Gives up on trials that fall behind: asha (Li et al. 2020) or the median rule (Golovin et al. 2017)."""
 
-    rule: Literal["none", "asha", "median"] = "none"
+    rule: RuleName = "none"
     grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets; asha's first rung")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
 
@@ -273,7 +292,7 @@ class Spec(Part):
         return self.resolve(params)[0]
 
     def resolve(self, params: dict[str, Scalar]) -> tuple[TrialConfig, dict[str, str]]:
-        """Return the config of one point of the space, and the keys that `trial_config` left out of it, with reasons."""
+        """Return the config of a point of the space, and the keys that `trial_config` left out of it, with reasons."""
         without_effect: dict[str, str] = {}
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
@@ -337,7 +356,7 @@ class Spec(Part):
             return []
         axis = self.space.get("head.kind")
         mappings = (axis and axis.choice) or [self.trial_config(self.example()).head.kind]
-        learned = [name for name, kind in kinds(ROOMS["head"]).items() if issubclass(kind, LearnedHeadConfig)]
+        learned = [name for name, kind in kinds("head").items() if issubclass(kind, LearnedHeadConfig)]
         heads = [name for name in mappings if name in learned] or ["lp"]
         cells = [FITTED_HEAD | {"head.kind": head} for head in heads]
         if self.control:
@@ -423,15 +442,6 @@ class Spec(Part):
             self.space["epochs"].examples() if "epochs" in self.space else [self.trial_config(self.example()).epochs]
         )
         return max(lengths)
-
-    def milestones(self) -> list[int]:
-        """Return the epochs after which a trial may be given up for the others' sake, or goes on at another rung."""
-        epochs, stopping = self.max_epochs(), self.early_stopping
-        epochs_found = set(itertools.accumulate(rung.epochs for rung in self.trial_config(self.example()).rungs))
-        if stopping.rule == "asha":
-            rungs = (stopping.grace_epochs * stopping.reduction_factor**k for k in itertools.count())
-            epochs_found |= set(itertools.takewhile(lambda epoch: epoch < epochs, rungs))
-        return sorted(epochs_found)
 
     def short_names(self) -> dict[str, str]:
         """Return a short name for each axis."""

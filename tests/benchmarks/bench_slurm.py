@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before tests/, whose folde
 from conftest import digits_values
 from support.slurm_sim import PROFILE, Simulation
 
-from cluster.job_manager import JobManager, make_cluster
+from cluster.base import make_cluster
+from cluster.job_manager import JobManager
 from cluster.profile import Profile
 from cluster.trial_folder import TrialFolder
 from lorvp.config import TrialConfig

@@ -14,7 +14,8 @@ from support.stale import Stale
 from support.waiting import wait_for
 
 from cluster import job
-from cluster.job_manager import MAX_UNEXPLAINED_STARTS, JobManager, make_cluster
+from cluster.base import make_cluster
+from cluster.job_manager import MAX_UNEXPLAINED_STARTS, JobManager
 from cluster.profile import Profile
 from cluster.scan import STALE_SECONDS
 from cluster.trial_folder import Cause, JobState, State, StopReason, TrialFolder, pack_file

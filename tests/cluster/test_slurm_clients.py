@@ -13,7 +13,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from cluster import slurm_commands
 from cluster.job_manager import JobManager
 from cluster.profile import Profile
-from cluster.slurm import UNLISTED, SlurmCluster, sbatch_file, submit_driver
+from cluster.slurm import UNLISTED, SlurmCluster, submit_driver
 from cluster.trial_folder import JobState, TrialFolder
 
 ANSWERS = {"scontrol": "echo MaxArraySize = 1001", "srun": "exit 0", "squeue": "exit 0", "scancel": "exit 0"}
@@ -200,7 +200,7 @@ echo "Submitted batch job 1$have"
 def test_memory_that_the_user_asks_for_takes_the_place_of_ours(answering, tmp_path, option):
     """In a trial's job and in the driver's: SLURM takes one of these options only."""
     profile = Profile(kind="slurm", sbatch={option: "7G"}, driver={"sbatch": {option: "3G"}})
-    assert re.findall(r"--(mem.*)=(\w+)", sbatch_file(profile, tmp_path)) == [(option, "7G")]
+    assert re.findall(r"--(mem.*)=(\w+)", SlurmCluster.batch_file(profile, tmp_path)) == [(option, "7G")]
     answering(sbatch=f'echo "$*" > {tmp_path}/asked; echo 7')
     submit_driver(profile, tmp_path, "0123456789", [])
     assert re.findall(r"--(mem\S*)=(\w+)", (tmp_path / "asked").read_text()) == [(option, "3G")]

@@ -200,15 +200,15 @@ def test_config_is_frozen(digits):
 
 
 def test_names_in_the_config_are_those_that_exist():
-    for name, kind in kinds("mappings").items():
+    for name, kind in kinds("head").items():
         mapping = make_mapping(kind(kind=name), 20, 8, 5)
         assert bool(list(mapping.parameters())) == kind.learns
         assert (mapping.update == "epoch") == (name == "ilm")
     assert set(DatasetConfig.model_fields["name"].annotation.__args__) == set(LOADERS)
-    for name in set(plugins.names("prompts")) - {"none"}:
-        assert make_prompt(kinds("prompts")[name](kind=name), 32).pattern().shape == (3, 32, 32)
-    for name in plugins.names("adapters"):
-        assert issubclass(plugins.load(f"adapters.{name}.adapter"), Method)
+    for name in set(plugins.names("lorvp.prompts")) - {"none"}:
+        assert make_prompt(kinds("prompt")[name](kind=name), 32).pattern().shape == (3, 32, 32)
+    for name in plugins.names("lorvp.adapters"):
+        assert issubclass(plugins.load(f"lorvp.adapters.{name}.adapter"), Method)
     for room in ROOMS.values():
         assert [kind.model_fields["kind"].default for kind in kinds(room).values()] == list(plugins.names(room))
 

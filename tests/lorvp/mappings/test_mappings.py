@@ -14,7 +14,7 @@ from lorvp.parts import kinds
 
 
 def mapping(kind: str, source_classes: int, features: int, classes: int) -> LabelMapping:
-    return make_mapping(kinds("mappings")[kind](kind=kind), source_classes, features, classes)
+    return make_mapping(kinds("head")[kind](kind=kind), source_classes, features, classes)
 
 
 def published_matching(counts: torch.Tensor, steps: int | None = None) -> torch.Tensor:

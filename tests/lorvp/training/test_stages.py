@@ -21,7 +21,7 @@ FEW = {"epochs": 1, "train_share": 0.25}
 @pytest.mark.parametrize("kind", ["low_rank", "border", "full_image"])
 def test_a_prompt_grows_by_interpolation(kind):
     """B's rows and A's columns: the product grows as an image would, a constant stays one."""
-    small, large = (make_prompt(kinds("prompts")[kind](kind=kind), size) for size in (16, 32))
+    small, large = (make_prompt(kinds("prompt")[kind](kind=kind), size) for size in (16, 32))
     for parameter in small.parameters():
         torch.nn.init.constant_(parameter, 0.5)
     shapes = {name: tensor.shape for name, tensor in large.state_dict().items()}

@@ -1,0 +1,1 @@
+"""Search algorithms: a file each, found by name (`search.algorithm`)."""

@@ -1,0 +1,1 @@
+"""Rules of early stopping: a file each, found by name (`early_stopping.rule`)."""
