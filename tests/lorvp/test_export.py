@@ -30,8 +30,8 @@ SWIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "lorvp, rlm": {"head": {"kind": "rlm"}},
-    "lorvp, border, flm": {"prompt": {"kind": "border"}, "head": {"kind": "flm"}},
-    "lorvp, full_image, fm": {"prompt": {"kind": "full_image"}, "head": {"kind": "fm"}},
+    "border, flm": {"prompt": {"kind": "border"}, "head": {"kind": "flm"}},
+    "full_image, fm": {"prompt": {"kind": "full_image"}, "head": {"kind": "fm"}},
     "lorvp, vit": {"backbone": VIT},
     "ilm_vp, ilm": {"head": {"kind": "ilm"}},
     "autovp": {"prompt": {"inner": 200, "scale": 0.8}},

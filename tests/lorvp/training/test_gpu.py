@@ -29,7 +29,8 @@ pytestmark = [
 @pytest.mark.parametrize("mapping", ["ilm", "lp"])
 def test_a_trial_on_the_gpu(digits, tmp_path, precision, mapping):
     """Learns, continues from its checkpoint, and its bundle gives the same on the GPU."""
-    config = digits(precision=precision, head={"kind": mapping}, optimizer={"lr": 0.5, "clip_grad_norm": 1.0}, epochs=4)
+    parts = {"prompt": {"optimizer": "sgd", "lr": 0.5}, "head": {"kind": mapping}}
+    config = digits(precision=precision, **parts, optimizer={"lr": 0.5, "clip_grad_norm": 1.0}, epochs=4)
     results = list(train(config, folder=tmp_path))
     assert results[-1].train_loss < results[0].train_loss
     assert all(math.isfinite(r.val_loss) for r in results)
