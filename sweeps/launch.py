@@ -143,10 +143,11 @@ def show_plan(spec: Spec) -> None:
     console.print(f"sweep {spec.name}: {spec.search.algorithm}, objective {spec.objective}, in {spec.folder}")
     console.print("space:")
     for name, axis in spec.ordered_axes().items():
-        shown = axis.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
-        when = " and ".join(f"{k} in {v}" for k, v in shown.pop("when", {}).items())
-        ((kind, value),) = shown.items()
-        console.print(f"  {name}: {kind} {json.dumps(value)}{f'  when {when}' if when else ''}", markup=False)
+        for one in axis.ranges or [axis]:
+            shown = one.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+            when = " and ".join(f"{k} in {v}" for k, v in shown.pop("when", {}).items())
+            ((kind, value),) = shown.items()
+            console.print(f"  {name}: {kind} {json.dumps(value)}{f'  when {when}' if when else ''}", markup=False)
     controls = spec.control_configs()
     console.print(f"trials: {spec.number_of_trials()}, and {len(controls)} of the control")
     if spec.confirm:

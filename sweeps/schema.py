@@ -48,6 +48,8 @@ def spec_schema() -> dict[str, Any]:
     properties["trial"] = {"$ref": "#/$defs/TrialConfig", "description": properties["trial"]["description"]}
     keys = {"enum": dotted_keys(TrialConfig)}
     properties["space"]["propertyNames"] = keys
+    axis = properties["space"]["additionalProperties"]
+    properties["space"]["additionalProperties"] = {"anyOf": [axis, {"type": "array", "items": axis}]}
     for choice in (properties["control"], *properties["control"].get("anyOf", [])):
         if choice.get("type") == "object":
             choice["propertyNames"] = keys

@@ -63,7 +63,7 @@ def _largest(spec: Spec) -> list[tuple[TrialConfig, dict[str, Scalar]]]:
     axes = spec.ordered_axes()
     others = ("method", "prompt.kind", "adapter.kind", "precision", "adapter.deep")
     decide = [name for name in axes if name in (*GROWING, *others) or name.startswith("backbone.")]
-    conditions = {condition for name in decide for condition in axes[name].when}
+    conditions = {condition for name in decide for condition in axes[name].conditions()}
     points: list[dict[str, Scalar]] = [{}]
     for name, axis in axes.items():
         values = [max(axis.examples())] if name in GROWING else axis.examples()

@@ -32,4 +32,4 @@ class CellSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Return the parameter's value in the trial's cell."""
-        return self.cells[trial.number][param_name]
+        return self.cells[trial.number][param_name.partition(" [")[0]]  # without the number of a range

@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from sweeps.search.tune_trial import SCORE, RecordedTrial
 from sweeps.spec.choices import algorithm
-from sweeps.spec.model import Scalar, Spec, Stage, active
+from sweeps.spec.model import Scalar, Spec, Stage
 
 
 class Suggestions:
@@ -88,6 +88,7 @@ class SpecSearch(Searcher):
         spent: Callable[[], Mapping[Scalar, float]] = dict,
     ) -> None:
         super().__init__(SCORE, spec.mode)
+        self._spec = spec
         equal = spec.search.equal
         self._seconds, self._spent = spec.search.seconds, spent
         self._repeated = deque(point[equal] if equal else None for point in points)
@@ -110,7 +111,8 @@ class SpecSearch(Searcher):
             value = min(open_values, key=self._suggested.__getitem__)
         self._suggested[value] += 1
         self._arm_of_trial[trial_id] = self._arms[value]
-        return self._arms[value].suggest(trial_id)
+        params = self._arms[value].suggest(trial_id)
+        return params and {name: chosen for name, chosen in params.items() if name in self._spec.space}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: a sampler learns from what a trial came to. Epochs are for a pruner, and Optuna has none here."""
@@ -131,7 +133,8 @@ def _optuna_search(spec: Spec, points: list[dict[str, Scalar]]) -> OptunaSearch:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # a sampler that starts over would suggest its first points a second time
         sampler = algorithm(spec.search).make_sampler(spec, spec.search.seed + len(points))
-    return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=points, sampler=sampler)
+    renamed = [_in_optunas_names(spec, point) for point in points]
+    return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=renamed, sampler=sampler)
 
 
 class RecordingSearch(SpecSearch):
@@ -157,13 +160,27 @@ def suggest(spec: Spec, trial: Trial) -> dict[str, Scalar]:
     """Return one point of the space, axes whose condition is not met left out."""
     params: dict[str, Scalar] = {}
     for name, axis in spec.ordered_axes().items():
-        if not active(axis, params):
+        in_use = axis.at(params)
+        if in_use is None:
             continue
-        if axis.choice is not None:
-            params[name] = trial.suggest_categorical(name, axis.choice)
-        elif axis.integers is not None:
-            low, high, *step = axis.integers
-            params[name] = trial.suggest_int(name, low, high, step=step[0] if step else 1)
+        number, one = in_use
+        parameter = optuna_name(name, number)
+        if one.choice is not None:
+            params[name] = trial.suggest_categorical(parameter, one.choice)
+        elif one.integers is not None:
+            low, high, *step = one.integers
+            params[name] = trial.suggest_int(parameter, low, high, step=step[0] if step else 1)
         else:
-            params[name] = trial.suggest_float(name, *axis.bounds, log=axis.log_uniform is not None)
+            params[name] = trial.suggest_float(parameter, *one.bounds, log=one.log_uniform is not None)
     return params
+
+
+def optuna_name(name: str, number: int) -> str:
+    """Return what Optuna calls an axis: each range of its own name, as what is good in one says nothing of another."""
+    return f"{name} [{number}]" if number else name
+
+
+def _in_optunas_names(spec: Spec, point: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Return a point with the parameters' names that `suggest` gives them."""
+    numbers = {name: in_use[0] for name, axis in spec.space.items() if (in_use := axis.at(point))}
+    return {optuna_name(name, numbers.get(name, 0)): value for name, value in point.items()}

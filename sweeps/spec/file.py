@@ -44,11 +44,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
         spec.ordered_axes()
     except ValueError as error:
         for name, axis in spec.space.items():
-            for other in axis.when:
+            for other in axis.conditions():
                 if other not in spec.space:
-                    file.fail(
-                        ("space", name, "when", other), f"no such axis in space{closest(other, list(spec.space))}"
-                    )
+                    where = ("space", name, *(() if axis.ranges else ("when", other)))
+                    file.fail(where, f"no such axis in space: {other}{closest(other, list(spec.space))}")
         file.fail(("space",), str(error))
     known = dotted_keys(TrialConfig)
     for kind in ("space", "control"):
@@ -122,11 +121,12 @@ def _check_search(spec: Spec, fail: Fail) -> None:
     if not spec.space:
         fail(("space",), "needs at least one axis, as in `prompt.lr: {log_uniform: [0.01, 1]}`")
     for name, axis in spec.space.items():
-        for other, allowed in axis.when.items():
+        for other, allowed in axis.conditions().items():
             for value in allowed:
                 possible = spec.space[other].values()
                 if possible is not None and value not in possible:
-                    fail(("space", name, "when", other), f"{value!r} is not a value of {other}: {possible}")
+                    where = ("space", name, *(() if axis.ranges else ("when", other)))
+                    fail(where, f"{value!r} is not a value of {other}: {possible}")
         if chosen.takes_every_cell and axis.values() is None:
             many = f"an axis of a {search.algorithm} may have {MAX_CELLS} values, and this one has more"
             few = f"a {search.algorithm} takes choice and int axes only; list the values in choice"
@@ -134,7 +134,7 @@ def _check_search(spec: Spec, fail: Fail) -> None:
         if axis.choice is not None and not chosen.takes_choices:
             use = "use uniform, log_uniform or int, or tpe for the search"
             fail(("space", name), f"{search.algorithm} can't take categories; {use}")
-        if axis.when and not chosen.takes_conditions:
+        if axis.conditions() and not chosen.takes_conditions:
             fail(("space", name, "when"), f"{search.algorithm} can't take conditions; use tpe for the search")
     if chosen.takes_every_cell:
         try:
@@ -158,7 +158,7 @@ def _check_equal(spec: Spec, name: str, fail: Fail) -> None:
         fail(location, f"no such axis in space: {name}{closest(name, list(spec.space))}")
     if axis.choice is None:
         fail(location, f"{name} must be a choice axis: only listed values can have equal shares")
-    if axis.when:
+    if axis.conditions():
         fail(location, f"{name} exists under a condition only; every trial must have it")
     if algorithm(spec.search).takes_every_cell:
         fail(location, "a grid has every cell anyway; leave equal out")
@@ -224,7 +224,8 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
     check(spec.example(), ("trial",))
     for name, axis in spec.space.items():
         for i, value in enumerate(axis.examples()):
-            check(spec.example({name: value}), ("space", name, *(("choice", i) if axis.choice else ())))
+            listed = axis.choice is not None and axis.ranges is None
+            check(spec.example({name: value}), ("space", name, *(("choice", i) if listed else ())))
             if name == spec.search.equal:
                 _check_spelling(spec, name, i, fail)
     _check_used(spec, unused, fixed, fail)
@@ -334,7 +335,7 @@ def _check_pinned(spec: Spec, overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, text = override.partition("=")
         name = key.strip().removeprefix("trial.")
-        if name != key.strip() and name in spec.space and not spec.space[name].when:
+        if name != key.strip() and name in spec.space and not spec.space[name].conditions():
             raise UserError(
                 f"--set {override}: {name} is an axis, and the search would choose it; "
                 f"--set 'space.{name}={{choice: [{text}]}}' pins it"

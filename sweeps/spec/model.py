@@ -72,6 +72,8 @@ MAX_CELLS = 100_000
 """Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
 DEFAULT_SEEDS = 3
 """How many a confirmation has where its spec names none."""
+ABSENT = object()
+"""In place of the value of an axis that a point does not have."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
@@ -85,9 +87,22 @@ class Axis(Part):
         None, alias="int", description="[low, high] or [low, high, step], both ends included"
     )
     when: dict[str, OneOrMore] = Field({}, description="axes, and the values of each under which this one exists")
+    ranges: Annotated[list[Axis], Field(min_length=2)] | None = Field(
+        None,
+        description="in place of all else: several axes for the one key, each under a condition of its own; "
+        "a list in place of a mapping means the same",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_ranges(cls, values: Any) -> Any:
+        return {"ranges": values} if isinstance(values, list) else values
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Axis:
+        if self.ranges is not None:
+            self._span(self.ranges)
+            return self
         kinds = {"choice": self.choice, "uniform": self.uniform, "log_uniform": self.log_uniform, "int": self.integers}
         kinds_given = [kind for kind, value in kinds.items() if value is not None]
         if len(kinds_given) != 1:
@@ -103,6 +118,45 @@ class Axis(Part):
         if self.integers is not None and len(self.integers) == 3 and self.integers[2] < 1:
             raise ValueError(f"the step of int must be at least 1, not {self.integers[2]}")
         return self
+
+    def _span(self, ranges: list[Axis]) -> None:
+        """Take the values of all ranges for its own, for those to whom it does not matter which is in use."""
+        if self.model_fields_set != {"ranges"}:
+            raise ValueError("ranges stands alone: each range has its own choice, uniform, log_uniform or int")
+        if not all(axis.when and axis.ranges is None for axis in ranges):
+            raise ValueError("each range needs when: the condition under which it is the one in use")
+        lists, ends = [axis.values() for axis in ranges], [axis.bounds for axis in ranges if axis.choice is None]
+        listed = [values for values in lists if values is not None]
+        if listed and len(listed) < len(ranges):
+            raise ValueError("ranges are all lists (choice, int), or all uniform and log_uniform")
+        hull = (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
+        own: dict[str, Any] = {"log_uniform" if all(axis.log_uniform for axis in ranges) else "uniform": hull}
+        if listed:
+            own = {"choice": list(dict.fromkeys(value for values in listed for value in values))}
+        self.__dict__.update(own)  # the model is frozen, and not given out yet
+
+    def at(self, params: dict[str, Scalar]) -> tuple[int, Axis] | None:
+        """Return the range in use at a point whose other parameters are `params`, and its number; None for none.
+
+        An axis of one range is number 0.
+        """
+        for number, axis in enumerate(self.ranges or [self]):
+            if all(params.get(name, ABSENT) in allowed for name, allowed in axis.when.items()):
+                return number, axis
+        return None
+
+    def conditions(self) -> dict[str, list[Scalar]]:
+        """Return the axes that its conditions name, and all values that they ask for."""
+        named: dict[str, list[Scalar]] = {}
+        for axis in self.ranges or [self]:
+            for name, allowed in axis.when.items():
+                named[name] = [*named.get(name, []), *allowed]
+        return named
+
+    def having(self, value: Scalar) -> Axis:
+        """Return the first range that may have the value; else the first of all."""
+        ranges = self.ranges or [self]
+        return next((axis for axis in ranges if axis.contains(value)), ranges[0])
 
     def values(self) -> list[Scalar] | None:
         """Return every value it can take, in order; None if they can't be listed, or are more than a grid may have."""
@@ -269,7 +323,7 @@ class Spec(Part):
             if axis is not None:
                 axes.append(axis)
                 values += axis.examples()
-            if axis is None or axis.when:
+            if axis is None or axis.conditions():
                 values.append(self.trial.get(key, TrialConfig.model_fields[key].default))
         return axes, [value for value in values if isinstance(value, int | float)]
 
@@ -403,7 +457,9 @@ class Spec(Part):
         ordered: dict[str, Axis] = {}
         while len(ordered) < len(self.space):
             ready = [
-                name for name, axis in self.space.items() if name not in ordered and set(axis.when) <= set(ordered)
+                name
+                for name, axis in self.space.items()
+                if name not in ordered and axis.conditions().keys() <= ordered.keys()
             ]
             if not ready:
                 raise ValueError(f"conditions in a circle: {', '.join(n for n in self.space if n not in ordered)}")
@@ -419,7 +475,8 @@ class Spec(Part):
         for name, axis in self.ordered_axes().items():
             grown = []
             for cell in cells:
-                grown += [cell | {name: value} for value in axis.values() or []] if active(axis, cell) else [cell]
+                in_use = axis.at(cell)
+                grown += [cell | {name: value} for value in in_use[1].values() or []] if in_use else [cell]
                 if len(grown) > MAX_CELLS:
                     raise ValueError(f"a grid may have {MAX_CELLS} cells, and this one has more")
             cells = grown
@@ -430,10 +487,11 @@ class Spec(Part):
         point = dict(fixed or {})
         for name in reversed(self.ordered_axes()):
             if name in point:
-                point = {other: allowed[0] for other, allowed in self.space[name].when.items()} | point
+                point = {o: allowed[0] for o, allowed in self.space[name].having(point[name]).when.items()} | point
         for name, axis in self.ordered_axes().items():
-            if name not in point and active(axis, point):
-                point[name] = axis.examples()[0]
+            in_use = axis.at(point)
+            if name not in point and in_use:
+                point[name] = in_use[1].examples()[0]
         return point
 
     def max_epochs(self) -> int:
@@ -471,7 +529,7 @@ class Spec(Part):
 
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:
     """Return whether `axis` exists at a point whose other parameters are `params`."""
-    return all(name in params and params[name] in allowed for name, allowed in axis.when.items())
+    return axis.at(params) is not None
 
 
 def shortened(keys: Collection[str]) -> dict[str, str]:

@@ -51,8 +51,8 @@ def _sections(part: Schema, definitions: Schema, prefix: str = "") -> Iterator[s
     yield _table(part, prefix)
     for key, value in part["properties"].items():
         for path, name in _parts_within(value, prefix + key):
-            if name != "TrialConfig":
-                within = definitions[name]
+            within = definitions[name]
+            if name != "TrialConfig" and within is not part:
                 kind = within["properties"].get("kind", {}).get("const")
                 heading = path if kind is None else f"{path}` of kind `{kind}"
                 yield f"### `{heading}`\n\n{_in_a_line(within['description'])}\n"
@@ -98,7 +98,7 @@ def _value_text(value: Schema, path: str) -> str:
         return f"list of {count}{_plural(_value_text(within, f'{path}[]'))}"
     if kind == "object":
         within = value.get("additionalProperties")
-        named = isinstance(within, dict) and "$ref" in within
+        named = isinstance(within, dict) and next(_parts_within(within, path), None) is not None
         return f"mapping: [each one's keys](#{_anchor(f'{path}.KEY')})" if named else "mapping"
     if value.get("format") == "path":
         return "path"
@@ -117,7 +117,8 @@ def _parts_within(value: Schema, path: str) -> Iterator[tuple[str, str]]:
     for option in (*value.get("anyOf", []), *value.get("oneOf", [])):
         yield from _parts_within(option, path)
     if isinstance(value.get("additionalProperties"), dict):
-        yield from _parts_within(value["additionalProperties"], f"{path}.KEY")
+        of_each = value["additionalProperties"]
+        yield from _parts_within(of_each.get("anyOf", [of_each])[0], f"{path}.KEY")
     if "items" in value:
         yield from _parts_within(value["items"], f"{path}[]")
 
