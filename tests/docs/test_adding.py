@@ -183,7 +183,7 @@ def test_a_prompt_has_options_and_conditions_of_its_own(copy):
     assert "init_std" not in copy.config("trial.prompt={kind: stripes}")["prompt"]
     assert "only normal values have a deviation" in copy.refusal("trial.prompt.init=zero")
     assert "sweep.yaml:" in copy.refusal("trial.prompt.init=zero", "trial.prompt.init_std=0.1")
-    assert "stripes has no such option, but border" in copy.refusal("trial.prompt.pad=1")
+    assert "it belongs to kind border, not stripes" in copy.refusal("trial.prompt.pad=1")
     assert copy.config("trial.method=stripes") == copy.config()
     with_tokens = copy.config("trial.method=stripes+vpt", "trial.adapter.deep=false")
     assert (with_tokens["prompt"]["kind"], with_tokens["adapter"]["kind"]) == ("stripes", "vpt")
