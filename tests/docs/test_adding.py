@@ -131,7 +131,9 @@ class Copy:
 
     def config(self, *overrides: str) -> dict[str, Any]:
         """The config of a trial of the spec with these overrides."""
-        return json.loads(self.python("-c", CONFIG, *overrides))
+        said = self.python("-c", CONFIG, *overrides)
+        assert not said.startswith("refused: "), said
+        return json.loads(said)
 
     def refusal(self, *overrides: str) -> str:
         """The error about the spec with these overrides."""
@@ -185,7 +187,7 @@ def test_a_prompt_has_options_and_conditions_of_its_own(copy):
     assert "sweep.yaml:" in copy.refusal("trial.prompt.init=zero", "trial.prompt.init_std=0.1")
     assert "it belongs to kind border, not stripes" in copy.refusal("trial.prompt.pad=1")
     assert copy.config("trial.method=stripes") == copy.config()
-    with_tokens = copy.config("trial.method=stripes+vpt", "trial.adapter.deep=false")
+    with_tokens = copy.config("trial.method=stripes+vpt", "trial.backbone.name=lorvp_tiny_vit_32.cifar10")
     assert (with_tokens["prompt"]["kind"], with_tokens["adapter"]["kind"]) == ("stripes", "vpt")
 
 
