@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 PAGE = CHECKOUT / "docs" / "adding.md"
 BLOCKS, CHANNELS = 4, 96
 """Of the vision transformer that the adapter is tried on."""
+RATES = "{prompt.lr: {log_uniform: [0.001, 1]}}"
 PARTS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 
 TRAIN = """
@@ -44,7 +45,8 @@ print(json.dumps({"parameters": result.parameters, "class_names": names, "config
 RELAY = """
 from pathlib import Path
 from cluster import profile
-from cluster.job_manager import JobManager, make_cluster
+from cluster.base import make_cluster
+from cluster.job_manager import JobManager
 from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
@@ -227,6 +229,24 @@ def test_a_backbone(copy):
     assert (copy.folder / "mine.py").read_text() == "raise RuntimeError"
 
 
+def test_a_search_algorithm(copy):
+    copy.put_in(PARTS["A search algorithm"])
+    said = copy.python("-m", "sweeps.simulate", "sweep.yaml", "--gpus", "2")
+    assert "sobol, early stopping none" in said
+    assert re.search(r"trials: +9 with the control: 9 finished", said)
+    assert "sobol can't take" in copy.refusal("space={prompt.rank: {choice: [1, 2]}}")
+
+
+def test_a_stopping_rule(copy):
+    copy.put_in(PARTS["A stopping rule"])
+    more = ("--set", "search={algorithm: random, trials: 20}", "--set", "trial.epochs=10", "--epoch-seconds", "1")
+    said = copy.python("-m", "sweeps.simulate", "sweep.yaml", "--gpus", "2", "--set", f"space={RATES}", *more)
+    assert "early stopping late_median" in said
+    finished, stopped = re.search(r"(\d+) finished, (\d+) stopped early", said).groups()
+    assert int(finished) + int(stopped) == 21
+    assert int(stopped) > 0
+
+
 def test_a_profile(copy):
     copy.put_in(PARTS["A profile"])
     (command,) = commands(PARTS["A profile"])
@@ -258,6 +278,8 @@ def test_editors_learn_the_new_names(copy):
         r"^\| `adapter.kind` \| `gain` \|",
         r"^\| `adapter.start` \| number above 0 \| `1.0` \| initial gain \|",
         r"^\| `head.kind` \| `identity` \|",
+        r"^\| `search.algorithm` \| .*`sobol`",
+        r"^\| `early_stopping.rule` \| .*`late_median`",
         r"^\| `kind` \| .*`polite`",
     ):
         assert re.search(row, page, re.MULTILINE), row

@@ -48,7 +48,7 @@ def test_no_name_stands_without_its_file():
 
 def test_every_package_has_its_line():
     """The folders of kinds have one together, their room's: a new kind changes no other file."""
-    rooms = {CHECKOUT / "lorvp" / room for room in ROOMS.values()}
+    rooms = {CHECKOUT / room.replace(".", "/") for room in ROOMS.values()}
     packages = {
         f"{folder.relative_to(CHECKOUT)}/"
         for package in PACKAGES
@@ -59,13 +59,13 @@ def test_every_package_has_its_line():
 
 
 def test_a_part_of_a_trial_has_its_line():
-    lines = re.findall(r"^\| `(\w+)` \| `lorvp/(\w+)/` \| .*? `(\w+)` .*? \| .*? `(\w+)` ", CODE, re.MULTILINE)
-    assert {key: room for key, room, *_ in lines} == ROOMS
-    for _, room, options, code in lines:
-        for name in plugins.names(room):
-            assert options in {base.__name__ for base in plugins.load(f"{room}.{name}").__mro__}
-            for module in (CHECKOUT / "lorvp" / room / name).glob("[a-z]*.py"):
-                bases = plugins.load(f"{room}.{name}.{module.stem}").__mro__
+    lines = re.findall(r"^\| `(\w+)` \| `([\w/]+)/` \| .*? `(\w+)` .*? \| .*? `(\w+)` ", CODE, re.MULTILINE)
+    assert {key: folder.replace("/", ".") for key, folder, *_ in lines} == ROOMS
+    for key, folder, options, code in lines:
+        for name in plugins.names(ROOMS[key]):
+            assert options in {base.__name__ for base in plugins.load(f"{ROOMS[key]}.{name}").__mro__}
+            for module in (CHECKOUT / folder / name).glob("[a-z]*.py"):
+                bases = plugins.load(f"{ROOMS[key]}.{name}.{module.stem}").__mro__
                 assert code in {base.__name__ for base in bases}
 
 
@@ -109,4 +109,4 @@ def test_the_glossary_has_every_word_in_order():
     wanted = "sweep, trial, job, epoch, stage, rung, rank, label mapping, control, confirmation, bundle, prompt, store"
     more = ("profile", "driver", "adapter", "head", "method", "preset")
     assert {word.capitalize() for word in (*wanted.split(", "), *more)} <= set(words)
-    assert set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE)) == set(plugins.names("mappings"))
+    assert set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE)) == set(plugins.names(ROOMS["head"]))
