@@ -71,7 +71,8 @@ def _any_of_kinds(models: list[dict[str, Any]], names: list[str]) -> dict[str, A
 def trial_schema() -> dict[str, Any]:
     """Make the schema of a TrialConfig, with the names of the presets that there are."""
     trial = TrialConfig.model_json_schema()
-    trial["properties"]["method"]["examples"] = presets.names()
+    text, _ = trial["properties"]["method"]["anyOf"]  # or null, as by default
+    text["examples"] = presets.names()
     return trial
 
 

@@ -22,6 +22,9 @@ from cluster.trial_folder import State, TrialFolder
 
 pytestmark = pytest.mark.slow
 PAGE = CHECKOUT / "docs" / "adding.md"
+BLOCKS, CHANNELS = 4, 96
+"""Of the vision transformer that the adapter is tried on."""
+RATES = "{prompt.lr: {log_uniform: [0.001, 1]}}"
 PARTS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 
 TRAIN = """
@@ -42,7 +45,8 @@ print(json.dumps({"parameters": result.parameters, "class_names": names, "config
 RELAY = """
 from pathlib import Path
 from cluster import profile
-from cluster.job_manager import JobManager, make_cluster
+from cluster.base import make_cluster
+from cluster.job_manager import JobManager
 from sweeps.spec import file as spec_file
 
 spec = spec_file.load(Path("sweep.yaml"))
@@ -63,6 +67,18 @@ trial = manager.scan.request(spec.trial_config(spec.example()))
 manager.poll()
 print(trial.path.absolute())
 """
+CONFIG = """
+import sys
+from pathlib import Path
+from lorvp.errors import UserError
+from sweeps.spec import file as spec_file
+
+try:
+    spec = spec_file.load(Path("sweep.yaml"), sys.argv[1:])
+    print(spec.trial_config(spec.example()).canonical_json())
+except UserError as error:
+    print("refused:", error)
+"""
 HOW_NICE = """
 import os
 with open({!r}, "a") as said:
@@ -80,7 +96,7 @@ class Copy:
         (folder / "docs").mkdir()
         self.spec: dict[str, Any] = {
             "name": "added",
-            "trial": digits_values(epochs=1),
+            "trial": digits_values(epochs=1, optimizer={}, head={"lr": 0.1}),
             "space": {"prompt.lr": {"choice": [0.01, 0.1]}},
             "search": {"trials": 2},
         }
@@ -93,6 +109,7 @@ class Copy:
                 for path, lines in re.findall(r"^--- (\S+)\n((?:[ +-](?!-- ).*\n)+)", block, re.MULTILINE):
                     self.change(self.folder / path, lines.splitlines(keepends=True))
             elif named:
+                (self.folder / named[1]).parent.mkdir(exist_ok=True)
                 (self.folder / named[1]).write_text(block)
             else:
                 for key, value in YAML(typ="safe").load(block).items():
@@ -114,6 +131,18 @@ class Copy:
     def trained(self) -> dict[str, Any]:
         return json.loads(self.python("-c", TRAIN).splitlines()[-1])
 
+    def config(self, *overrides: str) -> dict[str, Any]:
+        """The config of a trial of the spec with these overrides."""
+        said = self.python("-c", CONFIG, *overrides)
+        assert not said.startswith("refused: "), said
+        return json.loads(said)
+
+    def refusal(self, *overrides: str) -> str:
+        """The error about the spec with these overrides."""
+        said = self.python("-c", CONFIG, *overrides)
+        assert said.startswith("refused: ")
+        return said
+
 
 def commands(part: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in re.findall(r"^    (python .+)$", part, re.MULTILINE)]
@@ -124,9 +153,24 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_counts_what_it_touches(part):
+    count = r"^\*New files: (\d+)(?:, and (\d+) of .+?)?\. Lines .+?: (\d+)\b.*\.\*$"
+    said = re.search(count, PARTS[part], re.MULTILINE)
+    files = re.findall(r"^```\w+\n# (\S+\.\w+)\n", PARTS[part], re.MULTILINE)
+    diffs = re.findall(r"^```diff\n(.*?)^```", PARTS[part], re.MULTILINE | re.DOTALL)
+    own = [file for file in files if "/" not in file]
+    lines = sum(len(re.findall(r"^\+.", diff, re.MULTILINE)) for diff in diffs)
+    assert tuple(int(number or 0) for number in said.groups()) == (len(files) - len(own), len(own), lines)
+
+
 @pytest.mark.parametrize(
     ("part", "parameters"),
-    [("A prompt", {"prompt": 3 * 32}), ("A label mapping", {"prompt": 6 * 32 * 2}), ("A method", {"prompt": 3})],
+    [
+        ("A prompt", {"prompt": 3 * 32}),
+        ("A label mapping", {"prompt": 6 * 32 * 2}),
+        ("An adapter", {"prompt": 6 * 32 * 2, "adapter": BLOCKS * CHANNELS}),
+    ],
 )
 def test_what_a_trial_can_be(copy, part, parameters):
     copy.put_in(PARTS[part])
@@ -134,6 +178,29 @@ def test_what_a_trial_can_be(copy, part, parameters):
     assert said["parameters"] | parameters == said["parameters"]
     assert ("head" in said["parameters"]) == (part != "A label mapping")
     assert said["configs"] == 2  # the prompt's learning rate tells two trials apart
+
+
+def test_a_prompt_has_options_and_conditions_of_its_own(copy):
+    copy.put_in(PARTS["A prompt"])
+    without = "trial.prompt={kind: stripes, init: normal}"
+    assert copy.config(without)["prompt"].items() >= {"kind": "stripes", "init": "normal", "init_std": 0.01}.items()
+    assert "init_std" not in copy.config("trial.prompt={kind: stripes}")["prompt"]
+    assert "only normal values have a deviation" in copy.refusal("trial.prompt.init=zero")
+    assert "sweep.yaml:" in copy.refusal("trial.prompt.init=zero", "trial.prompt.init_std=0.1")
+    assert "it belongs to kind border, not stripes" in copy.refusal("trial.prompt.pad=1")
+    assert copy.config("trial.method=stripes") == copy.config()
+    with_tokens = copy.config("trial.method=stripes+vpt", "trial.backbone.name=lorvp_tiny_vit_32.cifar10")
+    assert (with_tokens["prompt"]["kind"], with_tokens["adapter"]["kind"]) == ("stripes", "vpt")
+
+
+def test_an_adapter_is_a_preset_and_says_what_it_goes_with(copy):
+    copy.put_in(PARTS["An adapter"])
+    alone = copy.config("trial.method=gain", "trial.prompt={}", "space={adapter.lr: {choice: [0.01, 0.1]}}")
+    assert (alone["prompt"], alone["adapter"]["kind"]) == ({"kind": "none"}, "gain")
+    assert copy.config("trial.method=null", "trial.adapter.kind=gain") == copy.config()
+    message = "gain needs a vision transformer (vit_*, deit_*), not lorvp_tiny_32.cifar10"
+    assert message in copy.refusal("trial.backbone.name=lorvp_tiny_32.cifar10")
+    assert "head.kind must be lp or fm, not flm" in copy.refusal("trial.head.kind=flm")
 
 
 def test_a_dataset(copy, image_root):
@@ -162,6 +229,24 @@ def test_a_backbone(copy):
     assert (copy.folder / "mine.py").read_text() == "raise RuntimeError"
 
 
+def test_a_search_algorithm(copy):
+    copy.put_in(PARTS["A search algorithm"])
+    said = copy.python("-m", "sweeps.simulate", "sweep.yaml", "--gpus", "2")
+    assert "sobol, early stopping none" in said
+    assert re.search(r"trials: +9 with the control: 9 finished", said)
+    assert "sobol can't take" in copy.refusal("space={prompt.rank: {choice: [1, 2]}}")
+
+
+def test_a_stopping_rule(copy):
+    copy.put_in(PARTS["A stopping rule"])
+    more = ("--set", "search={algorithm: random, trials: 20}", "--set", "trial.epochs=10", "--epoch-seconds", "1")
+    said = copy.python("-m", "sweeps.simulate", "sweep.yaml", "--gpus", "2", "--set", f"space={RATES}", *more)
+    assert "early stopping late_median" in said
+    finished, stopped = re.search(r"(\d+) finished, (\d+) stopped early", said).groups()
+    assert int(finished) + int(stopped) == 21
+    assert int(stopped) > 0
+
+
 def test_a_profile(copy):
     copy.put_in(PARTS["A profile"])
     (command,) = commands(PARTS["A profile"])
@@ -187,9 +272,14 @@ def test_editors_learn_the_new_names(copy):
     copy.python("-m", "sweeps.schema")
     page = (copy.folder / "docs" / "spec.md").read_text()
     for row in (
-        "`prompt.kind` | .*`stripes`",
-        "`label_mapping` .*`identity`",
-        "`method` .*`colours`",
-        "`kind` .*`polite`",
+        r"^\| `method` \| .*`gain`.*`stripes`|^\| `method` \| .*`stripes`.*`gain`",
+        r"^\| `prompt.kind` \| `stripes` \|",
+        r"^\| `prompt.init_std` \| number above 0 \| 0.01 \| deviation of normal initial values \|",
+        r"^\| `adapter.kind` \| `gain` \|",
+        r"^\| `adapter.start` \| number above 0 \| `1.0` \| initial gain \|",
+        r"^\| `head.kind` \| `identity` \|",
+        r"^\| `search.algorithm` \| .*`sobol`",
+        r"^\| `early_stopping.rule` \| .*`late_median`",
+        r"^\| `kind` \| .*`polite`",
     ):
-        assert re.search(row, page)
+        assert re.search(row, page, re.MULTILINE), row

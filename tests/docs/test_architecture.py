@@ -9,6 +9,8 @@ import tomllib
 import pytest
 
 from cluster.snapshot import CHECKOUT, PACKAGES
+from lorvp.parts import ROOMS
+from lorvp.utils import plugins
 
 PAGE = (CHECKOUT / "docs" / "architecture.md").read_text()
 CODE, RUNS = PAGE.split("\n## The folders\n")
@@ -45,13 +47,26 @@ def test_no_name_stands_without_its_file():
 
 
 def test_every_package_has_its_line():
+    """The folders of kinds have one together, their room's: a new kind changes no other file."""
+    rooms = {CHECKOUT / room.replace(".", "/") for room in ROOMS.values()}
     packages = {
         f"{folder.relative_to(CHECKOUT)}/"
         for package in PACKAGES
         for folder in [CHECKOUT / package, *(CHECKOUT / package).rglob("*")]
-        if (folder / "__init__.py").exists()
+        if (folder / "__init__.py").exists() and folder.parent not in rooms
     }
     assert set(re.findall(r"^\| `(\w[\w/]*/)` \|", CODE, re.MULTILINE)) == packages
+
+
+def test_a_part_of_a_trial_has_its_line():
+    lines = re.findall(r"^\| `(\w+)` \| `([\w/]+)/` \| .*? `(\w+)` .*? \| .*? `(\w+)` ", CODE, re.MULTILINE)
+    assert {key: folder.replace("/", ".") for key, folder, *_ in lines} == ROOMS
+    for key, folder, options, code in lines:
+        for name in plugins.names(ROOMS[key]):
+            assert options in {base.__name__ for base in plugins.load(f"{ROOMS[key]}.{name}").__mro__}
+            for module in (CHECKOUT / folder / name).glob("[a-z]*.py"):
+                bases = plugins.load(f"{ROOMS[key]}.{name}.{module.stem}").__mro__
+                assert code in {base.__name__ for base in bases}
 
 
 def drawn(storey: str) -> list[set[str]]:
@@ -92,6 +107,6 @@ def test_the_glossary_has_every_word_in_order():
     words = re.findall(r"^\*\*([\w ]+)\.\*\*", page, re.MULTILINE)
     assert words == sorted(words)
     wanted = "sweep, trial, job, epoch, stage, rung, rank, label mapping, control, confirmation, bundle, prompt, store"
-    assert {word.capitalize() for word in (*wanted.split(", "), "profile", "driver")} <= set(words)
-    mappings = {path.stem for path in (CHECKOUT / "lorvp" / "mappings").glob("[a-z]*.py")} - {"base"}
-    assert set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE)) == mappings
+    more = ("profile", "driver", "adapter", "head", "method", "preset")
+    assert {word.capitalize() for word in (*wanted.split(", "), *more)} <= set(words)
+    assert set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE)) == set(plugins.names(ROOMS["head"]))

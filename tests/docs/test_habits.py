@@ -8,6 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from cluster.snapshot import CHECKOUT
+from lorvp.config import EARLIER, TrialConfig
+from sweeps.spec.file import dotted_keys
 
 MAKEFILE = (CHECKOUT / "Makefile").read_text()
 
@@ -55,3 +57,12 @@ def test_a_version_sorts_its_changes(part):
     known = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
     assert set(kinds) <= set(known)
     assert len(kinds) == len(set(kinds)) > 0
+
+
+def test_the_changelog_says_what_is_written_in_place_of_each_earlier_key():
+    rows = re.findall(r"^ *\| (`.+) \| (.+) \|$", changes(), re.MULTILINE)
+    key = re.compile(r"`(\w[\w.]*\w)")
+    before, now = (set(key.findall(" ".join(column))) for column in zip(*rows, strict=True))
+    assert set(EARLIER) <= before
+    known = dotted_keys(TrialConfig)
+    assert all(any(name == new or name.startswith(f"{new}.") for name in known) for new in now)
