@@ -52,7 +52,9 @@ def _sections(part: Schema, definitions: Schema, prefix: str = "") -> Iterator[s
     for key, value in part["properties"].items():
         for path, name in _parts_within(value, prefix + key):
             within = definitions[name]
-            if name != "TrialConfig" and within is not part:
+            if within is part:
+                yield f"### `{path}`\n\nThe same keys, but no ranges.\n"
+            elif name != "TrialConfig":
                 kind = within["properties"].get("kind", {}).get("const")
                 heading = path if kind is None else f"{path}` of kind `{kind}"
                 yield f"### `{heading}`\n\n{_in_a_line(within['description'])}\n"

@@ -209,8 +209,8 @@ def test_names_in_the_config_are_those_that_exist():
         assert make_prompt(kinds("prompt")[name](kind=name), 32).pattern().shape == (3, 32, 32)
     for name in plugins.names("lorvp.adapters"):
         assert issubclass(plugins.load(f"lorvp.adapters.{name}.adapter"), Method)
-    for room in ROOMS.values():
-        assert [kind.model_fields["kind"].default for kind in kinds(room).values()] == list(plugins.names(room))
+    for part, package in ROOMS.items():
+        assert [kind.model_fields["kind"].default for kind in kinds(part).values()] == list(plugins.names(package))
 
 
 @pytest.mark.slow
