@@ -219,7 +219,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
         owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
         if owner is None and inner:
             fail(("trial", *inner), message)
-        fail(location if owner is None else ("space", owner, *location[2:]), message)
+        fail(location if owner is None or owner in location else ("space", owner), message)
 
     check(spec.example(), ("trial",))
     for name, axis in spec.space.items():
