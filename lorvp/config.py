@@ -381,6 +381,8 @@ class TrialConfig(Part):
 
     def _check_effects(self) -> None:
         """Raise an error for a key that has no effect in this trial, and differs from its default."""
+        if self.trains_head_only and self.head.learns:
+            self._check_default(BESIDE_A_PROMPT, "there is neither a prompt nor an adapter")
         if self.trains_head_only and not self.head.learns:
             raise ValueError(
                 f"nothing is trained: head.kind must be lp or fm where there is no prompt and no adapter, "
@@ -398,10 +400,7 @@ class TrialConfig(Part):
         if not self.trains_by_steps:
             if self.epochs != 1:
                 raise ValueError("a fitted head without a prompt or an adapter is not trained: epochs must be 1")
-            keys = tuple(f"head.{key}" for key in TrainedByOptimizer.model_fields if key != "kind")
-            keys += ("scale_lr", "batch_size", "init_seed", "order_seed")
-            keys += tuple(f"schedule.{key}" for key in ScheduleConfig.model_fields)
-            self._check_default(keys, "a fitted head without a prompt or an adapter is not trained by steps")
+            self._check_default(OF_STEPS, "a fitted head without a prompt or an adapter is not trained by steps")
 
     def _check_default(self, keys: tuple[str, ...], reason: str) -> None:
         for key in keys:
@@ -473,7 +472,8 @@ class TrialConfig(Part):
 
     def values(self) -> dict[str, Any]:
         """Return all values that have an effect by dotted path, with the name of the method, as plain JSON values."""
-        return {"method": self.method} | flatten(self.model_dump(mode="json"))
+        values = {"method": self.method} | flatten(self.model_dump(mode="json"))
+        return {key: value for key, value in values.items() if self.trains_by_steps or key not in OF_STEPS}
 
     def canonical_json(self) -> str:
         """Return the JSON that all equal configs share: sorted keys, defaults filled in, no white space."""
@@ -501,6 +501,14 @@ class TrialConfig(Part):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
 
 
+OF_STEPS = (
+    *(f"head.{key}" for key in TrainedByOptimizer.model_fields if key != "kind"),
+    *(f"schedule.{key}" for key in ScheduleConfig.model_fields),
+    *("scale_lr", "batch_size", "init_seed", "order_seed"),
+)
+"""Keys that have no effect where nothing is trained by steps."""
+BESIDE_A_PROMPT = ("head.freeze_epochs", "head.refit")
+"""Keys of a head that have an effect beside a prompt or an adapter alone."""
 FROZEN_ONLY = ("fold_batchnorm", "split_first_layer", "class_token_only")
 """Keys of `speed` that need a frozen backbone."""
 EARLIER = {

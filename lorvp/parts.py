@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
@@ -181,6 +182,19 @@ class PromptConfig(Kind):
         return None
 
 
+class TrainedPromptConfig(PromptConfig, TrainedByOptimizer):
+    """Base class of the options of a prompt that is trained."""
+
+    normalize_grad: bool = Field(
+        False, description="divide the gradient by its L2 norm in each step (EVP, Wu et al. 2022)"
+    )
+
+    def check(self, trial: Trial) -> None:
+        """Raise ValueError for a gradient whose norm is set twice."""
+        if self.normalize_grad and self.clip_grad_norm is not None:
+            raise ValueError("prompt.normalize_grad makes the norm 1: prompt.clip_grad_norm must be null")
+
+
 class AdapterConfig(Kind):
     """Base class of an adapter's options: what is trained within the backbone."""
 
@@ -260,10 +274,24 @@ class LearnedHeadConfig(HeadConfig, TrainedByOptimizer):
         "reaches that percentage of the best val accuracy; default: best",
     )
 
+    freeze_epochs: NonNegativeInt = Field(
+        0, description="epochs at the start in which the head stays as it is, while prompt and adapter learn"
+    )
+    refit: bool = Field(
+        False,
+        description="after the last epoch's training, fit the head once more, to the prompted images: logistic "
+        "regression, taken if its val accuracy is above the trained head's",
+    )
+
     @property
     def fitted(self) -> bool:
         """Whether the head is fitted to the images without a prompt before the first epoch."""
         return self.init == "fitted"
+
+    def check(self, trial: Trial) -> None:
+        """Raise ValueError for a head that would never learn."""
+        if self.freeze_epochs >= trial.epochs:
+            raise ValueError(f"head.freeze_epochs ({self.freeze_epochs}) must be below epochs ({trial.epochs})")
 
 
 def kinds(part: str) -> dict[str, type[Kind]]:

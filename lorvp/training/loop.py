@@ -96,6 +96,7 @@ def _train_epoch(
         pack.each(lambda trainer: trainer.train_step(*batch))  # noqa: B023  called at once
     for trainer in pack.running:
         trainer.end_training()
+    pack.each(lambda trainer: trainer.refit_head())
     metrics = evaluate(pack.running, "val")
 
     def end_epoch(trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ from lorvp.features import cache as feature_cache
 from lorvp.features import probe
 from lorvp.optim.galore import state_bytes
 from lorvp.optim.schedule import lr_factor
-from lorvp.parts import LearnedHeadConfig, Trained
+from lorvp.parts import BEST, LearnedHeadConfig, Trained, TrainedPromptConfig
 from lorvp.result import EpochResult
 from lorvp.training import checkpoint
 from lorvp.training.epoch_state import EpochState
@@ -175,10 +175,15 @@ class Trainer:
         epoch.total_loss += self._backward(images, labels, self.world_size / global_batch_size)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for name, optimizer in stage.optimizers.items():
+            if name == "head" and self._head_is_frozen():
+                continue
             self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in stage.groups[name] if p.grad is not None])
+            gradients = [p.grad for p in stage.groups[name] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
             finite &= norm.isfinite()
             options = self.config.parts[name]
+            if isinstance(options, TrainedPromptConfig) and options.normalize_grad:
+                torch._foreach_div_(gradients, norm.clamp(min=torch.finfo(norm.dtype).tiny))
             if isinstance(options, Trained) and options.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(stage.groups[name], options.clip_grad_norm, norm)
             self.scaler.step(optimizer)
@@ -191,6 +196,24 @@ class Trainer:
     def end_training(self) -> None:
         """Stop the clock of the epoch's training; its validation follows."""
         self.epoch.elapsed = time.perf_counter() - self.training_start
+
+    def refit_head(self) -> None:
+        """After the last epoch's training, fit the head to the prompted images, where the config asks for it.
+
+        The fit is taken if its val accuracy is above that of the trained head. Raises Stopped where the trial has to
+        leave; it is then begun again.
+        """
+        head, last = self.config.head, len(self.results) + 1 == self.config.epochs
+        if not (isinstance(head, LearnedHeadConfig) and head.refit and last) or "val" in self.epoch.evaluated:
+            return
+        splits, mapping = self.stage.splits, self.stage.method.mapping
+        train, val = self._prompted_outputs(splits.train), self._prompted_outputs(splits.val)
+        with feature_cache.temporary_cache():  # nobody asks for these outputs again
+            fit = self._fit(train, val, BEST, probe.CS[::3], self._check_alone)
+        x, labels = val.pixels.to(self.device), torch.from_numpy(val.labels).to(self.device)
+        trained = mapping.head.weight.detach(), mapping.head.bias.detach()
+        if probe.accuracy(fit, x, labels) > probe.accuracy(trained, x, labels):
+            mapping.head.load_state_dict({"weight": fit[0], "bias": fit[1]})
 
     def end_epoch(self, val: Metrics, packed: int) -> EpochResult:
         """End the epoch with its metrics on val, and return its result, which the checkpoint then holds.
@@ -293,11 +316,39 @@ class Trainer:
             self._head_input(self._outputs(images, method.mapping.input)) for images in (splits.train, splits.val)
         )
         cs = probe.CS if method.trains_head_only else probe.CS[::3]  # a start need not be as exact as the control
+        method.load_head(*self._fit(train, val, head.fit, cs, self._check_alone))
+
+    def _fit(
+        self,
+        train: datasets.ArrayImages,
+        val: datasets.ArrayImages,
+        fit_to: float | str,
+        cs: np.ndarray,
+        check: Callable[[], None],
+    ) -> probe.Head:
+        """Fit a head to a backbone's outputs, with the C that `fit_to` says or that is best on val."""
         both = train if self.config.dataset.train_on_val else None
         if both is not None:  # C is chosen without val's images, which are its last ones
             train = train.subset(np.arange(len(train) - len(val)))
-        weight, bias = probe.head(train, val, head.fit, self.device, cs, both, self._check_alone)
-        method.load_head(weight, bias)
+        return probe.head(train, val, fit_to, self.device, cs, both, check)
+
+    def _prompted_outputs(self, images: datasets.Images) -> datasets.ArrayImages:
+        """Return the backbone's outputs with prompt and adapter in place, which the label mapping reads."""
+        method, size = self.stage.method, self.config.eval_batch_size
+        outputs: list[torch.Tensor] = []
+
+        def read(pixels: torch.Tensor) -> torch.Tensor:
+            return method.backbone_output(method.prepare(pixels), method.mapping.input)
+
+        with torch.inference_mode():
+            for pixels, _ in loader.batches(images, size, device=self.device):
+                self._check()
+                outputs += self.micro_batches.run(read, pixels)
+        return datasets.ArrayImages(torch.cat(outputs).cpu(), images.labels, self.stage.splits.class_names)
+
+    def _head_is_frozen(self) -> bool:
+        head = self.config.head
+        return isinstance(head, LearnedHeadConfig) and len(self.results) < head.freeze_epochs
 
     def _head_input(self, outputs: datasets.ArrayImages) -> datasets.ArrayImages:
         """Return the backbone's outputs as a fitted head reads them."""

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lorvp.parts import Init, OnlyIf, PromptConfig, TrainedByOptimizer
+from lorvp.parts import Init, OnlyIf, TrainedPromptConfig
 
 
-class BorderConfig(PromptConfig, TrainedByOptimizer):
+class BorderConfig(TrainedPromptConfig):
     """Add a frame along the border of the image (Bahng et al. 2022, padding prompt)."""
 
     kind: Literal["border"] = "border"

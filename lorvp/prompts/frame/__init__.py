@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from lorvp.parts import PromptConfig, TrainedByOptimizer
+from lorvp.parts import TrainedPromptConfig
 
 
-class FrameConfig(PromptConfig, TrainedByOptimizer):
+class FrameConfig(TrainedPromptConfig):
     """Shrink the image and learn the frame around it (Chen et al. 2023, OPTML-Group/ILM-VP)."""
 
     kind: Literal["frame"] = "frame"

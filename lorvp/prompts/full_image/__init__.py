@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from lorvp.parts import Init, OnlyIf, PromptConfig, TrainedByOptimizer
+from lorvp.parts import Init, OnlyIf, TrainedPromptConfig
 
 
-class FullImageConfig(PromptConfig, TrainedByOptimizer):
+class FullImageConfig(TrainedPromptConfig):
     """Add a free value for every pixel."""
 
     kind: Literal["full_image"] = "full_image"

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lorvp.parts import Init, OnlyIf, PromptConfig, TrainedByOptimizer
+from lorvp.parts import Init, OnlyIf, TrainedPromptConfig
 
 
-class LowRankConfig(PromptConfig, TrainedByOptimizer):
+class LowRankConfig(TrainedPromptConfig):
     """Add B·A, with B (3, L, rank) and A (3, rank, L) (LoR-VP, section 3)."""
 
     kind: Literal["low_rank"] = "low_rank"

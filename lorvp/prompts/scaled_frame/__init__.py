@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from lorvp.parts import PromptConfig, TrainedByOptimizer
+from lorvp.parts import TrainedPromptConfig
 
 
-class ScaledFrameConfig(PromptConfig, TrainedByOptimizer):
+class ScaledFrameConfig(TrainedPromptConfig):
     """Scale the image and learn the frame around it, and the scale (Tsao et al. 2024, IBM/AutoVP, section 3)."""
 
     kind: Literal["scaled_frame"] = "scaled_frame"
