@@ -1,6 +1,10 @@
-"""How a prompt and its head learn beside each other: the gradient's norm, a head that waits, a head that is refitted."""
+"""How a prompt and its head learn: the gradient's norm, a head that waits, a head that is refitted."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -77,24 +81,22 @@ def test_a_refitted_head_is_no_worse_on_val_and_is_the_bundles(digits, tmp_path)
         assert lorvp.load(tmp_path / "refit" / "bundle")(images).shape == (2, 10)
 
 
+def reached(calls: Iterator[int], last: int) -> bool:
+    return next(calls) == last
+
+
 @pytest.mark.parametrize("changes", [{}, {"dataset": {"train_on_val": True}}])
 def test_a_stop_while_the_head_is_refitted_goes_on_there(digits, tmp_path, changes):
     dataset = {"name": "digits", "max_per_class": 20, "val_fraction": 0.2} | changes.get("dataset", {})
     config = digits(epochs=2, head={"refit": True}, dataset=dataset)
-    calls, expected = 0, list(train(config))
-
-    def count() -> bool:
-        nonlocal calls
-        calls += 1
-        return False
-
-    list(train(config, should_stop=count))
-    in_all = calls
+    expected = list(train(config))
+    calls = count()
+    list(train(config, should_stop=lambda: next(calls) < 0))
+    in_all = next(calls)
     for stop_at in range(in_all - 12, in_all, 3):
-        calls = 0
-        folder = tmp_path / str(stop_at)
+        folder, calls = tmp_path / str(stop_at), count(1)
         folder.mkdir()
-        first = list(train(config, folder, should_stop=lambda at=stop_at: count() or calls == at))
+        first = list(train(config, folder, should_stop=partial(reached, calls, stop_at)))
         assert len(first) < 2
         again = list(train(config, folder, resume_from=folder / "checkpoint.pt"))
         assert [r.val_loss for r in again] == [r.val_loss for r in expected]
