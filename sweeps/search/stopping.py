@@ -1,7 +1,8 @@
-"""Which trials are given up early: Tune's schedulers, by epochs and on the score."""
+"""Which trials are given up early: Tune's schedulers, each for trials that can be compared."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -11,39 +12,45 @@ from sweeps.spec.choices import stopping_rule
 from sweeps.spec.model import Scalar, Spec
 
 
-class ArmScheduler(FIFOScheduler):
-    """Early stopping that compares a trial with those of its own arm only, so that none stops all of another."""
+class ComparableScheduler(FIFOScheduler):
+    """Early stopping that compares a trial only with those that have the same values on some axes.
 
-    def __init__(self, axis: str, arms: dict[Scalar, TrialScheduler]) -> None:
+    So a kind of trial that starts slowly is not ended by one that starts well.
+    """
+
+    def __init__(self, axes: Sequence[str], make: Callable[[], TrialScheduler]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of Ray
-        self._axis, self._arms = axis, arms
+        self._axes, self._make = axes, make
+        self._schedulers: dict[tuple[Scalar, ...], TrialScheduler] = {}
 
-    def _arm(self, trial: Trial) -> TrialScheduler:
-        return self._arms[trial.config[self._axis]]
+    def _of(self, trial: Trial) -> TrialScheduler:
+        values = tuple(trial.config.get(axis) for axis in self._axes)
+        if values not in self._schedulers:
+            self._schedulers[values] = self._make()
+        return self._schedulers[values]
 
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
-        """Pass a new trial on to its arm's scheduler."""
-        self._arm(trial).on_trial_add(controller, trial)
+        """Pass a new trial on to its scheduler."""
+        self._of(trial).on_trial_add(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
-        """Pass a failure on to its arm's scheduler."""
-        self._arm(trial).on_trial_error(controller, trial)
+        """Pass a failure on to the trial's scheduler."""
+        self._of(trial).on_trial_error(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Return the decision of the arm's scheduler on an epoch."""
-        return self._arm(trial).on_trial_result(controller, trial, result)
+        """Return the decision of the trial's scheduler on an epoch."""
+        return self._of(trial).on_trial_result(controller, trial, result)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Pass a trial's end on to its arm's scheduler."""
-        self._arm(trial).on_trial_complete(controller, trial, result)
+        """Pass a trial's end on to its scheduler."""
+        self._of(trial).on_trial_complete(controller, trial, result)
 
     def on_trial_remove(self, controller: Any, trial: Trial) -> None:
-        """Pass a trial's removal on to its arm's scheduler."""
-        self._arm(trial).on_trial_remove(controller, trial)
+        """Pass a trial's removal on to its scheduler."""
+        self._of(trial).on_trial_remove(controller, trial)
 
 
 def make_scheduler(spec: Spec) -> TrialScheduler:
-    """Make the scheduler of the spec's stopping rule, for each arm one of its own."""
-    if spec.search.equal:
-        return ArmScheduler(spec.search.equal, {value: make_scheduler(arm) for value, arm in spec.arms().items()})
-    return stopping_rule(spec.early_stopping).make_scheduler(spec)
+    """Make the scheduler of the spec's stopping rule, one for each set of trials that can be compared."""
+    rule, axes = stopping_rule(spec.early_stopping), spec.compared_within()
+    return ComparableScheduler(axes, lambda: rule.make_scheduler(spec)) if axes else rule.make_scheduler(spec)

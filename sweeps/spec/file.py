@@ -229,6 +229,11 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             if name == spec.search.equal:
                 _check_spelling(spec, name, i, fail)
     _check_used(spec, unused, fixed, fail)
+    for i, name in enumerate(spec.early_stopping.within or []):
+        if name not in spec.space:
+            fail(("early_stopping", "within", i), f"no such axis in space: {name}{closest(name, list(spec.space))}")
+        if spec.space[name].choice is None:
+            fail(("early_stopping", "within", i), f"{name} must be a choice axis: only listed values can be compared")
     if stopping_rule(spec.early_stopping).stops and spec.early_stopping.grace_epochs > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
     if algorithm(spec.search).takes_every_cell:

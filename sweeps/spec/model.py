@@ -47,6 +47,8 @@ FITTED_HEAD = {
     "rungs": [],
 }
 """What makes the control of any sweep, beside its label mapping."""
+COMPARABLE = ("method", "prompt.kind", "adapter.kind", "head.init")
+"""Axes whose values start at another pace, so that a trial of one says little of another's end."""
 SHARED = "optimizer."
 """Beginning of the keys that only say what parts have by default."""
 ALGORITHMS, RULES = "sweeps.search.algorithms", "sweeps.search.stopping_rules"
@@ -235,6 +237,11 @@ class EarlyStopping(Part):
     rule: RuleName = "none"
     grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets; asha's first rung")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
+    within: list[str] | None = Field(
+        None,
+        description="choice axes: only trials with the same values of all of them end each other; default: of method, "
+        "the kinds of prompt and adapter, and head.init, those that are axes, as one kind starts slower than another",
+    )
 
 
 class FailureLimit(Part):
@@ -493,6 +500,13 @@ class Spec(Part):
             if name not in point and in_use:
                 point[name] = in_use[1].examples()[0]
         return point
+
+    def compared_within(self) -> list[str]:
+        """Return the axes on which trials have the same values that early stopping compares."""
+        within = self.early_stopping.within
+        if within is None:
+            within = [name for name in COMPARABLE if name in self.space]
+        return list(dict.fromkeys([*([self.search.equal] if self.search.equal else []), *within]))
 
     def max_epochs(self) -> int:
         """Return the epochs of the longest trial."""
