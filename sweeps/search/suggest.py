@@ -16,6 +16,7 @@ from optuna.trial import Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from sweeps.search.start_points import start_points
 from sweeps.search.tune_trial import SCORE, RecordedTrial
 from sweeps.spec.choices import algorithm
 from sweeps.spec.model import Scalar, Spec, Stage
@@ -133,7 +134,8 @@ def _optuna_search(spec: Spec, points: list[dict[str, Scalar]]) -> OptunaSearch:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # a sampler that starts over would suggest its first points a second time
         sampler = algorithm(spec.search).make_sampler(spec, spec.search.seed + len(points))
-    renamed = [_in_optunas_names(spec, point) for point in points]
+    first = [*points, *start_points(spec)[len(points) :]]  # those that were suggested before were the first of them
+    renamed = [_in_optunas_names(spec, point) for point in first]
     return OptunaSearch(partial(suggest, spec), SCORE, spec.mode, points_to_evaluate=renamed, sampler=sampler)
 
 

@@ -26,6 +26,10 @@ class Algorithm:
     takes_conditions: ClassVar[bool] = True
     """Whether an axis may exist under a condition."""
 
+    def start_points(self, spec: Spec) -> int:
+        """Return with how many points it starts before it learns from trials; these are spread over the space."""
+        return 0
+
     def make_sampler(self, spec: Spec, seed: int) -> BaseSampler:
         """Make Optuna's sampler, with every option given that decides its path."""
         raise NotImplementedError

@@ -145,6 +145,14 @@ def _check_search(spec: Spec, fail: Fail) -> None:
             fail(("search", "trials"), f"this grid has {cells} cells; leave trials out")
     if search.trials is None and not chosen.takes_every_cell:
         fail(("search",), f"{search.algorithm} needs trials: how many")
+    for i, point in enumerate(search.try_first):
+        for name, value in point.items():
+            if name not in spec.space:
+                fail(("search", "try_first", i, name), f"no such axis in space{closest(name, list(spec.space))}")
+            if not spec.space[name].contains(value):
+                fail(("search", "try_first", i, name), f"{value!r} is not a value of this axis")
+    if search.try_first and chosen.takes_every_cell:
+        fail(("search", "try_first"), f"a {search.algorithm} takes every cell in a fixed order; leave it out")
     if search.equal is not None:
         _check_equal(spec, search.equal, fail)
     elif search.seconds is not None:

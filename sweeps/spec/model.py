@@ -196,6 +196,11 @@ class SearchConfig(Part):
     trials: PositiveInt | None = Field(None, description="how many; a grid has as many as it has cells")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of the algorithm")
     concurrent: PositiveInt = Field(2, description="trials that run at the same time")
+    try_first: list[dict[str, Scalar]] = Field(
+        [],
+        description="points that are tried before all others, as the best of an earlier sweep: values by dotted path; "
+        "axes that a point leaves out are drawn",
+    )
     equal: str | None = Field(
         None, description="a choice axis whose values get equal shares of the trials, each searched for its own"
     )
@@ -451,7 +456,9 @@ class Spec(Part):
         arms = {}
         for i, value in enumerate(values):
             trials = len(range(i, self.number_of_trials(), len(values)))
-            search = self.search.model_copy(update={"equal": None, "seconds": None, "trials": trials})
+            first = [point for point in self.search.try_first if point.get(name, value) == value]
+            changes = {"equal": None, "seconds": None, "trials": trials, "try_first": first}
+            search = self.search.model_copy(update=changes)
             arms[value] = self.model_copy(update={"space": self.space | {name: Axis(choice=[value])}, "search": search})
         return arms
 
