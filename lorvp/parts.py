@@ -1,7 +1,7 @@
 """Define what the options of a trial's parts share: conditions, learning rates, and the kinds of each part.
 
 A trial has a prompt (`lorvp/prompts`), an adapter (`lorvp/adapters`) and a head (`lorvp/mappings`). Each kind of them
-is a folder. Its `__init__.py` holds the options, a subclass of `PromptConfig`, `AdapterConfig` or `HeadConfig`, and
+is a folder. Its `config.py` holds the options, a subclass of `PromptConfig`, `AdapterConfig` or `HeadConfig`, and
 imports no torch. The module beside it holds the code.
 """
 
@@ -296,7 +296,7 @@ class LearnedHeadConfig(HeadConfig, TrainedByOptimizer):
 
 def kinds(part: str) -> dict[str, type[Kind]]:
     """Return the options' classes of the kinds of a part (prompt, adapter or head), by name."""
-    return {name: plugins.load(f"{ROOMS[part]}.{name}") for name in plugins.names(ROOMS[part])}
+    return {name: plugins.load(f"{ROOMS[part]}.{name}.config") for name in plugins.names(ROOMS[part])}
 
 
 def tagged_union(part: str) -> Any:

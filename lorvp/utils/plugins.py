@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ SHARED = "base"
 
 @functools.cache
 def names(package: str) -> tuple[str, ...]:
-    """List the kinds in a package, one for each module or folder in it. Cached, because every config asks for it."""
-    modules = pkgutil.iter_modules([str(ROOT.joinpath(*package.split(".")))])
-    return tuple(sorted(module.name for module in modules if module.name != SHARED))
+    """List the kinds in a package: its modules, and its folders with a `config.py`. Cached, as every config asks."""
+    folder = ROOT.joinpath(*package.split("."))
+    files = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", SHARED)]
+    return tuple(sorted([*files, *(path.parent.name for path in folder.glob("*/config.py"))]))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorvp.adapters.fine_tuning.adapter import FineTuning
-from lorvp.adapters.galore import GaLoreConfig
+from lorvp.adapters.galore.config import GaLoreConfig
 from lorvp.optim import galore
 
 

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from lorvp.adapters.vpt import VPTConfig
+from lorvp.adapters.vpt.config import VPTConfig
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method

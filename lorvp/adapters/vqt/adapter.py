@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorvp.adapters.vpt.adapter import drop, embedded, token_start
-from lorvp.adapters.vqt import VQTConfig
+from lorvp.adapters.vqt.config import VQTConfig
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from lorvp.methods.base import Method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorvp.mappings.base import IndexMapping
-from lorvp.mappings.ilm import IterativeMappingConfig
+from lorvp.mappings.ilm.config import IterativeMappingConfig
 
 
 class IterativeMapping(IndexMapping):

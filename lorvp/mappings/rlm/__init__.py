@@ -1,13 +1,1 @@
-"""RLM, a random label mapping: its options."""
-
-from __future__ import annotations
-
-from typing import Literal
-
-from lorvp.parts import HeadConfig
-
-
-class RandomMappingConfig(HeadConfig):
-    """Read a source class for each class, drawn once with the init seed."""
-
-    kind: Literal["rlm"] = "rlm"
+"""RLM, a random label mapping."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from lorvp.errors import UserError
 from lorvp.prompts.base import Prompt, initialise
-from lorvp.prompts.border import BorderConfig
+from lorvp.prompts.border.config import BorderConfig
 
 
 class BorderPrompt(Prompt):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorvp.prompts.base import Prompt, initialise
-from lorvp.prompts.full_image import FullImageConfig
+from lorvp.prompts.full_image.config import FullImageConfig
 
 
 class FullImagePrompt(Prompt):

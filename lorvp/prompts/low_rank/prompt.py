@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorvp.prompts.base import Prompt, initialise
-from lorvp.prompts.low_rank import LowRankConfig
+from lorvp.prompts.low_rank.config import LowRankConfig
 
 
 class LowRankPrompt(Prompt):

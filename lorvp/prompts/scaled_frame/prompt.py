@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorvp.prompts.frame.prompt import FramePrompt
-from lorvp.prompts.scaled_frame import ScaledFrameConfig
+from lorvp.prompts.scaled_frame.config import ScaledFrameConfig
 
 SMALLEST, LARGEST = 0.1, 5.0
 

@@ -7,11 +7,11 @@ import torch
 
 from lorvp.errors import UserError
 from lorvp.prompts.base import initialise
-from lorvp.prompts.border import BorderConfig
+from lorvp.prompts.border.config import BorderConfig
 from lorvp.prompts.border.prompt import BorderPrompt
-from lorvp.prompts.full_image import FullImageConfig
+from lorvp.prompts.full_image.config import FullImageConfig
 from lorvp.prompts.full_image.prompt import FullImagePrompt
-from lorvp.prompts.low_rank import LowRankConfig
+from lorvp.prompts.low_rank.config import LowRankConfig
 from lorvp.prompts.low_rank.prompt import LowRankPrompt
 
 
