@@ -63,10 +63,9 @@ def test_a_part_of_a_trial_has_its_line():
     assert {key: folder.replace("/", ".") for key, folder, *_ in lines} == ROOMS
     for key, folder, options, code in lines:
         for name in plugins.names(ROOMS[key]):
-            assert options in {base.__name__ for base in plugins.load(f"{ROOMS[key]}.{name}").__mro__}
             for module in (CHECKOUT / folder / name).glob("[a-z]*.py"):
                 bases = plugins.load(f"{ROOMS[key]}.{name}.{module.stem}").__mro__
-                assert code in {base.__name__ for base in bases}
+                assert (options if module.stem == "config" else code) in {base.__name__ for base in bases}
 
 
 def drawn(storey: str) -> list[set[str]]:
