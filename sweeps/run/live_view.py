@@ -62,6 +62,7 @@ class Follower:
         self._open: dict[str, Progress] = {}
         self._counts: Counter[State] = Counter()  # of the search's trials that have ended
         self._best: float | None = None  # of those that finished
+        self._to_beat: float | None = None  # the best of the controls
         self._confirmed: dict[str, EndedTrial] = {}
         self._outcomes: list[State] = []  # of the search's trials that ended since the driver started, in that order
         self._ended_now = 0  # trials of this stage that this driver has seen end
@@ -123,8 +124,13 @@ class Follower:
         self._counts[end.state] += 1
         if not self.resuming:
             self._outcomes.append(end.state)
-        if end.state == State.FINISHED and not progress.control and progress.best is not None:
-            self._best = progress.best if self._best is None else self._better(self._best, progress.best)
+        if end.state == State.FINISHED and progress.best is not None:
+            if progress.control:
+                self._to_beat = self._better(progress.best if self._to_beat is None else self._to_beat, progress.best)
+                if not self._live and not self.resuming:
+                    self.console.print(f"to beat: {self.spec.objective} {number(self._to_beat)}, the control's")
+            else:
+                self._best = progress.best if self._best is None else self._better(self._best, progress.best)
 
     def _begin(self, trial: FollowedTrial) -> Progress:
         values = self.spec.params(trial.config)
@@ -172,9 +178,10 @@ class Follower:
             values = [end.best for end in ended if end.state == State.FINISHED and not end.control]
             best = self._better((value for value in values if value is not None), default=None)
         trials = "trials of the confirmation" if confirming else "trials"
+        to_beat = "" if self._to_beat is None or confirming else f", {number(self._to_beat)} to beat"
         summary = (
             f"{len(rows) + counts.total()} of {self._total} {trials} begun: {counts[State.FINISHED]} finished, "
-            f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; best so far {number(best)}; "
+            f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; best so far {number(best)}{to_beat}; "
             f"{self._time_left(self._total - counts.total())} left"
         )
         return Group(table, summary)

@@ -86,6 +86,24 @@ def test_stages_are_counted_apart(spec, follower):
     assert f"{earlier}  confirm  rank=4 seed=1  epoch 1/1" in said
 
 
+def test_the_controls_figure_is_the_one_to_beat(spec, follower):
+    """From the moment that the control has ended, also for a driver that comes back to it."""
+    following = follower()
+    ended(following, spec.trial_config({"prompt.rank": 1}))
+    following.poll()
+    assert "best so far 50; " in summary(following)
+    (control,) = spec.control_configs()
+    attempt = following.request(control).claim()
+    attempt.append({"epoch": 1, "val_top1": 62.5})
+    following.poll()
+    assert "to beat" not in summary(following)
+    attempt.end(State.FINISHED)
+    following.poll()
+    assert "best so far 50, 62.5 to beat; " in summary(following)
+    assert "to beat: val_top1 62.5, the control's" in following.console.file.getvalue()
+    assert "best so far 50, 62.5 to beat; " in summary(follower())
+
+
 def test_what_fails_in_the_confirmation_does_not_end_the_sweep(spec, follower):
     configs = [spec.trial_config({"prompt.rank": rank}) for rank in (1, 2)]
     following = follower()
