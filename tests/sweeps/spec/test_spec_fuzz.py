@@ -120,7 +120,7 @@ VALUES: list[Any] = [
         ["a"] * 300,
     ),
     *(
-        {"uniform": [0, 1], "when": {"head": {"kind": "fm"}}},
+        {"uniform": [0, 1], "when": {"head.kind": "fm"}},
         {"log_uniform": [1e-300, 1e300]},
         {"x.y": 1},
         {"<<": {"a": 1}},
