@@ -49,6 +49,7 @@ BROKEN = {
     "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.head.kind.choice[3]: unknown name 'lpp'; did you mean lp?"),
     "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
     "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
+    "axis within a list": ("prompt.rank", "rungs.epochs", ":8: space.rungs.epochs: no such key of a trial"),
     "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
     "axis with two kinds": ("{int: [1, 3]}", "{int: [1, 3], choice: [1]}", "it has choice and int"),
     "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
@@ -111,6 +112,7 @@ BROKEN = {
     "a grid of too many": ("[1e-3, 0.1]}", "[1e-3, 0.1]}\n  epochs: {int: [2, 9000]}\n  order_seed: {int: [1, 20]}", ":6: space: a grid may have 100000 cells"),
     "nobody's home": ("{name: digits}", "{name: image_folder, root: ~nobody-here/images}", ":4: trial.dataset.root: '~nobody-here/images': there is no such home folder"),
     "a word in place of a part": ("  backbone: {name: lorvp_tiny_32.cifar10}", "  backbone: tiny", ":3: trial.backbone: "),
+    "a word in place of a part that has an axis": ("  epochs: 4", "  epochs: 4\n  prompt: border", ":6: trial.prompt: must be a mapping of its keys, not 'border'"),
     "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
     "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys, and is empty"),
 }  # fmt: skip
@@ -167,11 +169,12 @@ def test_each_key_of_the_earlier_form_says_what_to_write(key, write, tmp_path):
 
 
 UNUSED = {
-    "another prompt's": ("  prompt: {pad: 10}", "prompt.pad", "low_rank has no such option, but border: leave it out"),
-    "another head's": ("  head: {counting: streamed}", "head.counting", "flm has no such option, but ilm: leave it out"),
-    "an adapter's": ("  adapter: {count: 5}", "adapter.count", "none has no such option, but vpt, vqt: leave it out"),
+    "another prompt's": ("  prompt: {pad: 10}", "prompt.pad", "it belongs to kind border, not low_rank: leave it out"),
+    "another head's": ("  head: {counting: streamed}", "head.counting", "it belongs to kind ilm, not lp: leave it out"),
+    "an adapter's": ("  adapter: {count: 5}", "adapter.count", "it belongs to kind vpt or vqt, not none: leave it out"),
     "momentum beside adam": ("  prompt: {optimizer: adam, momentum: 0.8}", "prompt.momentum", "only sgd has a momentum: leave it out"),
     "what all parts have of their own": ("  optimizer: {lr: 0.1}", "optimizer.lr", "every part that is trained has its own: leave it out"),
+    "the first of two": ("  optimizer: {name: adam, lr: 0.1, momentum: 0.8}", "optimizer.lr", "every part that is trained has its own: leave it out"),
     "another schedule's": ("  schedule: {milestones: [0.5]}", "schedule.milestones", "only the schedule steps has them: leave it out"),
 }  # fmt: skip
 
@@ -218,7 +221,7 @@ WRONG_KIND = {
     "a prompt beside an adapter's preset": ("  method: vpt\n  prompt: {kind: low_rank}", ":7: trial.prompt.kind: method vpt has prompt.kind none, not low_rank: leave one of them out"),
     "another adapter than the preset's": ("  method: lorvp+vpt\n  adapter: {kind: vqt}", ":7: trial.adapter.kind: method lorvp+vpt has adapter.kind vpt, not vqt: leave one of them out"),
     "another head than the preset's": ("  method: lorvp+lp_ft\n  head: {init: random}", ":7: trial.head.init: method lorvp+lp_ft has head.init fitted, not random: leave one of them out"),
-    "no such preset": ("  method: vtp", ":6: trial.method: unknown name 'vtp'; one of border, ilm_vp, full_image, lorvp, autovp, fine_tuning, galore, vpt, vqt, lp_ft, linear_probe"),
+    "no such preset": ("  method: vtp", ":6: trial.method: unknown name 'vtp'; one of autovp, border, fine_tuning, full_image, galore, ilm_vp, linear_probe, lorvp, lp_ft, vpt, vqt"),
     "presets the wrong way round": ("  method: vpt+lorvp", ":6: trial.method: method vpt+lorvp: what goes together is a prompt and an adapter: lorvp+fine_tuning, lorvp+galore, lorvp+vpt, lorvp+vqt, lorvp+lp_ft"),
     "no such prompt": ("  prompt: {kind: x}", f":6: trial.prompt.kind: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
     "a misspelt prompt": ("  prompt: {kind: bordr}", ":6: trial.prompt.kind: unknown name 'bordr'; did you mean border?"),
@@ -242,7 +245,7 @@ def test_a_wrong_kind_is_refused_by_its_key(kind, write, tmp_path):
     [
         (["space.prompt.kind={choice: [low_rank, x]}"], f"space.prompt.kind.choice[1]: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
         (["space.adapter.kind={choice: [x, vpt]}"], "space.adapter.kind: unknown name 'x'; one of fine_tuning, galore, none, vpt, vqt"),
-        (["space.method={choice: [lorvp, x]}"], "space.method.choice[1]: unknown name 'x'; one of border, ilm_vp, full_image, lorvp, autovp, "),
+        (["space.method={choice: [lorvp, x]}"], "space.method.choice[1]: unknown name 'x'; one of autovp, border, fine_tuning, full_image, galore, "),
         (["space.method={choice: [lorvp, border]}", "trial.prompt.kind=low_rank"], "trial.prompt.kind: method border has prompt.kind border, not low_rank: leave one of them out"),
         (["space.prompt.kind={choice: [low_rank, border]}", "trial.method=lorvp"], "space.prompt.kind.choice[1]: method lorvp has prompt.kind low_rank, not border: leave one of them out"),
     ],
@@ -319,6 +322,13 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
     assert controls("control=null") == []
     head = "  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}\n"
     assert controls(old=GOOD, new=GOOD.replace("[flm, fm, lp]}", "[flm, ilm]}").replace(head, "")) == ["lp"]
+
+
+def test_a_control_may_have_other_rungs(write):
+    rungs = "[[], [{epochs: 1, image_size: 16}]]"
+    spec = spec_file.load(write(), ["trial.rungs=[{epochs: 2, image_size: 24}]", f"control.rungs={rungs}"])
+    *_, whole, small = spec.control_configs()
+    assert (whole.rungs, [rung.epochs for rung in small.rungs]) == ((), [1])
 
 
 def test_an_axis_is_pinned_in_the_space_alone(write):
@@ -673,6 +683,9 @@ def test_a_shell_completes_what_can_be_set():
     asked = {"_LORVP_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "lorvp-sweep --set search.s", "COMP_CWORD": "2"}
     found = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True)
     assert found.stdout.split() == ["search.seed=", "search.seconds="]
+    assert spec_file.settable_keys("trial.rungs") == ["trial.rungs="]
+    assert spec_file.settable_keys("space.ch") == []
+    assert spec_file.settable_keys("control.head.i") == ["control.head.init="]
 
 
 def test_anchors_and_merge_keys_are_read(write):
