@@ -36,7 +36,7 @@ trial:
   backbone: {name: lorvp_tiny_32.cifar10}
   dataset: {name: digits, max_per_class: 20, val_fraction: 0.2}
   prompt: {optimizer: adam}
-  head: {lr: 0.5}
+  optimizer: {lr: 0.5}
   epochs: 3
   batch_size: 32
   precision: fp32
