@@ -17,7 +17,9 @@ from lorvp.config import EARLIER, TrialConfig
 from lorvp.errors import UserError
 from sweeps import launch
 from sweeps.results import rows
-from sweeps.search.suggest import CellSampler, make_sampler, suggest
+from sweeps.search.cell_sampler import CellSampler
+from sweeps.search.suggest import suggest
+from sweeps.spec import choices
 from sweeps.spec import file as spec_file
 
 SWEEPS = Path(launch.__file__).parent
@@ -52,19 +54,20 @@ BROKEN = {
     "axis within a list": ("prompt.rank", "rungs.epochs", ":8: space.rungs.epochs: no such key of a trial"),
     "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
     "axis with two kinds": ("{int: [1, 3]}", "{int: [1, 3], choice: [1]}", "it has choice and int"),
-    "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
+    "axis of an unknown kind": ("{int: [1, 3]}", "{between: [1, 3]}", ":8: space.prompt.rank.between: no such key; one of choice"),
+    "axis of a misspelt kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; did you mean ranges?"),
     "axis that is a number": ("{int: [1, 3]}", "3", ":8: space.prompt.rank: Input should be a valid dictionary"),
     "bounds the wrong way round": ("int: [1, 3]", "int: [3, 1]", "the low end 3 must be below the high end 1"),
     "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.prompt.lr: log_uniform needs a low end above 0"),
     "value twice": ("[flm, fm, lp]", "[flm, fm, flm]", "choice names a value twice"),
     "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.head.kind.choice[1]: must be a single"),
-    "condition on a missing axis": ("when: {head.kind:", "when: {head.knd:", ":10: space.head.lr.when.head.knd: no such axis in space; did you mean head.kind?"),
+    "condition on a missing axis": ("when: {head.kind:", "when: {head.knd:", ":10: space.head.lr.when.head.knd: no such axis in space: head.knd; did you mean head.kind?"),
     "condition that can't be met": ("when: {head.kind: [fm, lp]}", "when: {head.kind: [ilm]}", ":10: space.head.lr.when.head.kind: 'ilm' is not a value"),
     "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {head.lr: 0.1}}", ":6: space: conditions in a circle: head.kind, head.lr"),
     "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.prompt.lr: a grid takes choice and int axes only"),
     "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.head.kind: cmaes can't take categories"),
     "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
-    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: Input should be 'grid', 'random'"),
+    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: unknown name 'grdi'; one of cmaes, gp, grid, random, tpe"),
     "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
     "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
@@ -455,8 +458,8 @@ def test_how_many_trials_confirm(write, overrides, count):
 
 def test_milestones_are_where_decisions_fall(write):
     overrides = ["trial.epochs=20", "early_stopping.grace_epochs=2", "trial.rungs=[{epochs: 3, image_size: 16}]"]
-    assert spec_file.load(write(), overrides).milestones() == [2, 3, 6, 18]
-    assert spec_file.load(write(), ["early_stopping.rule=none"]).milestones() == []
+    assert choices.milestones(spec_file.load(write(), overrides)) == [2, 3, 6, 18]
+    assert choices.milestones(spec_file.load(write(), ["early_stopping.rule=none"])) == []
 
 
 def test_where_a_trial_lies_in_the_space(write):
@@ -520,6 +523,19 @@ def test_a_preset_that_a_trial_has_by_another_name_has_no_share(tmp_path):
         )
 
 
+def test_short_names(write):
+    """The last word of an axis, of a kind that of its part; both words where another axis has the same last one."""
+    spec = spec_file.load(write(), ["space.prompt.kind={choice: [low_rank, border]}"])
+    assert spec.short_names() == {
+        "head.kind": "head",
+        "prompt.rank": "rank",
+        "prompt.lr": "prompt.lr",
+        "head.lr": "head.lr",
+        "prompt.kind": "prompt",
+    }
+    assert spec_file.load(write("  prompt.lr: {choice: [1e-3, 0.1]}\n", "")).short_names()["head.lr"] == "lr"
+
+
 def test_grid_has_every_valid_cell_once(write):
     good = spec_file.load(write())
     cells = good.cells()
@@ -550,7 +566,9 @@ def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     sweep = spec_file.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
 
     def run(seed: int) -> list[dict]:
-        study = optuna.create_study(sampler=make_sampler(sweep, seed), direction="maximize")
+        study = optuna.create_study(
+            sampler=choices.algorithm(sweep.search).make_sampler(sweep, seed), direction="maximize"
+        )
         points = []
         for _ in range(12):
             trial = study.ask()
@@ -572,7 +590,7 @@ def test_cmaes_takes_numbers(write):
         "  prompt.lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
     )
     sweep = spec_file.load(path, overrides)
-    study = optuna.create_study(sampler=make_sampler(sweep, 0))
+    study = optuna.create_study(sampler=choices.algorithm(sweep.search).make_sampler(sweep, 0))
     for _ in range(8):
         trial = study.ask()
         study.tell(trial, suggest(sweep, trial)["prompt.rank"])
