@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
+from lorvp.parts import ROOMS
 from lorvp.utils.files import replacing
 from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Bias, Entry, Leaderboard, number
@@ -113,10 +114,10 @@ class Row:
         """Return the values of `key` in the trials' last epochs."""
         return [entry.results[-1][key] for entry in self.entries]
 
-    def parameters(self, *groups: str) -> int | None:
-        """Count the trained numbers of these groups; None if there are none."""
+    def parameters(self, part: str) -> int | None:
+        """Count the trained numbers of the prompt, the adapter or the head; None if there are none."""
         trained = self.last_values("parameters")[0] if self.entries else {}
-        return sum(trained.get(group, 0) for group in groups) or None
+        return trained.get(part) or None
 
     def peak_memory_mib(self) -> float | None:
         """Return the highest peak memory of any epoch, in MiB; None without a finished trial."""
@@ -242,9 +243,7 @@ class Comparison:
             at_best_val = row.spread(Entry.test_at_best_val)
             record |= {
                 "test_at_best_val": at_best_val.mean if at_best_val else None,
-                "parameters_prompt": row.parameters("prompt", "tokens"),
-                "parameters_head": row.parameters("head"),
-                "parameters_backbone": row.parameters("backbone"),
+                **{f"parameters_{part}": row.parameters(part) for part in ROOMS},
                 "peak_memory_mib": row.peak_memory_mib(),
                 "seconds": row.seconds(),
                 "optimizer_state_mib": max(row.last_values("optimizer_state_mib"), default=None),
@@ -266,7 +265,7 @@ class Comparison:
                 | {"trial": row.choice.trial + (" (control)" if row.choice.control else "")}
                 | metrics
                 | {"n": str(record["n"])}
-                | {f"{group} params": number(record[f"parameters_{group}"]) for group in ("prompt", "head", "backbone")}
+                | {f"{part} params": number(record[f"parameters_{part}"]) for part in ROOMS}
                 | {"peak MiB": number(record["peak_memory_mib"]), "seconds": number(record["seconds"])}
                 | {
                     "optimizer MiB": number(record["optimizer_state_mib"]),
@@ -315,7 +314,7 @@ SCHEMA = pa.schema(
         for metric in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
     ]
     + [("test_at_best_val", pa.float64())]
-    + [(f"parameters_{group}", pa.int64()) for group in ("prompt", "head", "backbone")]
+    + [(f"parameters_{part}", pa.int64()) for part in ROOMS]
     + [(key, pa.float64()) for key in ("peak_memory_mib", "seconds", "optimizer_state_mib", "search_seconds")]
 )
 

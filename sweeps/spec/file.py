@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -281,8 +282,9 @@ def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail)
     for name in spec.space:
         if name in unused:
             fail(("space", name), "no trial of this sweep has a use for it; leave it out")
-    for key in fixed.keys() - spec.space.keys():
-        fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {fixed[key]}")
+    for key, reason in fixed.items():
+        if key not in spec.space:
+            fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {reason}")
 
 
 def _keep_unused(fixed: dict[str, str], without_effect: dict[str, str]) -> None:
@@ -330,8 +332,12 @@ def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:
 
 
 def parts_within(field: FieldInfo) -> list[type[Part]]:
-    """Return the models that a key's mapping may be of: one, several kinds of a part, or none for another value."""
-    options = (field.annotation, *get_args(field.annotation))
+    """Return the models that a key's mapping may be of: one, several kinds of a part, or none for another value.
+
+    A list or a mapping of models is such a value: none of their keys has a dotted path.
+    """
+    union = get_origin(field.annotation) in (Union, UnionType)
+    options = get_args(field.annotation) if union else (field.annotation,)
     return [option for option in options if isinstance(option, type) and issubclass(option, Part)]
 
 

@@ -66,7 +66,7 @@ def start(slurm: Simulation, folder: Path, repeats: int = 7) -> None:
 
 def spec(name: str, folder: Path, profile: str, trials: int, concurrent: int, epochs: int, size: int) -> Path:
     values = digits_values(epochs=epochs)
-    del values["prompt"], values["optimizer"]["prompt_lr"]
+    values["prompt"] = {"optimizer": "adam"}
     values["dataset"]["max_per_class"] = size
     sweep = {
         "name": name,

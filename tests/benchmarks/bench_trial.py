@@ -9,8 +9,9 @@ Each folder holds train/CLASS/* and test/CLASS/* (or val/). scikit-learn's digit
 the sets. Two backbones: the quickstart's at 32 px, and MobileNetV2, pretrained on ImageNet, at 96 px.
 
 warm: epochs that a warm start needs to a cold start's final val accuracy, and its own final one, by how far the head is
-fitted first (`head_fit`); the prompt by Adam, all else as published.
-ilm: the final val accuracy with counts from the training passes (`ilm: streamed`), against passes of their own.
+fitted first (`head.fit`); the prompt by Adam, all else as published.
+ilm: the final val accuracy with counts from the training passes (`head.counting: streamed`), against passes of their
+own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lorvp.training.shared import SharedResources
 from lorvp.utils import cli
 
 SEEDS = (0, 1, 2)
+HEAD_LR = 0.1
 FITS: tuple[float | str, ...] = (1e-4, 1e-3, 1e-2, "80%", "90%", "best")
 
 
@@ -60,10 +62,10 @@ def mean(values: list[float]) -> str:
 
 def warm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     """Of one set and backbone: cold, then each fit."""
-    cold = [curve(base | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
+    cold = [curve(base | {"head": {"lr": HEAD_LR}, "init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
     cells = [mean([each[-1] for each in cold])]
     for fit in FITS:
-        warm_start = base | {"head": {"init": "fitted", "fit": fit}}
+        warm_start = base | {"head": {"init": "fitted", "fit": fit, "lr": HEAD_LR}}
         started = [curve(warm_start | {"init_seed": s, "order_seed": s}, loaded) for s in SEEDS]
         needed = [
             next((epoch for epoch, got in enumerate(each, 1) if got >= goal[-1]), None)
@@ -76,17 +78,16 @@ def warm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
 
 def ilm(base: dict[str, Any], loaded: SharedResources) -> list[str]:
     """Of one set and backbone: passes of their own, streamed, and the difference seed by seed."""
-    mapped = base | {"head": {"kind": "ilm"}}
     own, streamed = (
-        [curve(mapped | {"head": {"counting": way}, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
-        for way in ("pass", "streamed")
+        [curve(base | {"head": head, "init_seed": s, "order_seed": s}, loaded)[-1] for s in SEEDS]
+        for head in ({"kind": "ilm", "counting": way} for way in ("pass", "streamed"))
     )
     return [mean(own), mean(streamed), mean([ours - theirs for ours, theirs in zip(streamed, own, strict=True)])]
 
 
 TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any], SharedResources], list[str]]]] = {
     "warm": (["cold", *map(str, FITS)], warm),
-    "head": {"counting": (["ilm: pass", "ilm: streamed", "difference"], ilm)},
+    "ilm": (["ilm: pass", "ilm: streamed", "difference"], ilm),
 }
 
 
@@ -112,7 +113,6 @@ def main(
                     "epochs": epochs,
                     "batch_size": 64,
                     "prompt": {"optimizer": "adam", "lr": 0.01},
-                    "optimizer": {"lr": 0.1},
                 }
                 loaded = loop.load(TrialConfig.model_validate(base))
                 print(f"| {data}, {model} | {' | '.join(cells(base, loaded))} |", flush=True)

@@ -214,8 +214,8 @@ def packed_jobs(trials: list[TrialFolder]) -> None:
 def test_a_packed_job_trains_its_trials_together(digits, tmp_path, monkeypatch):
     """Each with the results that it has alone; one that fails, and one that was given up, end by themselves."""
     monkeypatch.setattr(job, "NEXT_TRIAL_SECONDS", 0.3)
-    diverging = {"lr": 1e30, "prompt_lr": 1e30, "prompt_name": "sgd"}
-    configs = [digits(head={"kind": "fm"}), digits(optimizer=diverging), digits(init_seed=1), digits(init_seed=2)]
+    diverging = digits(prompt={"lr": 1e30, "optimizer": "sgd"}, optimizer={"lr": 1e30})
+    configs = [digits(head={"kind": "fm"}), diverging, digits(init_seed=1), digits(init_seed=2)]
     trials = [TrialFolder.request(tmp_path / "trials", config) for config in configs]
     packed_jobs(trials)
     trials[3].stop(StopReason.SEARCH)

@@ -35,7 +35,8 @@ name: small
 trial:
   backbone: {name: lorvp_tiny_32.cifar10}
   dataset: {name: digits, max_per_class: 20, val_fraction: 0.2}
-  optimizer: {lr: 0.5, prompt_name: adam}
+  prompt: {optimizer: adam}
+  optimizer: {lr: 0.5}
   epochs: 3
   batch_size: 32
   precision: fp32

@@ -56,13 +56,19 @@ def test_every_file_names_its_schema_and_fits_it(path):
     [
         ("trial", "optimzer", {"lr": 1}),
         ("trial", "epochs", 0),
-        ("trial", "label_mapping", "lpp"),
-        ("trial", "head_fit", "most"),
+        ("trial", "label_mapping", "lp"),
+        ("trial", "head", {"kind": "lpp"}),
+        ("trial", "head", {"fit": "most"}),
+        ("trial", "prompt", {"kind": "border", "pad": 0}),
+        ("trial", "adapter", {"knid": "vpt"}),
+        ("trial", "rungs", [{"image_size": 16}]),
+        ("space", "rungs.epochs", {"choice": [1]}),
+        ("control", "label_mapping", "lp"),
         ("space", "prompt.rnk", {"choice": [1]}),
         ("search", "algorithm", "hyperband"),
     ],
 )
 def test_what_is_wrong_is_marked(where, key, value):
     values = read(SWEEPS / "quickstart.yaml")
-    values[where][key] = value
+    values.setdefault(where, {})[key] = value
     assert list(Draft202012Validator(schema.spec_schema()).iter_errors(values))

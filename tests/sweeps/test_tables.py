@@ -96,7 +96,8 @@ def test_rows(sweep: Path, tmp_path: Path):
     other = unconfirmed(tmp_path / "other")
     shown = CliRunner().invoke(tables.app, [str(sweep), str(other), "--out", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
-    first, second, third = pq.read_table(tmp_path / "out" / "tables.parquet").to_pylist()
+    second, first, third = pq.read_table(tmp_path / "out" / "tables.parquet").to_pylist()  # by the method's name
+    assert [second["method"], third["method"]] == ["border", "ilm_vp"]
     assert (first["network"], first["pretraining"], first["dataset"]) == ("lorvp_tiny_32", "cifar10", "digits (part)")
     assert (first["method"], first["rank"], first["epochs"], first["batch_size"]) == ("lorvp", 2, 3, 32)
     assert (first["n"], first["confirmed"], first["select"]) == (3, True, "val")
@@ -112,12 +113,12 @@ def test_rows(sweep: Path, tmp_path: Path):
     assert (third["network"], third["dataset"], third["label_mapping"]) == ("resnet18", "cifar100", "ilm")
     assert (third["top1"], third["top1_sd"], third["n"], third["confirmed"]) == (25, None, 1, False)
     assert (third["control_top1"], third["difference_mean"], third["difference_low"]) == (41, -16, None)
-    cited = results.published()["resnet18", "in1k", "cifar100", "ilm_vp", None, "ilm"]
+    cited = results.published()["resnet18", "in1k", "cifar100", "ilm_vp", "ilm"]
     assert (third["published_top1"], third["published_source"]) == (cited.top1, cited.source)
     text = (tmp_path / "out" / "tables.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3
-    assert lines[2].endswith("| 40.00 (30.00) | 75.00 (65.00) | unknown | val |")
+    assert lines[3].endswith("| 40.00 (30.00) | 75.00 (65.00) | unknown | val |")
     assert third["published_differs"] == f"200 epochs; {cited.note}"
     assert lines[4].endswith(f"| - | - | {cited.top1} (200 epochs; {cited.note}) | val, {tables.NOT_CONFIRMED} |")
     assert cited.source in text
@@ -156,8 +157,8 @@ def test_latex_is_escaped(sweep: Path, tmp_path: Path):
     assert len(rows) == 1 + 2
     assert len({line.count("&") for line in rows}) == 1
     assert lines[0] == f"\\begin{{tabular}}{{{'l' * (rows[0].count('&') + 1)}}}"
-    assert r"lorvp\_tiny\_32" in rows[1]
-    assert r"73.00 $\pm$ 2.65" in rows[1]
+    assert r"lorvp\_tiny\_32" in rows[2]
+    assert r"73.00 $\pm$ 2.65" in rows[2]
     assert not any(character in line.replace(r"\_", "") for line in rows for character in "_%#±")
 
 
@@ -186,17 +187,15 @@ def test_networks_without_a_tag():
 @pytest.mark.parametrize(
     ("trial", "key"),
     [
-        ({}, ("resnet18", "in1k", "cifar100", "ilm_vp", None, "ilm")),
+        ({}, ("resnet18", "in1k", "cifar100", "ilm_vp", "ilm")),
         ({"head": {"kind": "flm"}}, None),
-        (
-            {"method": "lorvp", "prompt": {"kind": "full_image"}},
-            ("resnet18", "in1k", "cifar100", "lorvp", "full_image", "ilm"),
-        ),
+        ({"method": "full_image"}, ("resnet18", "in1k", "cifar100", "full_image", "ilm")),
+        ({"method": "border"}, None),
         ({"method": "lorvp"}, None),
-        ({"backbone": {"name": "resnet50.tv2_in1k"}}, ("resnet50", "in1k", "cifar100", "ilm_vp", None, "ilm")),
+        ({"backbone": {"name": "resnet50.tv2_in1k"}}, ("resnet50", "in1k", "cifar100", "ilm_vp", "ilm")),
         (
             {"method": "autovp", "backbone": {"name": "vit_base_patch32_clip_224.openai"}, "head": {"kind": "lp"}},
-            ("clip", "openai", "cifar100", "autovp", None, None),
+            ("clip", "openai", "cifar100", "autovp", None),
         ),
     ],
 )

@@ -168,9 +168,7 @@ def test_the_sweep_expands_to_its_trials(page, runs, finished):
 
 def test_sorting_shows_the_best_first(page, runs, finished, screenshots):
     opened(page, runs)
-    tick_columns(
-        page, "Dataset", "Source", "Models", "label_mapping", "rank", "prompt_lr", "best_val_top1", "test_top1"
-    )
+    tick_columns(page, "Dataset", "Source", "Models", "head", "rank", "prompt.lr", "best_val_top1", "test_top1")
     page.get_by_test_id("sort-header-best_val_top1").click()
     entries = Leaderboard.read(read_spec(finished)[1]).entries
     accuracy = {f"{'control-' * entry.control}{entry.trial.name}": entry.best()["val_top1"] for entry in entries}
@@ -203,11 +201,11 @@ def test_comparing_runs_draws_parallel_coordinates(page, runs, finished, screens
     page.get_by_role("button", name="Compare").click()
     page.get_by_role("heading", name=f"Comparing {len(trials)} Runs").wait_for()
     page.get_by_role("button", name="Clear All").click()
-    choose_axes(page, 0, "label_mapping", "prompt_lr", "rank")
+    choose_axes(page, 0, "head", "prompt.lr", "rank")
     choose_axes(page, 1, "best_val_top1")
     page.locator(".parcoords .axis-title", has_text="best_val_top1").wait_for()
     drawn = page.locator(".parcoords .axis-title").all_text_contents()
-    assert drawn == ["label_mapping", "prompt_lr", "rank", "best_val_top1"]
+    assert drawn == ["head", "prompt.lr", "rank", "best_val_top1"]
     keep_part(page, screenshots / "mlflow-compare.png", top=50, height=540)
 
 

@@ -140,7 +140,7 @@ def test_early_stopping_ends_jobs_soon(slurm, tmp_path):
         axes=("{log_uniform: [0.005, 0.2]}", "{choice: [0.005, 100.0]}"),  # the second spoils every image
         ranks=("[1, 4]", "[4]"),
         mappings=("[rlm, flm, ilm, lp]", "[lp]"),
-        head=("  batch_size: 32\n", "  batch_size: 32\n  head_init: linear_probe\n"),  # good from its first epoch on
+        head=("  batch_size: 32\n", "  batch_size: 32\n  head: {init: fitted}\n"),  # good from its first epoch on
         alone=(CONTROL, "control: null\n"),
     )
     spec = spec_file.load(sweep.folder / "sweep.yaml", [f"output={sweep.folder / 'runs'}"])

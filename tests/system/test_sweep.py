@@ -74,7 +74,7 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
 
 def test_failing_trials_do_not_end_the_sweep(tmp_path):
     text = SPEC.replace("prompt.lr: {log_uniform: [0.005, 0.2]}", "prompt.lr: {choice: [0.05, 1e30]}")
-    text = text.replace("prompt_name: adam", "prompt_name: sgd").replace("rule: asha", "rule: none")
+    text = text.replace("optimizer: adam", "optimizer: sgd").replace("rule: asha", "rule: none")
     text = text.replace("[rlm, flm, ilm, lp]", "[lp]").replace("algorithm: tpe, trials: 4,", "algorithm: grid,")
     sweep = Sweep(tmp_path, text, profile=SHARING)
     output = sweep.run()

@@ -100,7 +100,7 @@ name: small
 trial:
   backbone: {name: lorvp_tiny_32.cifar10}
   dataset: {name: digits, max_per_class: 20, val_fraction: 0.2}
-  optimizer: {lr: 0.5, prompt_name: adam}
+  prompt: {optimizer: adam}
   epochs: 2
   batch_size: 32
   precision: fp32

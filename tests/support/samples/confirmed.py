@@ -36,7 +36,7 @@ def ran(spec: Spec, config: TrialConfig, val: float, test: float | None = None, 
     """A trial of two epochs of 1.5 s, the first of them worse."""
     trial = TrialFolder.request(spec.trials, config)
     attempt = trial.claim()
-    values = {"whole": True, "parameters": {"prompt": 30, "tokens": 4, "head": 5}, "optimizer_state_mib": 0.5}
+    values = {"whole": True, "parameters": {"prompt": 30, "adapter": 4, "head": 5}, "optimizer_state_mib": 0.5}
     values |= {"seconds": 1.5, "peak_memory_mib": 100.0, "lr": {}, "time": 0.0, "test_loss": None, "test_top5": None}
     values |= more
     attempt.append(values | {"epoch": 1, "val_top1": val - 1, "test_top1": None})

@@ -53,7 +53,7 @@ def make_spec(folder: Path, **changes: Any) -> Spec:
             "head.kind": {"choice": ["lp", "fm", "ilm"]},
             "prompt.rank": {"choice": [1, 2, 4]},
             "prompt.lr": {"log_uniform": [0.01, 1]},
-            "head.lr": {"log_uniform": [0.1, 1], "when": {"head": {"kind": ["lp", "fm"]}}},
+            "head.lr": {"log_uniform": [0.1, 1], "when": {"head.kind": ["lp", "fm"]}},
         },
         "search": {"algorithm": "tpe", "trials": 20},
         "output": folder,
@@ -228,7 +228,7 @@ def test_importance(sweep: Spec, outcome: Outcome):
     labels = [label.get_text() for label in plot.get_yticklabels()]
     having = sum(entry.trial.config.head.kind != "ilm" for entry in entries)
     assert labels[0] == "rank (14 trials)"
-    assert f"head_lr ({having} trials)" in labels
+    assert f"head.lr ({having} trials)" in labels
     assert importances(sweep, entries[:3]) == {}
     assert importances(sweep, entries[:1] * 5) == {}
 

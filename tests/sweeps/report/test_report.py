@@ -143,16 +143,25 @@ def of_another_version(spec: Spec) -> None:
     write_json(path, values)
 
 
+def of_the_earlier_form(spec: Spec) -> None:
+    """Trials as they were written before prompt, adapter and head were parts."""
+    for path in spec.trials.glob("*/config.json"):
+        values = json.loads(path.read_text())
+        values |= {"label_mapping": values.pop("head")["kind"]}
+        path.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (of_the_earlier_form, "a trial's label_mapping is not this version's; read it with the one it is of"),
         (only_failures, "no trial finished (failed: "),
         (of_another_version, "another version of this project wrote it"),
         (lambda spec: (spec.folder / RECORD).unlink(), "no such sweep; "),
         (lambda spec: (spec.folder / RECORD).write_text("{"), "not a sweep's record"),
         (lambda spec: [path.unlink() for path in spec.trials.glob("*/config.json")], "no trial finished ("),
     ],
-    ids=["failures", "version", "nothing", "torn", "empty"],
+    ids=["earlier", "failures", "version", "nothing", "torn", "empty"],
 )
 def test_what_there_is_no_report_of(spoil, said, sweep: Spec, capsys, monkeypatch):
     spoil(sweep)

@@ -133,7 +133,7 @@ def test_figures_over_seeds(tmp_path):
     choices = low_rank, border, control = confirm.choose(spec)
     mine, theirs = ([79, 82, 81], [70, 75, 74]), ([76, 77, 75], [73, 74.5, 72.5])
     confirmed(spec, low_rank, *mine, peak_memory_mib=120.0)
-    confirmed(spec, border, [50, 51, 52], [60, 60, 60], parameters={"head": 7, "backbone": 9})
+    confirmed(spec, border, [50, 51, 52], [60, 60, 60], parameters={"head": 7, "adapter": 9})
     confirmed(spec, control, *theirs, parameters={})
     board = Leaderboard.read(spec)
     assert board.best().best()["val_top1"] == 80  # what confirms is no trial of the search
@@ -152,8 +152,8 @@ def test_figures_over_seeds(tmp_path):
     # by hand: differences 3, 5, 6: mean 14/3, sd sqrt(7/3); t of 2 degrees of freedom at 97.5 % is 4.302653
     assert first["val_difference_low"] == pytest.approx(14 / 3 - 4.302653 * math.sqrt(7 / 9))
     assert (first["n"], first["peak_memory_mib"], first["seconds"]) == (3, 120, 3)
-    assert (first["parameters_prompt"], first["parameters_head"], first["parameters_backbone"]) == (34, 5, None)
-    assert (second["parameters_prompt"], second["parameters_head"], second["parameters_backbone"]) == (None, 7, 9)
+    assert [first[f"parameters_{part}"] for part in ("prompt", "adapter", "head")] == [30, 4, 5]
+    assert [second[f"parameters_{part}"] for part in ("prompt", "adapter", "head")] == [None, 9, 7]
     assert (last["parameters_head"], last["val_difference_mean"], last["control"]) == (None, None, True)
     assert [record["search_seconds"] for record in (first, second, last)] == [4 * 3, 2 * 3, 4 * 3]
     said = "\n".join(comparison.verdict())
@@ -162,7 +162,7 @@ def test_figures_over_seeds(tmp_path):
     assert f"{low_rank.trial}, test: {MAY_BE_NONE}" in said
     assert said.count(MAY_BE_NONE) == 1
     assert PUBLISHED_BIAS not in said
-    assert [row["kind"] for row in comparison.cells()] == ["low_rank", "border", "-"]
+    assert [row["prompt"] for row in comparison.cells()] == ["low_rank", "border", "none"]
 
 
 def test_a_fitted_control_is_paired_with_every_seed(tmp_path):
@@ -232,7 +232,7 @@ def test_comparison_files(tmp_path):
     parquet, markdown = comparison.write()
     assert (parquet.name, markdown.name) == ("comparison.parquet", "comparison.md")
     rows = pq.read_table(parquet).to_pylist()
-    assert [row["prompt.kind"] for row in rows] == ["low_rank", "border", None]
+    assert [row["prompt.kind"] for row in rows] == ["low_rank", "border", "none"]
     assert [{k: v for k, v in row.items() if k != "prompt.kind"} for row in rows] == comparison.records()
     assert rows[0]["test_top1"] == 72  # of the best test epoch
     assert rows[0]["val_top1"] == 59
@@ -240,7 +240,7 @@ def test_comparison_files(tmp_path):
     text = markdown.read_text()
     assert text.count("\n|") == 2 + 3
     assert (
-        f"| low_rank | {choices[0].trial} | 59.00 ± 0.00 | 72.00 ± 0.00 | 3 | 34 | 5 | - | 100 | 3 | 0.5 | 12 |" in text
+        f"| low_rank | {choices[0].trial} | 59.00 ± 0.00 | 72.00 ± 0.00 | 3 | 30 | 4 | 5 | 100 | 3 | 0.5 | 12 |" in text
     )
     assert PUBLISHED_BIAS in text
     assert "against the epoch that is best on val: +2.00 points (mean of 9 trials, +2.00 to +2.00)" in text

@@ -36,8 +36,8 @@ def make(tmp_path):
                 "space": {
                     "method": {"choice": ["lorvp", "linear_probe"]},
                     "head.lr": {"log_uniform": [1e-3, 10]},
-                    "prompt.kind": {"choice": ["low_rank", "border"], "when": {"method": "lorvp"}},
-                    "prompt.rank": {"int": [1, 8], "when": {"prompt.kind": "low_rank"}},
+                    "prompt.optimizer": {"choice": ["adam", "sgd"], "when": {"method": "lorvp"}},
+                    "prompt.momentum": {"uniform": [0.5, 0.99], "when": {"prompt.optimizer": "sgd"}},
                 },
                 "search": search | more.pop("search", {}),
                 "output": tmp_path,
@@ -70,8 +70,8 @@ def test_values_take_turns(make, algorithm):
     assert [point["method"] for point in points] == ["lorvp", "linear_probe"] * 4 + ["lorvp"]
     assert points == run(SpecSearch(spec), 9) != run(SpecSearch(make(9, algorithm, seed=1)), 9)
     for point in points:
-        assert ("prompt.kind" in point) == (point["method"] == "lorvp")
-        assert ("prompt.rank" in point) == (point.get("prompt.kind") == "low_rank")
+        assert ("prompt.optimizer" in point) == (point["method"] == "lorvp")
+        assert ("prompt.momentum" in point) == (point.get("prompt.optimizer") == "sgd")
         assert spec.arm(spec.trial_config(point)) == point["method"]
     assert [share.number_of_trials() for share in spec.arms().values()] == [5, 4]
 
@@ -118,7 +118,7 @@ def test_a_share_that_had_its_seconds_is_passed_over(make):
     assert Counter(point["method"] for point in suggested) == {"lorvp": 5, "linear_probe": 2}
     assert [point["method"] for point in suggested[:4]] == ["lorvp", "linear_probe"] * 2
     assert spent() == {"lorvp": 10, "linear_probe": 12}
-    more = record(spec, {"method": "lorvp", "head": {"kind": "fm"}}, [5])
+    more = record(spec, {"method": "lorvp", "head.kind": "fm"}, [5])
     for _ in range(2):  # what was counted before is not counted again
         spent.note(more)
     more.newest().append({"epoch": 2, "seconds": 3})

@@ -161,7 +161,7 @@ def test_equal_configs_are_one_and_points_may_be_invalid(make):
 
 
 def test_recorded_curves(make, tmp_path):
-    axes = ["label_mapping", "prompt.lr"]
+    axes = ["head.kind", "prompt.lr"]
     curves = {
         "a": (False, ("lp", 0.01), [10.0, 20.0], 1.0),
         "b": (False, ("lp", 0.5), [30.0, 40.0, 50.0, 60.0], 2.0),
@@ -176,8 +176,8 @@ def test_recorded_curves(make, tmp_path):
     spec = make("search={algorithm: random, trials: 2}", text=text)
     recorded = RecordedCurves(path, spec)
 
-    def curve(label_mapping: str, prompt_lr: float, control: bool = False):
-        params = {"head.kind": label_mapping, "prompt.lr": prompt_lr}
+    def curve(head: str, prompt_lr: float, control: bool = False):
+        params = {"head.kind": head, "prompt.lr": prompt_lr}
         return recorded.curve(spec.trial_config(params), control)
 
     assert curve("lp", 0.06).values == [10, 20, 20, 20]  # by the logarithm it is nearer to 0.01 than to 0.5

@@ -12,11 +12,14 @@ import pytest
 from support.samples.specs import GOOD
 from typer.testing import CliRunner
 
-from lorvp.config import TrialConfig
+from lorvp import presets
+from lorvp.config import EARLIER, TrialConfig
 from lorvp.errors import UserError
 from sweeps import launch
 from sweeps.results import rows
-from sweeps.search.suggest import CellSampler, make_sampler, suggest
+from sweeps.search.cell_sampler import CellSampler
+from sweeps.search.suggest import suggest
+from sweeps.spec import choices
 from sweeps.spec import file as spec_file
 
 SWEEPS = Path(launch.__file__).parent
@@ -45,34 +48,36 @@ BROKEN = {
     "unknown key deep in trial": ("{name: digits}", "{nam: digits}", "trial.dataset.nam: no such key; did you mean name?"),
     "missing part of trial": ("  dataset: {name: digits}\n", "", ":2: trial.dataset: this key is missing"),
     "empty choice": ("choice: [1e-3, 0.1]", "choice: []", ":9: space.prompt.lr.choice: List should have at least 1"),
-    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.head.kind.choice[3]: unknown name 'lpp'; one of flm, fm, ilm, "),
+    "value that the key can't take": ("[flm, fm, lp]", "[flm, fm, lp, lpp]", ":7: space.head.kind.choice[3]: unknown name 'lpp'; did you mean lp?"),
     "negative rank": ("int: [1, 3]", "int: [0, 3]", ":8: space.prompt.rank: Input should be greater than 0, not 0"),
     "axis of an unknown key": ("prompt.rank", "prompt.rnk", ":8: space.prompt.rnk: no such key of a trial; did you mean prompt.rank?"),
+    "axis within a list": ("prompt.rank", "rungs.epochs", ":8: space.rungs.epochs: no such key of a trial"),
     "axis without values": ("{int: [1, 3]}", "{}", ":8: space.prompt.rank: needs exactly one of choice"),
     "axis with two kinds": ("{int: [1, 3]}", "{int: [1, 3], choice: [1]}", "it has choice and int"),
-    "axis of an unknown kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; one of choice"),
+    "axis of an unknown kind": ("{int: [1, 3]}", "{between: [1, 3]}", ":8: space.prompt.rank.between: no such key; one of choice"),
+    "axis of a misspelt kind": ("{int: [1, 3]}", "{range: [1, 3]}", ":8: space.prompt.rank.range: no such key; did you mean ranges?"),
     "axis that is a number": ("{int: [1, 3]}", "3", ":8: space.prompt.rank: Input should be a valid dictionary"),
     "bounds the wrong way round": ("int: [1, 3]", "int: [3, 1]", "the low end 3 must be below the high end 1"),
     "log of zero": ("{choice: [1e-3, 0.1]}", "{log_uniform: [0, 0.1]}", ":9: space.prompt.lr: log_uniform needs a low end above 0"),
     "value twice": ("[flm, fm, lp]", "[flm, fm, flm]", "choice names a value twice"),
     "list in a choice": ("[flm, fm, lp]", "[flm, [fm, lp]]", ":7: space.head.kind.choice[1]: must be a single"),
-    "condition on a missing axis": ("when: {head.kind:", "when: {label_maping:", ":10: space.head.lr.when.label_maping: no such axis in space; did you mean label_mapping?"),
+    "condition on a missing axis": ("when: {head.kind:", "when: {head.knd:", ":10: space.head.lr.when.head.knd: no such axis in space: head.knd; did you mean head.kind?"),
     "condition that can't be met": ("when: {head.kind: [fm, lp]}", "when: {head.kind: [ilm]}", ":10: space.head.lr.when.head.kind: 'ilm' is not a value"),
-    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {head.lr: 0.1}}", ":6: space: conditions in a circle: label_mapping, head.lr"),
+    "conditions in a circle": ("{choice: [flm, fm, lp]}", "{choice: [flm, fm, lp], when: {head.lr: 0.1}}", ":6: space: conditions in a circle: head.kind, head.lr"),
     "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.prompt.lr: a grid takes choice and int axes only"),
     "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.head.kind: cmaes can't take categories"),
     "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
-    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: Input should be 'grid', 'random'"),
+    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: unknown name 'grdi'; one of cmaes, gp, grid, random, tpe"),
     "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
     "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
     "unknown control key": ("name: good", "name: good\ncontrol: {methd: linear_probe}", ":2: control.methd: no such key of a trial; did you mean method?"),
-    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head_fit: far", ":6: trial.head.fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
-    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head_fit: 0", ":6: trial.head.fit: must be C above 0"),
-    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head_fit: 120%", ":6: trial.head.fit: must be C above 0"),
+    "head fitted how far": ("  epochs: 4", "  epochs: 4\n  head: {init: fitted, fit: far}", ":6: trial.head.fit: must be C above 0, or best, or a share of the best val accuracy, as 90%; not 'far'"),
+    "head fitted to no C": ("  epochs: 4", "  epochs: 4\n  head: {init: fitted, fit: 0}", ":6: trial.head.fit: must be C above 0"),
+    "head fitted to no share": ("  epochs: 4", "  epochs: 4\n  head: {init: fitted, fit: 120%}", ":6: trial.head.fit: must be C above 0"),
     "control that can't be": ("name: good", "name: good\ncontrol: {optimizer.lr: [0.1, -1]}", ":2: control.optimizer.lr: Input should be greater than 0"),
     "unknown cluster": ("name: good", "name: good\ncluster: mars", ":2: cluster: no such profile 'mars'; one of local, rtx8000, "),
-    "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: method linear_probe trains only a head"),
+    "two axes that don't go together": ("  prompt.rank: {int: [1, 3]}", "  method: {choice: [lorvp, linear_probe]}", ":8: space.method.choice[1]: nothing is trained: head.kind must be lp or fm where there is no prompt and no adapter, not flm"),
     "confirmed with one seed": ("name: good", "name: good\nconfirm: {seeds: [3]}", ":2: confirm.seeds: List should have at least 2 items"),
     "confirmed with a seed twice": ("name: good", "name: good\nconfirm: {seeds: [3, 4, 3]}", ":2: confirm: seeds names a seed twice"),
     "confirmed with the search's seed": ("name: good", "name: good\nconfirm: {seeds: [3, 0]}", ":2: confirm.seeds: the search trains under seed 0 (init_seed, order_seed) and has chosen by it; others confirm, as [1, 2]"),
@@ -85,13 +90,13 @@ BROKEN = {
     "test set of the control and confirm": ("name: good", "name: good\ncontrol: {read_test: true}\nconfirm: {}", ":2: control.read_test: leave it out beside confirm"),
     "selection searched and confirm": ("space:\n", "confirm: {}\nspace:\n  select: {choice: [val, test_best_epoch]}\n", ":8: space.select: leave it out beside confirm"),
     "equal shares of a grid": ("algorithm: grid", "algorithm: grid, equal: head.kind", ":11: search.equal: a grid has every cell anyway"),
-    "equal shares of no axis": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: label_maping", ":11: search.equal: no such axis in space: label_maping; did you mean label_mapping?"),
+    "equal shares of no axis": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: head.knd", ":11: search.equal: no such axis in space: head.knd; did you mean head.kind?"),
     "equal shares of a range": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: prompt.rank", ":11: search.equal: prompt.rank must be a choice axis"),
     "equal shares under a condition": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: head.lr", ":11: search.equal: head.lr exists under a condition only"),
-    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: head.kind", ":11: search.trials: must be at least 3, one for each value of label_mapping"),
+    "fewer trials than equal shares": ("algorithm: grid", "algorithm: tpe, trials: 2, equal: head.kind", ":11: search.trials: must be at least 3, one for each value of head.kind"),
     "seconds without equal shares": ("algorithm: grid", "algorithm: tpe, trials: 6, seconds: 60", ":11: search.seconds: a limit for each value of an axis: needs search.equal"),
     "no seconds": ("algorithm: grid", "algorithm: tpe, trials: 6, equal: head.kind, seconds: 0", ":11: search.seconds: Input should be greater than 0"),
-    "equal shares spelt otherwise": (GOOD[GOOD.index("  label_mapping") : GOOD.index("early")], "  backbone.checkpoint: {choice: [a.safetensors, b.safetensors]}\nsearch: {algorithm: tpe, trials: 6, equal: backbone.checkpoint}\n", ":7: space.backbone.checkpoint.choice[0]: search.equal needs it as a trial has it: '/"),
+    "equal shares spelt otherwise": (GOOD[GOOD.index("  head.kind") : GOOD.index("early")], "  backbone.checkpoint: {choice: [a.safetensors, b.safetensors]}\nsearch: {algorithm: tpe, trials: 6, equal: backbone.checkpoint}\n", ":7: space.backbone.checkpoint.choice[0]: search.equal needs it as a trial has it: '/"),
     "no space": (GOOD[GOOD.index("space:") : GOOD.index("search:")], "space: {}\n", "space: needs at least one axis"),
     "not YAML": ("{name: digits}", "{name: digits", "not valid YAML"),
     "a tab": ("  epochs: 4", "\tepochs: 4", ":5: not valid YAML"),
@@ -110,6 +115,7 @@ BROKEN = {
     "a grid of too many": ("[1e-3, 0.1]}", "[1e-3, 0.1]}\n  epochs: {int: [2, 9000]}\n  order_seed: {int: [1, 20]}", ":6: space: a grid may have 100000 cells"),
     "nobody's home": ("{name: digits}", "{name: image_folder, root: ~nobody-here/images}", ":4: trial.dataset.root: '~nobody-here/images': there is no such home folder"),
     "a word in place of a part": ("  backbone: {name: lorvp_tiny_32.cifar10}", "  backbone: tiny", ":3: trial.backbone: "),
+    "a word in place of a part that has an axis": ("  epochs: 4", "  epochs: 4\n  prompt: border", ":6: trial.prompt: must be a mapping of its keys, not 'border'"),
     "a list": (GOOD, "- a\n- b\n", ":1: must be a mapping"),
     "empty": (GOOD, "# nothing\n", ":1: must be a mapping of keys, and is empty"),
 }  # fmt: skip
@@ -132,6 +138,125 @@ def test_broken_spec(kind, write, tmp_path):
     said = refused([str(path)], tmp_path)
     assert message in said
     assert str(path) in said
+
+
+EARLIER_FORM = {
+    "under trial": ("  epochs: 4", "  epochs: 4\n  label_mapping: lp", ":6: trial.label_mapping: label_mapping is of an earlier form: write head.kind"),
+    "axis": ("  head.kind:", "  label_mapping:", ":7: space.label_mapping: label_mapping is of an earlier form: write head.kind"),
+    "axis of a part": ("  prompt.lr:", "  optimizer.prompt_lr:", ":9: space.optimizer.prompt_lr: optimizer.prompt_lr is of an earlier form: write prompt.lr"),
+    "axis of a part that is renamed": ("  prompt.lr:", "  tokens.count:", ":9: space.tokens.count: tokens is of an earlier form: write adapter, with the same keys"),
+    "part that is renamed": ("  epochs: 4", "  epochs: 4\n  tokens: {count: 5}", ":6: trial.tokens: tokens is of an earlier form: write adapter, with the same keys"),
+    "key within a part": ("  epochs: 4", "  epochs: 4\n  optimizer: {lr: 0.1, prompt_lr: 0.2}", ":6: trial.optimizer.prompt_lr: optimizer.prompt_lr is of an earlier form: write prompt.lr"),
+    "part within a part": ("  epochs: 4", "  epochs: 4\n  optimizer:\n    galore: {rank: 8}", ":7: trial.optimizer.galore: optimizer.galore is of an earlier form: write adapter, with the same keys"),
+    "control": ("name: good", "name: good\ncontrol: {head_init: linear_probe}", ":2: control.head_init: head_init is of an earlier form: write head.init, where linear_probe is now fitted"),
+    "beside an unknown key": ("  epochs: 4", "  epoch: 4\n  label_mapping: lp", ":6: trial.label_mapping: label_mapping is of an earlier form: write head.kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EARLIER_FORM)
+def test_a_spec_of_the_earlier_form_says_what_to_write(kind, write, tmp_path):
+    old, new, message = EARLIER_FORM[kind]
+    text = GOOD.replace("head.kind: [fm, lp]", "label_mapping: [fm, lp]") if kind == "axis" else GOOD
+    path = write(GOOD, text.replace(old, new, 1))
+    assert refused([str(path)], tmp_path) == f"error: {path}{message}\n"
+
+
+@pytest.mark.parametrize("key", EARLIER)
+def test_each_key_of_the_earlier_form_says_what_to_write(key, write, tmp_path):
+    path = write()
+    said = f"{key}: {key} is of an earlier form: write {EARLIER[key]}\n"
+    assert refused([str(path), "--set", f"trial.{key}=1"], tmp_path) == f"error: {path}:2: trial.{said}"
+    axis = f"space.{key}={{choice: [1, 2]}}"
+    assert refused([str(path), "--set", axis], tmp_path) == f"error: {path}:6: space.{said}"
+    assert refused([str(path), "--set", f"control.{key}=1"], tmp_path) == f"error: {path}: control.{said}"
+
+
+UNUSED = {
+    "another prompt's": ("  prompt: {pad: 10}", "prompt.pad", "it belongs to kind border, not low_rank: leave it out"),
+    "another head's": ("  head: {counting: streamed}", "head.counting", "it belongs to kind ilm, not lp: leave it out"),
+    "an adapter's": ("  adapter: {count: 5}", "adapter.count", "it belongs to kind vpt or vqt, not none: leave it out"),
+    "momentum beside adam": ("  prompt: {optimizer: adam, momentum: 0.8}", "prompt.momentum", "only sgd has a momentum: leave it out"),
+    "what all parts have of their own": ("  optimizer: {lr: 0.1}", "optimizer.lr", "every part that is trained has its own: leave it out"),
+    "the first of two": ("  optimizer: {name: adam, lr: 0.1, momentum: 0.8}", "optimizer.lr", "every part that is trained has its own: leave it out"),
+    "another schedule's": ("  schedule: {milestones: [0.5]}", "schedule.milestones", "only the schedule steps has them: leave it out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_a_fixed_value_without_use_is_refused(kind, write, tmp_path):
+    line, key, reason = UNUSED[kind]
+    path = write("  epochs: 4", f"  epochs: 4\n{line}")
+    said = f"error: {path}:6: trial.{key}: no trial of this sweep has a use for it: {reason}\n"
+    assert refused([str(path)], tmp_path) == said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "axis", "kinds"),
+    [
+        ("prompt.pad", 7, "prompt.kind", ["low_rank", "border"]),
+        ("head.counting", "streamed", "head.kind", ["flm", "ilm"]),
+        ("head.init", "fitted", "head.kind", ["flm", "fm", "lp"]),
+        ("adapter.count", 3, "adapter.kind", ["none", "vpt"]),
+        ("prompt.momentum", 0.5, "prompt.optimizer", ["adam", "sgd"]),
+        ("schedule.milestones", [0.25], "schedule.name", ["cosine", "steps"]),
+    ],
+)
+def test_a_fixed_value_is_left_out_where_it_has_no_effect(write, key, value, axis, kinds):
+    path = write("  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}\nsearch: {algorithm: grid}", "search: {}")
+    overrides = ["search={algorithm: random, trials: 3}", "trial.backbone.name=lorvp_tiny_vit_32.cifar10"]
+    spec = spec_file.load(path, [*overrides, f"trial.{key}={value}", f"space.{axis}={{choice: [{', '.join(kinds)}]}}"])
+    first, *others = (spec.trial_config(spec.example({axis: kind})) for kind in kinds)
+    assert key not in first.values()
+    assert [config.values()[key] for config in others] == [value] * len(others)
+
+
+def test_a_shared_value_is_left_out_where_the_parts_have_their_own(write):
+    """Each head has a learning rate of its own under a condition that one of them does not meet."""
+    spec = spec_file.load(write("when: {head.kind: [fm, lp]}", "when: {head.kind: fm}"), ["trial.optimizer.lr=0.3"])
+    lrs = {(config.head.kind, config.head.lr) for config in map(spec.trial_config, spec.cells()) if config.head.learns}
+    assert lrs == {("fm", 0.1), ("fm", 1.0), ("lp", 0.3)}
+    assert {spec.trial_config(cell).prompt.lr for cell in spec.cells()} == {0.001, 0.1}
+
+
+RANKED = "low_rank, none, scaled_frame"
+WRONG_KIND = {
+    "another prompt than the preset's": ("  method: ilm_vp\n  prompt: {kind: border}", ":7: trial.prompt.kind: method ilm_vp has prompt.kind frame, not border: leave one of them out"),
+    "a prompt beside an adapter's preset": ("  method: vpt\n  prompt: {kind: low_rank}", ":7: trial.prompt.kind: method vpt has prompt.kind none, not low_rank: leave one of them out"),
+    "another adapter than the preset's": ("  method: lorvp+vpt\n  adapter: {kind: vqt}", ":7: trial.adapter.kind: method lorvp+vpt has adapter.kind vpt, not vqt: leave one of them out"),
+    "another head than the preset's": ("  method: lorvp+lp_ft\n  head: {init: random}", ":7: trial.head.init: method lorvp+lp_ft has head.init fitted, not random: leave one of them out"),
+    "no such preset": ("  method: vtp", ":6: trial.method: unknown name 'vtp'; one of autovp, border, fine_tuning, full_image, galore, ilm_vp, linear_probe, lorvp, lp_ft, vpt, vqt"),
+    "presets the wrong way round": ("  method: vpt+lorvp", ":6: trial.method: method vpt+lorvp: what goes together is a prompt and an adapter: lorvp+fine_tuning, lorvp+galore, lorvp+vpt, lorvp+vqt, lorvp+lp_ft"),
+    "no such prompt": ("  prompt: {kind: x}", f":6: trial.prompt.kind: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
+    "a misspelt prompt": ("  prompt: {kind: bordr}", ":6: trial.prompt.kind: unknown name 'bordr'; did you mean border?"),
+    "no such adapter": ("  adapter: {kind: x}", ":6: trial.adapter.kind: unknown name 'x'; one of fine_tuning, galore, none, vpt, vqt"),
+    "no such head": ("control: {head.kind: x}", ":6: control.head.kind: unknown name 'x'; one of flm, fm, ilm, lp, rlm"),
+    "an unknown key of a kind": ("  adapter: {kind: vpt, cuont: 3}", ":6: trial.adapter.cuont: no such key; did you mean count?"),
+    "a wrong value of a kind": ("  adapter: {kind: vpt, count: 0}", ":6: trial.adapter.count: Input should be greater than or equal to 1, not 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_KIND)
+def test_a_wrong_kind_is_refused_by_its_key(kind, write, tmp_path):
+    """The key is that of the YAML file: the name of a kind, by which pydantic finds its options, is no part of it."""
+    lines, message = WRONG_KIND[kind]
+    path = write("  epochs: 4", f"  epochs: 4\n{lines}")
+    assert refused([str(path)], tmp_path) == f"error: {path}{message}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["space.prompt.kind={choice: [low_rank, x]}"], f"space.prompt.kind.choice[1]: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
+        (["space.adapter.kind={choice: [x, vpt]}"], "space.adapter.kind: unknown name 'x'; one of fine_tuning, galore, none, vpt, vqt"),
+        (["space.method={choice: [lorvp, x]}"], "space.method.choice[1]: unknown name 'x'; one of autovp, border, fine_tuning, full_image, galore, "),
+        (["space.method={choice: [lorvp, border]}", "trial.prompt.kind=low_rank"], "trial.prompt.kind: method border has prompt.kind border, not low_rank: leave one of them out"),
+        (["space.prompt.kind={choice: [low_rank, border]}", "trial.method=lorvp"], "space.prompt.kind.choice[1]: method lorvp has prompt.kind low_rank, not border: leave one of them out"),
+    ],
+)  # fmt: skip
+def test_an_axis_of_wrong_kinds_is_refused(overrides, message, write, tmp_path):
+    path = write()
+    said = refused([str(path), *itertools.chain(*(("--set", override) for override in overrides))], tmp_path)
+    assert re.fullmatch(rf"error: {re.escape(str(path))}:\d+: {re.escape(message)}.*\n", said), said
 
 
 def test_files_that_are_no_specs(tmp_path):
@@ -184,7 +309,7 @@ def test_overrides_reach_every_kind_of_key(write):
     fitted, *_ = changed.control_configs()
     assert (fitted.method, fitted.head.init, fitted.head.fit, fitted.epochs) == (
         "linear_probe",
-        "linear_probe",
+        "fitted",
         "best",
         1,
     )
@@ -196,13 +321,17 @@ def test_every_head_of_the_space_has_a_control_fitted_to_the_end(write):
         return [config.head.kind for config in spec_file.load(write(old, new), overrides).control_configs()]
 
     assert controls() == ["fm", "lp"]
-    assert controls("trial.schedule={warmup_epochs: 1}", "space.head.lr.when={label_mapping: fm}") == [
-        "fm",
-        "lp",
-    ]
+    assert controls("trial.schedule={warmup_epochs: 1}", "space.head.lr.when={head.kind: fm}") == ["fm", "lp"]
     assert controls("control=null") == []
     head = "  head.lr: {choice: [0.1, 1], when: {head.kind: [fm, lp]}}\n"
     assert controls(old=GOOD, new=GOOD.replace("[flm, fm, lp]}", "[flm, ilm]}").replace(head, "")) == ["lp"]
+
+
+def test_a_control_may_have_other_rungs(write):
+    rungs = "[[], [{epochs: 1, image_size: 16}]]"
+    spec = spec_file.load(write(), ["trial.rungs=[{epochs: 2, image_size: 24}]", f"control.rungs={rungs}"])
+    *_, whole, small = spec.control_configs()
+    assert (whole.rungs, [rung.epochs for rung in small.rungs]) == ((), [1])
 
 
 def test_an_axis_is_pinned_in_the_space_alone(write):
@@ -214,7 +343,7 @@ def test_an_axis_is_pinned_in_the_space_alone(write):
     assert str(refused.value).endswith(pins)
     assert spec_file.load(write(), ["space.prompt.rank={choice: [2]}"]).space["prompt.rank"].choice == [2]
     under_a_condition = spec_file.load(write(), ["trial.head.lr=0.5"])  # of trials without the axis
-    assert under_a_condition.trial["optimizer"] == {"head_lr": 0.5}
+    assert under_a_condition.trial["head"] == {"lr": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +389,9 @@ def test_only_the_confirmation_trains_on_the_validation_images(write):
     found = spec.trial_config(spec.cells()[0])
     again = spec.confirmed(found, 1)
     assert (found.dataset.train_on_val, again.dataset.train_on_val) == (False, True)
-    assert found.canonical()["dataset"].keys() == again.canonical()["dataset"].keys() - {"train_on_val"}
+    assert found.values().keys() == again.values().keys()
+    differ = {key for key, value in again.values().items() if found.values()[key] != value}
+    assert differ == {"dataset.train_on_val", "read_test", "init_seed", "order_seed"}
     for key in (
         "trial.dataset.train_on_val=true",
         "space.dataset.train_on_val={choice: [true, false]}",
@@ -300,7 +431,10 @@ def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
     spec = spec_file.load(write(), overrides)
     assert spec.seeds == seeds
     for config in [spec.trial_config(spec.example()), *spec.control_configs()]:
-        assert not {config.init_seed, config.order_seed} & set(spec.seeds)
+        if config.trains_by_steps:
+            assert not {config.init_seed, config.order_seed} & set(spec.seeds)
+        else:  # a seed has no effect on it
+            assert (config.init_seed, config.order_seed) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +458,8 @@ def test_how_many_trials_confirm(write, overrides, count):
 
 def test_milestones_are_where_decisions_fall(write):
     overrides = ["trial.epochs=20", "early_stopping.grace_epochs=2", "trial.rungs=[{epochs: 3, image_size: 16}]"]
-    assert spec_file.load(write(), overrides).milestones() == [2, 3, 6, 18]
-    assert spec_file.load(write(), ["early_stopping.rule=none"]).milestones() == []
+    assert choices.milestones(spec_file.load(write(), overrides)) == [2, 3, 6, 18]
+    assert choices.milestones(spec_file.load(write(), ["early_stopping.rule=none"])) == []
 
 
 def test_where_a_trial_lies_in_the_space(write):
@@ -334,9 +468,72 @@ def test_where_a_trial_lies_in_the_space(write):
     point = {"head.kind": "fm", "prompt.rank": 2, "optimizer.lr": 0.1, "head.lr": 1}
     assert spec.params(spec.trial_config(point)) == point
     del point["head.lr"]
-    assert spec.params(spec.trial_config(point | {"head": {"kind": "flm"}})) == point | {"head": {"kind": "flm"}}
+    assert spec.params(spec.trial_config(point | {"head.kind": "flm"})) == point | {"head.kind": "flm"}
     (control, _) = spec.control_configs()
     assert "prompt.rank" not in spec.params(control)
+
+
+METHODS = [
+    *presets.names(),
+    *(f"lorvp+{adapter}" for adapter in ("vpt", "vqt", "fine_tuning", "galore", "lp_ft")),
+    "border+vpt",
+    "ilm_vp+vqt",
+    "autovp+galore",
+    "full_image+lp_ft",
+]
+EVERY_METHOD = f"""\
+name: methods
+trial:
+  backbone: {{name: lorvp_tiny_vit_32.cifar10}}
+  dataset: {{name: digits}}
+  epochs: 4
+space:
+  method: {{choice: [{", ".join(METHODS)}]}}
+  prompt.rank: {{choice: [1, 4]}}
+  adapter.count: {{choice: [1, 5]}}
+  optimizer.lr: {{log_uniform: [0.01, 1]}}
+search: {{algorithm: tpe, trials: {2 * len(METHODS)}, equal: method}}
+confirm: {{}}
+"""
+
+
+def test_each_preset_has_an_equal_share(tmp_path):
+    """A trial belongs to the arm of the preset that it was made by, also where it is confirmed."""
+    (tmp_path / "sweep.yaml").write_text(EVERY_METHOD)
+    spec = spec_file.load(tmp_path / "sweep.yaml")
+    assert list(spec.arms()) == METHODS
+    for method, arm in spec.arms().items():
+        assert (arm.number_of_trials(), arm.space["method"].choice) == (2, [method])
+        config = arm.trial_config(arm.example())
+        assert (config.method, spec.params(config)["method"], spec.arm(config)) == (method, method, method)
+        assert spec.arm(spec.confirmed(config, 1)) == method
+        again = TrialConfig.model_validate(config.model_dump(mode="json"))  # without the preset
+        assert (again.content_hash(), spec.arm(again)) == (config.content_hash(), method)
+        assert spec.trial_config(spec.params(config)) == config
+        assert ("prompt.rank" in spec.params(config)) == (config.prompt.kind == "low_rank")
+        assert ("adapter.count" in spec.params(config)) == (config.adapter.kind in ("vpt", "vqt"))
+    assert len({arm.trial_config(arm.example()).content_hash() for arm in spec.arms().values()}) == len(METHODS)
+
+
+def test_a_preset_that_a_trial_has_by_another_name_has_no_share(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(EVERY_METHOD)
+    with pytest.raises(UserError, match=r"search\.equal needs it as a trial has it: 'lp_ft', not 'fine_tuning'"):
+        spec_file.load(
+            tmp_path / "sweep.yaml", ["space.method={choice: [lorvp, fine_tuning]}", "trial.head.init=fitted"]
+        )
+
+
+def test_short_names(write):
+    """The last word of an axis, of a kind that of its part; both words where another axis has the same last one."""
+    spec = spec_file.load(write(), ["space.prompt.kind={choice: [low_rank, border]}"])
+    assert spec.short_names() == {
+        "head.kind": "head",
+        "prompt.rank": "rank",
+        "prompt.lr": "prompt.lr",
+        "head.lr": "head.lr",
+        "prompt.kind": "prompt",
+    }
+    assert spec_file.load(write("  prompt.lr: {choice: [1e-3, 0.1]}\n", "")).short_names()["head.lr"] == "lr"
 
 
 def test_grid_has_every_valid_cell_once(write):
@@ -369,7 +566,9 @@ def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     sweep = spec_file.load(write("{choice: [1e-3, 0.1]}", "{log_uniform: [1e-3, 0.1]}"), overrides)
 
     def run(seed: int) -> list[dict]:
-        study = optuna.create_study(sampler=make_sampler(sweep, seed), direction="maximize")
+        study = optuna.create_study(
+            sampler=choices.algorithm(sweep.search).make_sampler(sweep, seed), direction="maximize"
+        )
         points = []
         for _ in range(12):
             trial = study.ask()
@@ -380,18 +579,18 @@ def test_samplers_are_seeded_and_follow_the_conditions(write, algorithm):
     points = run(4)
     assert points == run(4) != run(5)
     for point in points:
-        assert ("head.lr" in point) == (point["label_mapping"] != "flm")
+        assert ("head.lr" in point) == (point["head.kind"] != "flm")
         assert isinstance(sweep.trial_config(point), TrialConfig)
 
 
 def test_cmaes_takes_numbers(write):
     overrides = ["search={algorithm: cmaes, trials: 8}", "trial.head.kind=lp"]
     path = write(
-        GOOD[GOOD.index("  label_mapping") : GOOD.index("search:")],
+        GOOD[GOOD.index("  head.kind") : GOOD.index("search:")],
         "  prompt.lr: {log_uniform: [1e-3, 1]}\n  prompt.rank: {int: [1, 8]}\n",
     )
     sweep = spec_file.load(path, overrides)
-    study = optuna.create_study(sampler=make_sampler(sweep, 0))
+    study = optuna.create_study(sampler=choices.algorithm(sweep.search).make_sampler(sweep, 0))
     for _ in range(8):
         trial = study.ask()
         study.tell(trial, suggest(sweep, trial)["prompt.rank"])
@@ -420,17 +619,17 @@ def test_published_settings():
     imagenet = spec_file.load(SWEEPS / "lorvp_imagenet.yaml")
     config = imagenet.trial_config({})
     assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
-    assert {"optimizer.lr", "prompt.lr", "prompt.rank", "label_mapping"} == set(imagenet.space)
+    assert {"head.lr", "prompt.lr", "prompt.rank", "head.kind"} == set(imagenet.space)
     cifar = spec_file.load(SWEEPS / "lorvp_cifar100.yaml")
     row = cifar.trial_config({})
-    assert (row.optimizer.lr, row.prompt.rank, row.head.kind, row.epochs, row.batch_size) == (
+    assert (row.head.lr, row.prompt.rank, row.head.kind, row.epochs, row.batch_size) == (
         0.02,
         4,
         "lp",
         20,
         256,
     )
-    published = {"head.kind": "lp", "prompt.rank": 4, "optimizer.lr": 0.02, "prompt.lr": 0.02}
+    published = {"head.kind": "lp", "prompt.rank": 4, "head.lr": 0.02, "prompt.lr": 0.02}
     assert published in cifar.cells()
 
 
@@ -472,7 +671,7 @@ def test_dry_run_writes_nothing(write, tmp_path):
     result = CliRunner().invoke(launch.app, [str(path), "--dry-run", *few])
     assert result.exit_code == 0
     assert "trials: 30" in result.output
-    assert '"prompt_lr": 0.001' in result.output
+    assert '"lr": 0.001' in result.output
     assert re.search(r"estimate: \S+ GPU-hours; .* by 20 steps on this machine's [CG]PU", result.output)
     assert sorted(tmp_path.rglob("*")) == [path]
 
@@ -502,6 +701,9 @@ def test_a_shell_completes_what_can_be_set():
     asked = {"_LORVP_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "lorvp-sweep --set search.s", "COMP_CWORD": "2"}
     found = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True)
     assert found.stdout.split() == ["search.seed=", "search.seconds="]
+    assert spec_file.settable_keys("trial.rungs") == ["trial.rungs="]
+    assert spec_file.settable_keys("space.ch") == []
+    assert spec_file.settable_keys("control.head.i") == ["control.head.init="]
 
 
 def test_anchors_and_merge_keys_are_read(write):

@@ -69,6 +69,15 @@ PIECES = [
         "é",
         "😀",
     ),
+    *(
+        "{kind: vpt}",
+        "kind: border\n",
+        "method: vpt\n",
+        "label_mapping: lp\n",
+        "tokens: {count: 5}",
+        "prompt.kind",
+        "lp_ft",
+    ),
     *("{choice: []}", "{int: [1, 2, 0]}", "{when: {}}", "../..", "/dev/null", "~nobody/x", "${HOME}", "a" * 5000),
 ]
 VALUES: list[Any] = [
@@ -110,6 +119,7 @@ VALUES: list[Any] = [
         [None],
         {"": 1},
     ),
+    *("border", "vpt", "lorvp+lp_ft", "galore", "none", {"kind": "vqt"}, {"kind": "x"}, {"kind": []}, {"prompt_lr": 1}),
     *(
         {"a": {"b": []}},
         [1, "a", None],
@@ -120,7 +130,7 @@ VALUES: list[Any] = [
         ["a"] * 300,
     ),
     *(
-        {"uniform": [0, 1], "when": {"head": {"kind": "fm"}}},
+        {"uniform": [0, 1], "when": {"head.kind": "fm"}},
         {"log_uniform": [1e-300, 1e300]},
         {"x.y": 1},
         {"<<": {"a": 1}},
@@ -181,9 +191,20 @@ def spoilt_tree(text: str, dice: random.Random) -> str:
                 if another in other if isinstance(other, dict) else another < len(other):
                     node[key] = json.loads(json.dumps(other[another]))
             case 4 if isinstance(node, dict):
-                name = dice.choice(
-                    (key[:-1], f"{key}.{key}", key.upper(), dice.choice(("choice", "when", "", ".", "a.b")))
+                others = (
+                    "choice",
+                    "when",
+                    "",
+                    ".",
+                    "a.b",
+                    "kind",
+                    "method",
+                    "adapter",
+                    "optimizer",
+                    "head.init",
+                    "tokens",
                 )
+                name = dice.choice((key[:-1], f"{key}.{key}", key.upper(), dice.choice(others)))
                 node[name] = node.pop(key)
             case _:
                 node[key] = [node[key]]
