@@ -181,8 +181,8 @@ class Follower:
         to_beat = "" if self._to_beat is None or confirming else f", {number(self._to_beat)} to beat"
         summary = (
             f"{len(rows) + counts.total()} of {self._total} {trials} begun: {counts[State.FINISHED]} finished, "
-            f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; best so far {number(best)}{to_beat}; "
-            f"{self._time_left(self._total - counts.total())} left"
+            f"{counts[State.STOPPED]} stopped early, {counts[State.FAILED]} failed; "
+            f"best so far {number(best)}{to_beat}; {self._time_left(self._total - counts.total())} left"
         )
         return Group(table, summary)
 
