@@ -72,7 +72,7 @@ AlgorithmName = Annotated[str, _known(ALGORITHMS), _enum(ALGORITHMS)]
 RuleName = Annotated[str, _known(RULES), _enum(RULES)]
 MAX_CELLS = 100_000
 """Of a grid: nobody has trained as many, and a slip of the pen fills the memory."""
-DEFAULT_SEEDS = 3
+DEFAULT_SEEDS = 5
 """How many a confirmation has where its spec names none."""
 ABSENT = object()
 """In place of the value of an axis that a point does not have."""
@@ -215,7 +215,7 @@ class Confirm(Part):
     top: PositiveInt = Field(1, description="how many configs; with search.equal, of each value")
     seeds: Annotated[list[NonNegativeInt], Field(min_length=2)] | None = Field(
         None,
-        description="of the trial and of its data's order, none of them the search's; default: the three after those",
+        description="of the trial and of its data's order, none of them the search's; default: the five after those",
     )
 
     all_images: bool = Field(

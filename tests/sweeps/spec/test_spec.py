@@ -412,19 +412,19 @@ def test_only_the_confirmation_trains_on_the_validation_images(write):
     ("overrides", "seeds"),
     [
         ([], []),
-        (["confirm={}"], [1, 2, 3]),
+        (["confirm={}"], [1, 2, 3, 4, 5]),
         (["confirm={seeds: [4, 9]}"], [4, 9]),
-        (["confirm={}", "trial.init_seed=5"], [6, 7, 8]),
-        (["confirm={}", "trial.init_seed=3", "trial.order_seed=3"], [4, 5, 6]),
+        (["confirm={}", "trial.init_seed=5"], [6, 7, 8, 9, 10]),
+        (["confirm={}", "trial.init_seed=3", "trial.order_seed=3"], [4, 5, 6, 7, 8]),
         (["confirm={seeds: [0, 1]}", "trial.init_seed=3", "trial.order_seed=3"], [0, 1]),
-        (["confirm={}", "space.init_seed={choice: [2, 11]}"], [12, 13, 14]),
+        (["confirm={}", "space.init_seed={choice: [2, 11]}"], [12, 13, 14, 15, 16]),
         (["confirm={seeds: [3, 4]}", "space.init_seed={choice: [2, 11]}"], [3, 4]),
         (
             ["confirm={}", "space.order_seed={int: [0, 1000000000]}", "search={algorithm: tpe, trials: 5}"],
-            [10**9 + i for i in (1, 2, 3)],
+            [10**9 + i for i in (1, 2, 3, 4, 5)],
         ),
         (["confirm={seeds: [2, 4]}", "space.init_seed={int: [1, 5, 2]}"], [2, 4]),
-        (["confirm={}", "control.init_seed=[0, 4]", "control.method=linear_probe"], [5, 6, 7]),
+        (["confirm={}", "control.init_seed=[0, 4]", "control.method=linear_probe"], [5, 6, 7, 8, 9]),
     ],
 )
 def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
@@ -440,9 +440,9 @@ def test_seeds_that_confirm_have_not_chosen(write, overrides, seeds):
 @pytest.mark.parametrize(
     ("overrides", "count"),
     [
-        (["confirm={}"], 3 + 1),  # the control is fitted
-        (["confirm={top: 2}", "control.head.init=random", "control.method=linear_probe"], 2 * 3 + 3),
-        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: head.kind}"], 5 * 3),
+        (["confirm={}"], 5 + 1),  # the control is fitted
+        (["confirm={top: 2}", "control.head.init=random", "control.method=linear_probe"], 2 * 5 + 5),
+        (["confirm={top: 2}", "control=null", "search={algorithm: tpe, trials: 5, equal: head.kind}"], 5 * 5),
         (["confirm={top: 99, seeds: [1, 2]}", "control=null"], 30 * 2),
         ([], 0),
     ],
