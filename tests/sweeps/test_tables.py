@@ -208,6 +208,21 @@ def test_a_published_figure_is_of_the_same_method_prompt_and_mapping(trial: dict
     assert result.published(figures) is (None if key is None else figures[key])
 
 
+def test_learning_rates_are_those_of_the_parts_that_steps_train(tmp_path: Path):
+    """Of a head that was fitted to the end there is none, though its config has one."""
+    backbone = {"name": "vit_base_patch16_224.orig_in21k"}
+    parts = {"prompt": {"lr": 0.5}, "adapter": {"lr": 0.25}, "head": {"kind": "lp", "lr": 0.1}}
+    folder = unconfirmed(tmp_path / "other", method="ilm_vp+vpt", backbone=backbone, **parts)
+    rewrite(folder, '"lr": {}', '"lr": {"adapter": 0.2, "head": 0.1, "prompt": 0.3}')
+    (result,) = results.results(folder)
+    row = result.record(None)
+    assert [row[f"lr_{part}"] for part in ("prompt", "adapter", "head")] == [0.5, 0.25, 0.1]
+    assert tables.cells(result, None, [])["LR"] == "prompt 0.5, adapter 0.25, head 0.1"
+    rewrite(folder, '"head": 0.1, ', "")
+    (result,) = results.results(folder)
+    assert result.lrs() == {"prompt": 0.5, "adapter": 0.25}
+
+
 def test_datasets_by_their_stores():
     store = DatasetConfig(name="store", root="/data/tiny-imagenet-64")
     assert results.dataset(store) == "tiny-imagenet"
