@@ -34,7 +34,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lorvp.config import TrialConfig
+from lorvp.errors import UserError
+from lorvp.utils.explain import explain
 from lorvp.utils.files import create, link_or_copy, read_line, write_json
 
 NEWS, RESULTS = "news", "results.jsonl"
@@ -247,8 +251,12 @@ class TrialFolder:
 
     @cached_property
     def config(self) -> TrialConfig:
-        """The trial's config."""
-        return TrialConfig.model_validate_json((self.path / "config.json").read_text())
+        """The trial's config. Raises UserError for one of another version."""
+        try:
+            return TrialConfig.model_validate_json((self.path / "config.json").read_text())
+        except ValidationError as error:
+            key = ".".join(map(str, explain(error, TrialConfig)[0]))
+            raise UserError(f"{self.path}: its {key} is not this version's; read it with the one it is of") from None
 
     def newest(self) -> Attempt | None:
         """Find the newest attempt; None before the first."""

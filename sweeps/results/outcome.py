@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from lorvp.utils.explain import explain
 from sweeps import lock
 from sweeps.folder import read_spec
 from sweeps.results import confirm
@@ -38,11 +34,7 @@ class Outcome:
         driver = lock.holder(spec.folder)
         if driver:
             raise UserError(f"{folder}: still running, by {driver}; wait for its end")
-        try:
-            board = Leaderboard.read(spec)
-        except ValidationError as error:
-            key = ".".join(map(str, explain(error, TrialConfig)[0]))
-            raise UserError(f"{folder}: a trial's {key} is not this version's; read it with the one it is of") from None
+        board = Leaderboard.read(spec)
         choices = confirm.chosen(spec) if spec.confirm else None
         outcome = cls(sweep_id, spec, board, Comparison.of(board, choices) if choices is not None else None)
         if outcome.best() is None:

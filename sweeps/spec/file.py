@@ -235,8 +235,8 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
         for i, value in enumerate(axis.examples()):
             listed = axis.choice is not None and axis.ranges is None
             check(spec.example({name: value}), ("space", name, *(("choice", i) if listed else ())))
-            if name == spec.search.equal:
-                _check_spelling(spec, name, i, fail)
+    if spec.search.equal is not None:
+        _check_arms(spec, spec.search.equal, fail)
     _check_used(spec, unused, fixed, fail)
     for i, name in enumerate(spec.early_stopping.within or []):
         if name not in spec.space:
@@ -252,6 +252,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
         if value == []:
             fail(("control", key), "an empty list; give at least one value")
     if spec.control:
+        _check_control(spec, fail)
         try:
             problem = next(filter(None, (_problem(config, known) for config in spec.control_configs())), None)
         except ValidationError as error:
@@ -262,6 +263,17 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             if dotted in spec.control:
                 fail(("control", dotted), message)
             fail(("control",), f"{dotted}: {message}" if dotted else message)
+
+
+def _check_control(spec: Spec, fail: Fail) -> None:
+    """Check that each key of `control` has an effect in one of its trials."""
+    unused = dict.fromkeys(spec.control or {}, "")
+    for cell in spec.control_cells():
+        with suppress(ValidationError):  # said by the caller
+            _keep_unused(unused, spec.resolve(cell)[1])
+    for key, reason in unused.items():
+        if reason:
+            fail(("control", key), f"no control has a use for it: {reason}")
 
 
 def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail) -> None:
@@ -309,15 +321,20 @@ def _problem(
     return (tuple(filter(None, problem[0].split("."))), problem[1]) if problem else None
 
 
-def _check_spelling(spec: Spec, name: str, place: int, fail: Fail) -> None:
-    """Check that a trial has the value as it is spelt, since it tells which arm the trial belongs to."""
-    value = spec.space[name].examples()[place]
-    try:
-        actual = spec.params(spec.trial_config(spec.example({name: value}))).get(name)
-    except ValidationError:  # with others it may be valid
-        return
-    if actual != value:
-        fail(("space", name, "choice", place), f"search.equal needs it as a trial has it: {actual!r}, not {value!r}")
+def _check_arms(spec: Spec, name: str, fail: Fail) -> None:
+    """Check that trials have the values of `search.equal` as they are spelt, since these tell a trial's arm."""
+    choices = {other: axis.choice for other, axis in spec.space.items() if axis.choice is not None and other != name}
+    for place, value in enumerate(spec.space[name].examples()):
+        for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
+            wanted = dict(zip(choices, values, strict=True)) | {name: value}
+            point = {key: chosen for key, chosen in wanted.items() if active(spec.space[key], wanted)}
+            with suppress(ValidationError):  # values that don't go together
+                actual = spec.params(spec.trial_config(spec.example(point))).get(name)
+                if actual != value:
+                    others = ", ".join(f"{key} {chosen}" for key, chosen in point.items() if key != name)
+                    beside = f" beside {others}" if others else ""
+                    message = f"search.equal needs it as a trial has it: {actual!r}, not {value!r}{beside}"
+                    fail(("space", name, "choice", place), message)
 
 
 def dotted_keys(model: type[Part], prefix: str = "") -> list[str]:

@@ -25,7 +25,7 @@ from lorvp.config import TrialConfig
 from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig, Part, absolute, flatten, kinds
 from lorvp.presets import LINEAR_PROBE
 from lorvp.utils import plugins
-from lorvp.utils.explain import located
+from lorvp.utils.explain import closest, located
 
 
 def _scalar(value: Any) -> Any:
@@ -58,7 +58,7 @@ ALGORITHMS, RULES = "sweeps.search.algorithms", "sweeps.search.stopping_rules"
 def _known(package: str) -> AfterValidator:
     def check(name: str) -> str:
         if name not in plugins.names(package):
-            raise ValueError(f"unknown name {name!r}; one of {', '.join(plugins.names(package))}")
+            raise ValueError(f"unknown name {name!r}{closest(name, list(plugins.names(package)))}")
         return name
 
     return AfterValidator(check)
@@ -425,10 +425,12 @@ class Spec(Part):
         learned = [name for name, kind in kinds("head").items() if issubclass(kind, LearnedHeadConfig)]
         heads = [name for name in mappings if name in learned] or ["lp"]
         cells = [FITTED_HEAD | {"head.kind": head} for head in heads]
-        if self.control:
-            lists = [value if isinstance(value, list) else [value] for value in self.control.values()]
-            cells += [dict(zip(self.control, cell, strict=True)) for cell in itertools.product(*lists)]
-        return [self.trial_config(cell) for cell in cells]
+        return [self.trial_config(cell) for cell in [*cells, *self.control_cells()]]
+
+    def control_cells(self) -> list[dict[str, Scalar]]:
+        """Return every combination of the lists of `control`: none where it has no keys."""
+        lists = [value if isinstance(value, list) else [value] for value in (self.control or {}).values()]
+        return [dict(zip(self.control or {}, cell, strict=True)) for cell in itertools.product(*lists)] if lists else []
 
     def modules(self) -> set[Path]:
         """Return the files of the user's own that its trials' backbones are registered by."""

@@ -154,7 +154,7 @@ def of_the_earlier_form(spec: Spec) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (of_the_earlier_form, "a trial's label_mapping is not this version's; read it with the one it is of"),
+        (of_the_earlier_form, "its label_mapping is not this version's; read it with the one it is of"),
         (only_failures, "no trial finished (failed: "),
         (of_another_version, "another version of this project wrote it"),
         (lambda spec: (spec.folder / RECORD).unlink(), "no such sweep; "),

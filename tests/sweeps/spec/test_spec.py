@@ -67,7 +67,7 @@ BROKEN = {
     "grid over a range": ("{choice: [1e-3, 0.1]}", "{uniform: [0.1, 0.2]}", ":9: space.prompt.lr: a grid takes choice and int axes only"),
     "cmaes with categories": ("algorithm: grid", "algorithm: cmaes, trials: 4", ":7: space.head.kind: cmaes can't take categories"),
     "search without trials": ("algorithm: grid", "algorithm: tpe", ":11: search: tpe needs trials"),
-    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: unknown name 'grdi'; one of cmaes, gp, grid, random, tpe"),
+    "unknown algorithm": ("algorithm: grid", "algorithm: grdi", ":11: search.algorithm: unknown name 'grdi'; did you mean grid?"),
     "wrong number of cells": ("algorithm: grid", "algorithm: grid, trials: 7", ":11: search.trials: this grid has 30 cells"),
     "grace longer than a trial": ("grace_epochs: 2", "grace_epochs: 9", ":12: early_stopping.grace_epochs: must be at most epochs, which is 4"),
     "unknown objective": ("name: good", "name: good\nobjective: val_acc", ":2: objective: Input should be 'val_top1'"),
@@ -709,3 +709,24 @@ def test_a_shell_completes_what_can_be_set():
 def test_anchors_and_merge_keys_are_read(write):
     spec = spec_file.load(write("  epochs: 4", "  <<: [&long {epochs: 9}, {batch_size: 8}]\n  <<: *long"))
     assert (spec.trial["epochs"], spec.trial["batch_size"]) == (9, 8)
+
+
+def test_an_arm_that_another_axis_renames_is_refused(write):
+    """Fine-tuning from a fitted head is lp_ft, so that no arm would have those trials."""
+    space = "  method: {choice: [lorvp, fine_tuning]}\n  head.init: {choice: [random, fitted]}\n"
+    text = GOOD[GOOD.index("  head.kind") : GOOD.index("search:")]
+    search = "search={algorithm: tpe, trials: 6, equal: method}"
+    with pytest.raises(UserError, match=r"space.method.choice\[1\]: .* 'lp_ft', not 'fine_tuning' beside head.init fi"):
+        spec_file.load(write(text, space), [search, "trial.head={kind: lp}"])
+    apart = space.replace("fitted]}", "fitted], when: {method: lorvp}}")
+    assert list(spec_file.load(write(text, apart), [search, "trial.head={kind: lp}"]).arms()) == [
+        "lorvp",
+        "fine_tuning",
+    ]
+
+
+def test_a_control_has_no_key_without_effect(write):
+    with pytest.raises(UserError, match=r"control.prompt.pad: no control has a use for it: it belongs to kind border"):
+        spec_file.load(write(), ["control.prompt.pad=10"])
+    spec = spec_file.load(write(), ["control.prompt.pad=10", "control.prompt.kind=[low_rank, border]"])
+    assert [config.values().get("prompt.pad") for config in spec.control_configs()[-2:]] == [None, 10]
