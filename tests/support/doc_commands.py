@@ -42,8 +42,8 @@ def _command(line: str) -> str:
 
 
 def is_python(line: str) -> bool:
-    """Whether a line is a statement, and not a command or its output."""
+    """Whether a line is a statement, and not a command or its output; a bare annotation is a key of YAML."""
     try:
-        return bool(PYTHON.match(line)) and bool(ast.parse(line))
+        return bool(PYTHON.match(line)) and not isinstance(ast.parse(line).body[0], ast.AnnAssign)
     except SyntaxError:
         return False
