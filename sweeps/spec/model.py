@@ -34,9 +34,16 @@ def _scalar(value: Any) -> Any:
     return value
 
 
+def _one_or_more(value: Any) -> list[Any]:
+    values = [_scalar(one) for one in (value if isinstance(value, list) else [value])]
+    if not values:
+        raise ValueError("needs at least one value")
+    return values
+
+
 # Not a union: pydantic would name each of its members in an error.
 Scalar = Annotated[Any, AfterValidator(_scalar)]
-OneOrMore = Annotated[Any, AfterValidator(lambda v: [_scalar(one) for one in (v if isinstance(v, list) else [v])])]
+OneOrMore = Annotated[Any, AfterValidator(_one_or_more)]
 FITTED_HEAD = {
     "method": LINEAR_PROBE,
     "prompt.kind": "none",
@@ -172,10 +179,12 @@ class Axis(Part):
         """Return the values that must be valid for all of the axis to be."""
         return self.choice or list(self.bounds)
 
-    def contains(self, value: float) -> bool:
+    def contains(self, value: Scalar) -> bool:
         """Return whether the search may give it this value."""
         if self.choice is not None:
             return value in self.choice
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
         low, high = self.bounds
         step = self.integers[2] if self.integers is not None and len(self.integers) == 3 else 1
         return low <= value <= high and (self.integers is None or (value - low) % step == 0)

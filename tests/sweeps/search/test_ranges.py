@@ -116,3 +116,8 @@ def test_values_under_no_condition_are_pinned_by_set(tmp_path):
         for name in ENDS
     }
     assert momenta == {"adam": None, "sgd": 0.5}
+
+
+def test_a_condition_names_a_value(tmp_path):
+    with pytest.raises(UserError, match="needs at least one value"):
+        load(tmp_path, SPEC.replace("when: {prompt.optimizer: sgd}", "when: {prompt.optimizer: []}"))

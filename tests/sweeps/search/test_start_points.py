@@ -89,6 +89,8 @@ def test_others_start_as_they_do(tmp_path, algorithm):
         ("search.try_first=[{prompt.rang: 1}]", "no such axis in space; did you mean prompt.rank"),
         ("search.try_first=[{prompt.rank: 9}]", "9 is not a value of this axis"),
         ("search.try_first=[{prompt.rank: [9]}]", "must be a single number"),
+        ("search.try_first=[{prompt.lr: much}]", "'much' is not a value of this axis"),
+        ("search.try_first=[{head.kind: 3}]", "3 is not a value of this axis"),
     ],
 )
 def test_points_that_are_none_are_refused_in_one_line(tmp_path, override, message):

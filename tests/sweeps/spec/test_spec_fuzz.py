@@ -20,7 +20,22 @@ from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 
 SWEEPS = sorted(path for path in Path(launch.__file__).parent.glob("*.yaml") if path.name != "published.yaml")
-TEXTS = [GOOD] * 8 + [path.read_text() for path in SWEEPS]
+RANGES = """\
+name: ranges
+trial:
+  backbone: {name: lorvp_tiny_32.cifar10}
+  dataset: {name: digits}
+  epochs: 4
+space:
+  prompt.optimizer: {choice: [adam, sgd]}
+  prompt.lr:
+    - {log_uniform: [0.003, 0.03], when: {prompt.optimizer: adam}}
+    - {log_uniform: [0.05, 0.5], when: {prompt.optimizer: [sgd]}}
+  head.refit: {choice: [true, false]}
+search: {algorithm: tpe, trials: 8, try_first: [{prompt.lr: 0.1, prompt.optimizer: sgd}]}
+early_stopping: {rule: asha, grace_epochs: 2, within: [prompt.optimizer]}
+"""
+TEXTS = [GOOD] * 8 + [RANGES] * 4 + [path.read_text() for path in SWEEPS]
 """Mostly the short one: of the long ones, a mutation hits a comment as often as not."""
 MUTATIONS = 5000
 
@@ -130,6 +145,9 @@ VALUES: list[Any] = [
         ["a"] * 300,
     ),
     *(
+        [{"uniform": [0, 1], "when": {"head.kind": "fm"}}, {"uniform": [2, 3], "when": {"head.kind": "lp"}}],
+        {"ranges": [{"choice": [1], "when": {"a": 1}}, {"uniform": [2, 3]}]},
+        [{"prompt.lr": 0.01}, {"prompt.lr": "x"}],
         {"uniform": [0, 1], "when": {"head.kind": "fm"}},
         {"log_uniform": [1e-300, 1e300]},
         {"x.y": 1},
