@@ -411,11 +411,12 @@ class Spec(Part):
             key = self._inherited(name, values)
             if key is not None:
                 params[name] = values[key]
+                params.pop(key, None)  # an axis that this trial does not have
         return {name: params[name] for name in self.space if name in params}
 
     def _inherited(self, name: str, values: dict[str, Any]) -> str | None:
         """Return the key of a part whose value, in a trial with `values`, comes from the axis `name`; else None."""
-        if not name.startswith(SHARED):
+        if not name.startswith(SHARED) or not active(self.space[name], values):
             return None
         option = name.removeprefix(SHARED).replace("name", "optimizer")
         own = flatten(self.trial).keys() | {other for other, axis in self.space.items() if active(axis, values)}

@@ -730,3 +730,21 @@ def test_a_control_has_no_key_without_effect(write):
         spec_file.load(write(), ["control.prompt.pad=10"])
     spec = spec_file.load(write(), ["control.prompt.pad=10", "control.prompt.kind=[low_rank, border]"])
     assert [config.values().get("prompt.pad") for config in spec.control_configs()[-2:]] == [None, 10]
+
+
+def test_a_shared_rate_is_not_a_parts_too(write):
+    """Under one condition the adapter has an axis of its own, under another it takes the shared one."""
+    space = """\
+  method: {choice: [vpt, fine_tuning]}
+  adapter.lr: {log_uniform: [0.01, 1], when: {method: vpt}}
+  optimizer.lr: {log_uniform: [0.0003, 0.03], when: {method: fine_tuning}}
+  head.lr: {choice: [0.1]}
+"""
+    overrides = ["trial.backbone.name=lorvp_tiny_vit_32.cifar10", "search={algorithm: tpe, trials: 6}"]
+    text = GOOD[GOOD.index("  head.kind") : GOOD.index("search:")]
+    spec = spec_file.load(write(text, space), [*overrides, "trial.head={kind: lp}"])
+    for point in (
+        {"method": "vpt", "adapter.lr": 0.5, "head.lr": 0.1},
+        {"method": "fine_tuning", "optimizer.lr": 0.001, "head.lr": 0.1},
+    ):
+        assert spec.params(spec.trial_config(point)) == point
