@@ -406,7 +406,12 @@ class Spec(Part):
     def params(self, config: TrialConfig) -> dict[str, Scalar]:
         """Return where a trial lies in the space: its values on the axes that matter to it."""
         values = config.values()
-        params = {name: values[name] for name in self.space if name in values}
+        params = {
+            name: values[name]
+            for name, axis in self.space.items()
+            if name in values
+            and (active(axis, values) or axis.contains(values[name]))  # else a fixed value, outside it
+        }
         for name in self.space:
             key = self._inherited(name, values)
             if key is not None:
