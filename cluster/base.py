@@ -7,27 +7,29 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from cluster import snapshot
 from cluster.profile import KINDS, Profile
 from cluster.trial_folder import JobState, TrialFolder
-from lorvp.errors import UserError
 
 
 class Cluster(ABC):
     """Start jobs of the sweep in the folder `sweep`, and say what became of them."""
 
-    jobs_in_flight: int
-    """Jobs that wait or run at the same time, at most."""
-    trials_per_job: int
-    """Trials that a job takes, one after the other."""
-    pack: int | str
-    """Trials that a job trains together; or auto."""
-    max_submissions: int
-    """Starts of a trial, at most."""
+    runs_drivers: ClassVar[bool] = False
+    """Whether a driver can be a job: whether there is `submit_driver`."""
 
-    @abstractmethod
-    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None: ...
+    def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
+        self.folder = sweep / "jobs"
+        self.jobs_in_flight = profile.jobs_in_flight or concurrent
+        """Jobs that wait or run at the same time, at most."""
+        self.trials_per_job = profile.trials_per_job
+        """Trials that a job takes, one after the other."""
+        self.pack = pack
+        """Trials that a job trains together; or auto."""
+        self.max_submissions = self.starts_allowed(profile)
+        """Starts of a trial, at most."""
 
     @abstractmethod
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
@@ -62,11 +64,11 @@ class Cluster(ABC):
 
     @staticmethod
     def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
-        """Submit the sweep's driver as a job, with the arguments of `sweeps/launch.py`; return its id and its log.
+        """Submit the driver of the sweep in the folder `sweep` as a job; return its id, and its log.
 
-        Raises UserError where drivers can't be jobs, and OSError when the job is refused.
+        `arguments` are those of `sweeps/launch.py`. Raises OSError when the job is refused.
         """
-        raise UserError(f"a profile of kind {profile.kind} can't run the driver as a job")
+        raise NotImplementedError
 
 
 def cluster_class(profile: Profile) -> type[Cluster]:

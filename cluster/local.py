@@ -30,12 +30,8 @@ class LocalCluster(Cluster):
     """Starts a process per job, and gives each the GPU that the fewest of them use, where there is one."""
 
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
-        self.folder = sweep / "jobs"
+        super().__init__(profile, sweep, sweep_id, concurrent, pack)
         self.python = snapshot.python(sweep / "code", by_shell=False)  # submitit starts it without one
-        self.trials_per_job = profile.trials_per_job
-        self.pack = pack
-        self.jobs_in_flight = profile.jobs_in_flight or concurrent
-        self.max_submissions = self.starts_allowed(profile)
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.jobs_in_flight)
         self._gpu_of: dict[str, str] = {}
 

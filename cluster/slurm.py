@@ -51,14 +51,12 @@ class SlurmCluster(Cluster):
     rename it.
     """
 
+    runs_drivers = True
+
     def __init__(self, profile: Profile, sweep: Path, sweep_id: str, concurrent: int, pack: int | str) -> None:
+        super().__init__(profile, sweep, sweep_id, concurrent, pack)
         self.profile = profile
-        self.folder = sweep / "jobs"
         self.python = snapshot.python(sweep / "code", profile.container)
-        self.trials_per_job = profile.trials_per_job
-        self.pack = pack
-        self.jobs_in_flight = profile.jobs_in_flight or concurrent
-        self.max_submissions = self.starts_allowed(profile)
         self.name = sweep_name(sweep_id)
         self._states: dict[str, JobState] = {}
         self._ended_states: dict[str, JobState] = {}  # what accounting says of jobs that the controller has forgotten
@@ -87,8 +85,34 @@ class SlurmCluster(Cluster):
 
     @staticmethod
     def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
-        """Submit the sweep's driver as a job, as `submit_driver` does."""
-        return submit_driver(profile, sweep, sweep_id, arguments)
+        """Submit the driver of the sweep in the folder `sweep` as a job; return its id, and its log.
+
+        `arguments` are those of `sweeps/launch.py`. It runs where it is submitted from, as paths may be relative to
+        there, and is told by SIGUSR2 that its time limit nears. Raises OSError with sbatch's own words.
+        """
+        driver = profile.driver
+        log = sweep / "driver-%j.log"
+        options = {
+            "job-name": f"{sweep_name(sweep_id)}-driver",
+            "partition": driver.partition or profile.partition,
+            "account": profile.account,
+            "qos": profile.qos,
+            "cpus-per-task": driver.cpus,
+            "mem": f"{round(1024 * driver.memory_gb)}M",
+            "time": driver.time_limit_minutes,
+            "signal": f"B:USR2@{min(120, 60 * driver.time_limit_minutes // 3)}",
+            "output": log,
+            "open-mode": "append",
+            "requeue": True,
+        }
+        _drop_memory_default(driver.sbatch, options)
+        options |= driver.sbatch
+        command = ["sbatch", "--parsable"]
+        command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
+        lines = [*profile.setup, f"exec {snapshot.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
+        slurm_commands.show_variables(profile.slurm_variables)
+        job_id = slurm_commands.parse_job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
+        return job_id, Path(str(log).replace("%j", job_id))
 
     def submit(self, trials: Sequence[TrialFolder], exclude: str) -> None:
         """Submit a job for each of `trials`, as arrays of at most `array_chunk`, and notes its id in the folder.
@@ -262,37 +286,6 @@ def _drop_memory_default(user_options: SbatchOptions, parameters: dict[str, Any]
     """Take out how much memory we would ask for where the user does so, in whichever way."""
     if MEMORY_OPTIONS & user_options.keys():
         del parameters["mem"]
-
-
-def submit_driver(profile: Profile, sweep: Path, sweep_id: str, arguments: Sequence[str]) -> tuple[str, Path]:
-    """Submit the driver of the sweep in the folder `sweep` as a job; its id, and its log.
-
-    `arguments` are those of `sweeps/launch.py`. It runs where it is submitted from, as paths may be relative to there,
-    and is told by SIGUSR2 that its time limit nears. Raises OSError with sbatch's own words.
-    """
-    driver = profile.driver
-    log = sweep / "driver-%j.log"
-    options = {
-        "job-name": f"{sweep_name(sweep_id)}-driver",
-        "partition": driver.partition or profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "cpus-per-task": driver.cpus,
-        "mem": f"{round(1024 * driver.memory_gb)}M",
-        "time": driver.time_limit_minutes,
-        "signal": f"B:USR2@{min(120, 60 * driver.time_limit_minutes // 3)}",
-        "output": log,
-        "open-mode": "append",
-        "requeue": True,
-    }
-    _drop_memory_default(driver.sbatch, options)
-    options |= driver.sbatch
-    command = ["sbatch", "--parsable"]
-    command += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value]
-    lines = [*profile.setup, f"exec {snapshot.python(sweep / 'code')} -u -m sweeps.launch {shlex.join(arguments)}"]
-    slurm_commands.show_variables(profile.slurm_variables)
-    job_id = slurm_commands.parse_job_id(slurm_commands.run(*command, "--wrap", "\n".join(lines)))
-    return job_id, Path(str(log).replace("%j", job_id))
 
 
 def requeue_this_job() -> None:

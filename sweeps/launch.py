@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster import profile as profiles
-from cluster.base import Cluster, cluster_class, make_cluster
+from cluster.base import cluster_class, make_cluster
 from cluster.job_manager import JobManager
 from cluster.snapshot import snapshot
 from lorvp import __version__
@@ -124,7 +124,7 @@ def main(
 def start_detached(spec: Spec, sweep_id: str, file: Path, options: list[str]) -> None:
     """Submit a driver that goes on with the sweep just begun. Raises UserError where it can't be a job."""
     profile = profiles.load(spec.cluster)
-    if cluster_class(profile).submit_driver is Cluster.submit_driver:
+    if not cluster_class(profile).runs_drivers:
         raise UserError(f"cluster: {spec.cluster} is of kind {profile.kind}, which can't run the driver as a job")
     with replacing(spec.folder / "spec.yaml") as temporary:  # the user's own may be edited before the job starts
         shutil.copyfile(file, temporary)

@@ -13,7 +13,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from cluster import slurm_commands
 from cluster.job_manager import JobManager
 from cluster.profile import Profile
-from cluster.slurm import UNLISTED, SlurmCluster, submit_driver
+from cluster.slurm import UNLISTED, SlurmCluster
 from cluster.trial_folder import JobState, TrialFolder
 
 ANSWERS = {"scontrol": "echo MaxArraySize = 1001", "srun": "exit 0", "squeue": "exit 0", "scancel": "exit 0"}
@@ -202,7 +202,7 @@ def test_memory_that_the_user_asks_for_takes_the_place_of_ours(answering, tmp_pa
     profile = Profile(kind="slurm", sbatch={option: "7G"}, driver={"sbatch": {option: "3G"}})
     assert re.findall(r"--(mem.*)=(\w+)", SlurmCluster.batch_file(profile, tmp_path)) == [(option, "7G")]
     answering(sbatch=f'echo "$*" > {tmp_path}/asked; echo 7')
-    submit_driver(profile, tmp_path, "0123456789", [])
+    SlurmCluster.submit_driver(profile, tmp_path, "0123456789", [])
     assert re.findall(r"--(mem\S*)=(\w+)", (tmp_path / "asked").read_text()) == [(option, "3G")]
 
 
