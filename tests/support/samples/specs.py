@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from sweeps.spec import file as spec_file
+from sweeps.spec.model import Spec
+
 GOOD = """\
 name: good
 trial:
@@ -16,3 +21,9 @@ space:
 search: {algorithm: grid}
 early_stopping: {rule: asha, grace_epochs: 2}
 """
+
+
+def load(folder: Path, text: str, *overrides: str) -> Spec:
+    """Read a spec of that text, from a file in `folder`."""
+    (folder / "sweep.yaml").write_text(text)
+    return spec_file.load(folder / "sweep.yaml", overrides)

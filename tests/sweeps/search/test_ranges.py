@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from support.samples.specs import load
 
 from lorvp.errors import UserError
 from sweeps.search.suggest import SpecSearch
-from sweeps.spec import file as spec_file
-from sweeps.spec.model import Spec
 
 SPEC = """\
 name: ranges
@@ -29,11 +26,6 @@ GRID = SPEC.replace("log_uniform: [0.003, 0.03]", "choice: [0.003, 0.03]").repla
     "log_uniform: [0.05, 0.5]", "choice: [0.05, 0.1, 0.5]"
 )
 ENDS = {"adam": (0.003, 0.03), "sgd": (0.05, 0.5)}
-
-
-def load(folder: Path, text: str = SPEC, *overrides: str) -> Spec:
-    (folder / "sweep.yaml").write_text(text)
-    return spec_file.load(folder / "sweep.yaml", overrides)
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "random", "gp"])
@@ -57,7 +49,7 @@ def test_each_condition_has_its_range_and_is_resumed(tmp_path, algorithm):
 
 def test_optuna_tells_the_ranges_apart(tmp_path):
     """Each is a parameter of its own, so that a model of one range learns nothing from the other's values."""
-    spec = load(tmp_path)
+    spec = load(tmp_path, SPEC)
     search = SpecSearch(spec)
     for i in range(12):
         search.suggest(str(i))
@@ -79,7 +71,7 @@ def test_a_grid_takes_the_cells_of_each_range(tmp_path):
 
 
 def test_whoever_asks_for_the_axis_alone_sees_it_whole(tmp_path):
-    axis = load(tmp_path).space["prompt.lr"]
+    axis = load(tmp_path, SPEC).space["prompt.lr"]
     assert (axis.bounds, axis.log_uniform, axis.choice) == ((0.003, 0.5), (0.003, 0.5), None)
     assert load(tmp_path, GRID).space["prompt.lr"].choice == [0.003, 0.03, 0.05, 0.1, 0.5]
     mixed = SPEC.replace("log_uniform: [0.05", "uniform: [0.05")

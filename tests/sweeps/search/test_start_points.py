@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+from support.samples import specs
 
 from lorvp.errors import UserError
 from sweeps.search.start_points import start_points
 from sweeps.search.suggest import SpecSearch
-from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 
 SPEC = """\
@@ -29,8 +29,7 @@ search: {algorithm: tpe, trials: 40}
 
 
 def load(folder: Path, *overrides: str) -> Spec:
-    (folder / "sweep.yaml").write_text(SPEC)
-    return spec_file.load(folder / "sweep.yaml", overrides)
+    return specs.load(folder, SPEC, *overrides)
 
 
 def suggested(spec: Spec, count: int, again: list | tuple = ()) -> list:

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.samples import specs
 
 from lorvp.errors import UserError
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.tune_trial import SCORE
-from sweeps.spec import file as spec_file
 from sweeps.spec.model import Spec
 
 SPEC = """\
@@ -30,8 +30,7 @@ early_stopping: {rule: asha, grace_epochs: 1, reduction_factor: 2}
 
 
 def load(folder: Path, *overrides: str) -> Spec:
-    (folder / "sweep.yaml").write_text(SPEC)
-    return spec_file.load(folder / "sweep.yaml", overrides)
+    return specs.load(folder, SPEC, *overrides)
 
 
 def decisions(spec: Spec, trials: list[tuple[dict[str, Any], float]]) -> list[str]:
