@@ -38,7 +38,7 @@ from pydantic import ValidationError
 
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from lorvp.utils.explain import explain
+from lorvp.utils.explain import dotted, explain
 from lorvp.utils.files import create, link_or_copy, read_line, write_json
 
 NEWS, RESULTS = "news", "results.jsonl"
@@ -255,7 +255,7 @@ class TrialFolder:
         try:
             return TrialConfig.model_validate_json((self.path / "config.json").read_text())
         except ValidationError as error:
-            key = ".".join(map(str, explain(error, TrialConfig)[0]))
+            key = dotted(explain(error, TrialConfig)[0])
             raise UserError(f"{self.path}: its {key} is not this version's; read it with the one it is of") from None
 
     def newest(self) -> Attempt | None:

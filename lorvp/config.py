@@ -307,10 +307,11 @@ class TrialConfig(Part):
     @classmethod
     def _is_of_this_form(cls, values: Any) -> Any:
         """Refuse the keys of the earlier form, and say how they are written now."""
-        flat = flatten(values) if isinstance(values, dict) else {}
-        for key, now in EARLIER.items():
-            if any(given == key or given.startswith(f"{key}.") for given in flat):
-                raise PydanticCustomError("earlier_form", "{reason}", {"key": key, "reason": earlier_form(key, now)})
+        for given in flatten(values) if isinstance(values, dict) else ():
+            earlier = of_earlier_form(given)
+            if earlier is not None:
+                key, reason = earlier
+                raise PydanticCustomError("earlier_form", "{reason}", {"key": key, "reason": reason})
         return values
 
     @field_validator("preset")
@@ -408,8 +409,8 @@ class TrialConfig(Part):
             part: Part = self
             for parent in parents:
                 part = getattr(part, parent)
-            conditions = [one for one in type(part).model_fields[name].metadata if isinstance(one, OnlyIf)]
-            default = conditions[0].default if conditions else type(part).model_fields[name].default
+            condition = part.conditional_options().get(name)
+            default = type(part).model_fields[name].default if condition is None else condition.default
             if getattr(part, name) not in (default, None):
                 raise no_effect(key, f"{reason}: leave it out")
 
@@ -532,6 +533,9 @@ EARLIER = {
 """Keys of configs before prompt, adapter and head were parts, and what is written in their place."""
 
 
-def earlier_form(key: str, now: str) -> str:
-    """Return the error about a key of the earlier form."""
-    return f"{key} is of an earlier form: write {now}"
+def of_earlier_form(key: str) -> tuple[str, str] | None:
+    """Return the key of the earlier form that a dotted path is or lies in, and the error about it; None if it isn't."""
+    for earlier, now in EARLIER.items():
+        if key == earlier or key.startswith(f"{earlier}."):
+            return earlier, f"{earlier} is of an earlier form: write {now}"
+    return None

@@ -7,6 +7,7 @@ imports no torch. The module beside it holds the code.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -88,7 +89,9 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def _conditions(cls) -> dict[str, OnlyIf]:
+    @functools.cache
+    def conditional_options(cls) -> dict[str, OnlyIf]:
+        """Return the options that have an effect only beside certain values of others."""
         return {
             name: condition
             for name, field in cls.model_fields.items()
@@ -98,7 +101,7 @@ class Part(BaseModel):
 
     @model_validator(mode="after")
     def _resolve_conditions(self) -> Part:
-        for name, condition in self._conditions().items():
+        for name, condition in self.conditional_options().items():
             if not condition.applies(self):
                 if getattr(self, name) is not None:
                     raise no_effect(name, f"{condition.reason}: leave it out")
@@ -109,7 +112,7 @@ class Part(BaseModel):
     @model_serializer(mode="wrap")
     def _leave_out_without_effect(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        idle = {name for name, condition in self._conditions().items() if not condition.applies(self)}
+        idle = {name for name, condition in self.conditional_options().items() if not condition.applies(self)}
         return {name: value for name, value in values.items() if name not in idle}
 
 
@@ -193,6 +196,20 @@ class TrainedPromptConfig(PromptConfig, TrainedByOptimizer):
         """Raise ValueError for a gradient whose norm is set twice."""
         if self.normalize_grad and self.clip_grad_norm is not None:
             raise ValueError("prompt.normalize_grad makes the norm 1: prompt.clip_grad_norm must be null")
+
+
+class OneTensorPromptConfig(TrainedPromptConfig):
+    """Base class of the options of a prompt whose values are all initialised alike."""
+
+    init: Init = Field("zero", description="initial values")
+    init_std: Annotated[
+        PositiveFloat | None,
+        OnlyIf(
+            lambda part: part.init in ("normal", "uniform"),
+            "only normal and uniform initial values have a deviation",
+            0.01,
+        ),
+    ] = Field(None, description="deviation of normal initial values, or half the width of uniform ones; default: 0.01")
 
 
 class AdapterConfig(Kind):

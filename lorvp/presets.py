@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lorvp.parts import AdapterConfig, HeadConfig, Kind, PromptConfig, kinds
@@ -46,10 +47,12 @@ def name_of(prompt: PromptConfig, adapter: AdapterConfig, head: HeadConfig) -> s
     return "+".join(part for part in parts if part is not None) or LINEAR_PROBE
 
 
+@functools.cache
 def _prompts() -> dict[str, Parts]:
     return {name: {"prompt": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("prompt").items()}
 
 
+@functools.cache
 def _adapters() -> dict[str, Parts]:
     own = {name: {"adapter": {"kind": kind.model_fields["kind"].default}} for name, kind in _named("adapter").items()}
     return own | {LP_FT: own["fine_tuning"] | {"head": FITTED}}

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorvp.errors import UserError
-from lorvp.utils.explain import explain
+from lorvp.utils.explain import dotted, explain
 from sweeps.spec.model import Spec
 
 RECORD = "sweep.json"
@@ -35,7 +35,7 @@ def read_spec(folder: Path) -> tuple[str, Spec]:
         spec = Spec.model_validate(values["spec"])
     except ValidationError as error:
         location, message = explain(error, Spec)
-        key = ".".join(map(str, location))
+        key = dotted(location)
         raise UserError(f"{folder / RECORD}: {key}: {message}; another version of this project wrote it") from None
     place = folder.absolute()
     return values["id"], spec.model_copy(update={"output": place.parent, "name": place.name})

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, StrictStr, ValidationError
 
 from lorvp.config import TrialConfig
 from lorvp.errors import UserError
-from lorvp.utils.explain import explain
+from lorvp.utils.explain import dotted, explain
 
 FORMAT_VERSION = 4
 TENSORS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -58,7 +58,7 @@ def describe(folder: Path) -> dict[str, Any]:
         _Description.model_validate(description)
     except ValidationError as error:
         location, message = explain(error, _Description)
-        raise UserError(f"{path}: {'.'.join(map(str, location))}: {message}") from None
+        raise UserError(f"{path}: {dotted(location)}: {message}") from None
     contents: dict[str, Any] = description
     return contents
 

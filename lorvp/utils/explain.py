@@ -48,6 +48,11 @@ def located(error: ErrorDetails, model: type[BaseModel]) -> Location:
     return (*keys, *(named.split(".") if isinstance(named, str) else ()))
 
 
+def dotted(location: Location) -> str:
+    """Return a location as a dotted path."""
+    return ".".join(map(str, location))
+
+
 def closest(word: str, known: list[str]) -> str:
     """Return the end of an error about `word`: the most similar known word, or all of them if there are at most 12."""
     close = difflib.get_close_matches(word, known, n=1)

@@ -126,11 +126,14 @@ class Follower:
             self._outcomes.append(end.state)
         if end.state == State.FINISHED and progress.best is not None:
             if progress.control:
-                self._to_beat = self._better(progress.best if self._to_beat is None else self._to_beat, progress.best)
+                self._to_beat = self._better_of(self._to_beat, progress.best)
                 if not self._live and not self.resuming:
                     self.console.print(f"to beat: {self.spec.objective} {number(self._to_beat)}, the control's")
             else:
-                self._best = progress.best if self._best is None else self._better(self._best, progress.best)
+                self._best = self._better_of(self._best, progress.best)
+
+    def _better_of(self, before: float | None, value: float) -> float:
+        return value if before is None else self._better(before, value)
 
     def _begin(self, trial: FollowedTrial) -> Progress:
         values = self.spec.params(trial.config)
@@ -145,7 +148,7 @@ class Follower:
         value = result[self.spec.objective]
         progress.epochs = result["epoch"]
         progress.last = value
-        progress.best = value if progress.best is None else self._better(progress.best, value)
+        progress.best = self._better_of(progress.best, value)
         if not self._live and not self.resuming:
             line = f"epoch {progress.epochs}/{progress.trial.config.epochs}  {self.spec.objective} {value:.2f}"
             self.console.print(f"{self._label(progress)}  {line}", markup=False, highlight=False)

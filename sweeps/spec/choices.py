@@ -35,6 +35,14 @@ class Algorithm:
         raise NotImplementedError
 
 
+class LearningAlgorithm(Algorithm):
+    """An algorithm that models what trials came to, once it has some."""
+
+    def start_points(self, spec: Spec) -> int:
+        """Return with how many points it starts before it learns from trials."""
+        return min(10, max(2, spec.number_of_trials() // 4))
+
+
 class StoppingRule:
     """One rule by which trials are given up, by epochs and on the score.
 

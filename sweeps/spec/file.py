@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import UnionType
@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster import profile as profiles
-from lorvp.config import EARLIER, TrialConfig, backbone_name, earlier_form
+from lorvp.config import TrialConfig, backbone_name, of_earlier_form
 from lorvp.errors import UserError
 from lorvp.models import architectures
 from lorvp.parts import Part, absolute, flatten
-from lorvp.utils.explain import Location, closest, explain, without_passwords
+from lorvp.utils.explain import Location, closest, dotted, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
 from sweeps.spec.choices import algorithm, stopping_rule
 from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active
@@ -54,9 +54,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     for kind in ("space", "control"):
         for key in getattr(spec, kind) or {}:
             if key not in known:
-                earlier = next((old for old in EARLIER if key == old or key.startswith(f"{old}.")), None)
-                unknown = f"no such key of a trial{closest(key, known)}"
-                file.fail((kind, key), unknown if earlier is None else earlier_form(earlier, EARLIER[earlier]))
+                _, reason = of_earlier_form(key) or (key, f"no such key of a trial{closest(key, known)}")
+                file.fail((kind, key), reason)
     try:
         profile = profiles.load(spec.cluster)
     except UserError as error:
@@ -223,9 +222,9 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
         inner, message = problem
         if not inner and "choice" in location and not algorithm(spec.search).takes_every_cell:
             return  # two values that don't go together; with others this one may
-        dotted = ".".join(str(part) for part in inner)
+        key = dotted(inner)
         # an error about a searched key belongs to its axis, any other to the fixed values
-        owner = next((key for key in params if dotted == key or dotted.startswith(f"{key}.")), None)
+        owner = next((name for name in params if key == name or key.startswith(f"{name}.")), None)
         if owner is None and inner:
             fail(("trial", *inner), message)
         fail(location if owner is None or owner in location else ("space", owner), message)
@@ -259,10 +258,10 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             problem = explain(error, TrialConfig)
         if problem is not None:
             inner, message = problem
-            dotted = ".".join(str(part) for part in inner)
-            if dotted in spec.control:
-                fail(("control", dotted), message)
-            fail(("control",), f"{dotted}: {message}" if dotted else message)
+            key = dotted(inner)
+            if key in spec.control:
+                fail(("control", key), message)
+            fail(("control",), f"{key}: {message}" if key else message)
 
 
 def _check_control(spec: Spec, fail: Fail) -> None:
@@ -281,12 +280,9 @@ def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail)
 
     The axes in `unused` and the keys of `trial` in `fixed` have not been seen in use yet; these have the reasons.
     """
-    choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None}
-    for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
+    for point in _points(spec):
         if not (unused or fixed):
             return
-        chosen = spec.example(dict(zip(choices, values, strict=True)))
-        point = {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
         with suppress(ValidationError):  # values that don't go together
             config, without_effect = spec.resolve(point)
             unused.difference_update(point.keys() & spec.params(config).keys())
@@ -297,6 +293,14 @@ def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail)
     for key, reason in fixed.items():
         if key not in spec.space:
             fail(("trial", *key.split(".")), f"no trial of this sweep has a use for it: {reason}")
+
+
+def _points(spec: Spec, fixed: Mapping[str, Scalar] = {}) -> Iterator[dict[str, Scalar]]:
+    """Yield points that have the parameters `fixed`, and each combination of the other choice axes' values."""
+    choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None and name not in fixed}
+    for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
+        chosen = spec.example(dict(zip(choices, values, strict=True)) | dict(fixed))
+        yield {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
 
 
 def _keep_unused(fixed: dict[str, str], without_effect: dict[str, str]) -> None:
@@ -323,15 +327,13 @@ def _problem(
 
 def _check_arms(spec: Spec, name: str, fail: Fail) -> None:
     """Check that trials have the values of `search.equal` as they are spelt, since these tell a trial's arm."""
-    choices = {other: axis.choice for other, axis in spec.space.items() if axis.choice is not None and other != name}
     for place, value in enumerate(spec.space[name].examples()):
-        for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
-            wanted = dict(zip(choices, values, strict=True)) | {name: value}
-            point = {key: chosen for key, chosen in wanted.items() if active(spec.space[key], wanted)}
+        for point in _points(spec, {name: value}):
             with suppress(ValidationError):  # values that don't go together
-                actual = spec.params(spec.trial_config(spec.example(point))).get(name)
+                actual = spec.params(spec.trial_config(point)).get(name)
                 if actual != value:
-                    others = ", ".join(f"{key} {chosen}" for key, chosen in point.items() if key != name)
+                    listed = [key for key in spec.space if key in point and spec.space[key].choice and key != name]
+                    others = ", ".join(f"{key} {point[key]}" for key in listed)
                     beside = f" beside {others}" if others else ""
                     message = f"search.equal needs it as a trial has it: {actual!r}, not {value!r}{beside}"
                     fail(("space", name, "choice", place), message)

@@ -25,7 +25,7 @@ from lorvp.config import TrialConfig
 from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig, Part, absolute, flatten, kinds
 from lorvp.presets import LINEAR_PROBE
 from lorvp.utils import plugins
-from lorvp.utils.explain import closest, located
+from lorvp.utils.explain import closest, dotted, located
 
 
 def _scalar(value: Any) -> Any:
@@ -368,7 +368,6 @@ class Spec(Part):
 
     def resolve(self, params: dict[str, Scalar]) -> tuple[TrialConfig, dict[str, str]]:
         """Return the config of a point of the space, and the keys that `trial_config` left out of it, with reasons."""
-        without_effect: dict[str, str] = {}
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
@@ -376,17 +375,7 @@ class Spec(Part):
             values["read_test"] = False
             if values.get("select") == "test_best_epoch":
                 values["select"] = "val"
-        while True:
-            try:
-                return TrialConfig.model_validate(values), without_effect
-            except ValidationError as error:
-                errors = error.errors()
-                reasons = {".".join(map(str, located(one, TrialConfig))): one["msg"] for one in errors}
-                if any(one["type"] != NO_EFFECT for one in errors):
-                    raise
-                if not any([remove_dotted(values, key) for key in reasons]):
-                    raise
-                without_effect |= reasons
+        return leave_out_idle(values)
 
     def confirmed(self, config: TrialConfig, seed: int) -> TrialConfig:
         """Return a config of the search as it is trained to confirm it."""
@@ -563,6 +552,25 @@ class Spec(Part):
             for config in self.control_configs()
         ]
         return configs * len(self.seeds) + max(controls, default=0)
+
+
+def leave_out_idle(values: dict[str, Any]) -> tuple[TrialConfig, dict[str, str]]:
+    """Remove the keys without effect from the values of a trial; return its config, and those keys with the reasons.
+
+    Raises ValidationError for values that are wrong, or don't go together.
+    """
+    without_effect: dict[str, str] = {}
+    while True:
+        try:
+            return TrialConfig.model_validate(values), without_effect
+        except ValidationError as error:
+            errors = error.errors()
+            reasons = {dotted(located(one, TrialConfig)): one["msg"] for one in errors}
+            if any(one["type"] != NO_EFFECT for one in errors):
+                raise
+            if not any([remove_dotted(values, key) for key in reasons]):
+                raise
+            without_effect |= reasons
 
 
 def active(axis: Axis, params: dict[str, Scalar]) -> bool:
