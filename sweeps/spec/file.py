@@ -296,11 +296,16 @@ def _check_used(spec: Spec, unused: set[str], fixed: dict[str, str], fail: Fail)
 
 
 def _points(spec: Spec, fixed: Mapping[str, Scalar] = {}) -> Iterator[dict[str, Scalar]]:
-    """Yield points that have the parameters `fixed`, and each combination of the other choice axes' values."""
+    """Yield the points that have the parameters `fixed`, by the combinations of the other choice axes' values."""
+    seen = set()
     choices = {name: axis.choice for name, axis in spec.space.items() if axis.choice is not None and name not in fixed}
     for values in itertools.islice(itertools.product(*choices.values()), MOST_POINTS):
         chosen = spec.example(dict(zip(choices, values, strict=True)) | dict(fixed))
-        yield {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
+        point = {name: value for name, value in chosen.items() if active(spec.space[name], chosen)}
+        key = frozenset((name, type(value), value) for name, value in point.items())
+        if key not in seen:  # combinations differ in axes that do not exist there, too
+            seen.add(key)
+            yield point
 
 
 def _keep_unused(fixed: dict[str, str], without_effect: dict[str, str]) -> None:
