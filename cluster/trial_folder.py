@@ -10,6 +10,7 @@
         results.jsonl      a line per epoch, appended
         checkpoint.pt      after the last of them
         bundle/            the best epoch's prompt
+        predictions.parquet    which class it gives each validation and test image
         end.json           finished, stopped or failed, and why; absent while it runs or if it died
 
 The jobs' output, and what submitit needs, lie together in `jobs/`, beside `trials/`; there too is `pack.json`: how many
@@ -166,6 +167,11 @@ class Attempt:
     def bundle(self) -> Path:
         """The folder of the best epoch's prompt."""
         return self.path / "bundle"
+
+    @property
+    def predictions(self) -> Path:
+        """The path of which class that prompt gives each validation and test image."""
+        return self.path / "predictions.parquet"
 
     def fenced(self) -> bool:
         """Return whether a newer attempt has started; what this one writes no longer counts."""

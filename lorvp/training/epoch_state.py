@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lorvp.methods.base import Method
 from lorvp.utils import distributed
+
+
+class Evaluation(NamedTuple):
+    """How far a split is evaluated in an epoch; the tensors are this process's own, and those of all are to be added.
+
+    Nothing in it is changed in place.
+    """
+
+    images: int
+    """That are done, by all processes together."""
+    sums: torch.Tensor
+    """Of the images' metrics: (3,) float64."""
+    classes: torch.Tensor
+    """The class that comes first, (N,) int32; 0 for images that are another process's, or not done."""
 
 
 @dataclass
@@ -32,8 +46,8 @@ class EpochState:
     """The sum of the losses of all images, in nats: () float64."""
     skipped: torch.Tensor = field(init=False)
     """Steps that fp16 skipped: () int64."""
-    evaluated: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
-    """By split: the images that are evaluated, and the sums of their metrics, (3,) float64."""
+    evaluated: dict[str, Evaluation] = field(default_factory=dict)
+    """By split."""
     recounted: int = 0
     """Images that the pass for the next label mapping has counted, before the first batch."""
 
@@ -60,7 +74,8 @@ class EpochState:
             "total_loss": distributed.all_reduce_sum(self.total_loss).cpu(),
             "skipped": self.skipped.cpu(),
             "evaluated": {
-                split: (done, distributed.all_reduce_sum(sums).cpu()) for split, (done, sums) in self.evaluated.items()
+                split: (done, *(distributed.all_reduce_sum(own).cpu() for own in tensors))
+                for split, (done, *tensors) in self.evaluated.items()
             },
             "recounted": self.recounted,
             "recounting": None if recount is None else distributed.all_reduce_sum(recount).cpu(),
@@ -75,7 +90,9 @@ class EpochState:
 
         state = cls(device, values["shuffle_epoch"], values["step"], values["elapsed"], values["lr"])
         state.total_loss, state.skipped = own(values["total_loss"]), values["skipped"].to(device)
-        state.evaluated = {split: (images, own(sums)) for split, (images, sums) in values["evaluated"].items()}
+        state.evaluated = {
+            split: Evaluation(done, *map(own, tensors)) for split, (done, *tensors) in values["evaluated"].items()
+        }
         state.recounted = values["recounted"]
         if values["recounting"] is not None:
             method.recounting = own(values["recounting"])

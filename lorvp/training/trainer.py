@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lorvp.bundle import io as bundle
+from lorvp.bundle import predictions
 from lorvp.config import TrialConfig
 from lorvp.data import augment, datasets, loader, shuffle
 from lorvp.errors import TrialFailed, UserError
@@ -25,7 +26,7 @@ from lorvp.optim.schedule import lr_factor
 from lorvp.parts import BEST, LearnedHeadConfig, Trained, TrainedPromptConfig
 from lorvp.result import EpochResult
 from lorvp.training import checkpoint
-from lorvp.training.epoch_state import EpochState
+from lorvp.training.epoch_state import EpochState, Evaluation
 from lorvp.training.shared import SharedResources
 from lorvp.training.stage import build_stage, carry_over
 from lorvp.utils import device, distributed
@@ -42,6 +43,8 @@ class Best(TypedDict):
     score: float
     """What it was chosen by, in percent: val or test top-1 (`select`)."""
     tuned: dict[str, torch.Tensor]
+    classes: dict[str, torch.Tensor]
+    """By split, the class that comes first on each image with these weights: (N,) int32 on the CPU."""
 
 
 class Options(TypedDict, total=False):
@@ -64,9 +67,9 @@ class Trainer:
     """Train one trial, an epoch at a time.
 
     With a `folder`, a checkpoint is written there after every epoch, before its result is given out, and the best
-    epoch's bundle at the end. With `resume_from`, a checkpoint of the same config, `results` holds its epochs and
-    training goes on where it was, in the precision that it began in: on one machine the results are, bit for bit,
-    those of a trial that was never interrupted. `should_stop` is asked before every batch, in training, in an
+    epoch's bundle and predictions at the end. With `resume_from`, a checkpoint of the same config, `results` holds its
+    epochs and training goes on where it was, in the precision that it began in: on one machine the results are, bit
+    for bit, those of a trial that was never interrupted. `should_stop` is asked before every batch, in training, in an
     evaluation and in a pass for a label mapping; once it returns True the trial leaves within the batch, and a
     checkpoint holds the part of the epoch that is done.
 
@@ -95,7 +98,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.shared.splits.train) / config.batch_size)
         """Batches of all training images; the learning rate's schedule goes by them."""
         self.results: list[EpochResult] = []
-        self.best = Best(epoch=0, score=0.0, tuned={})
+        self.best = Best(epoch=0, score=0.0, tuned={}, classes={})
         self.steps_taken = 0.0
         """Places in the schedule that are used up, without those of steps that fp16 skipped."""
         self.next_shuffle_epoch = 1
@@ -231,6 +234,7 @@ class Trainer:
         best = self._best_with(number, val[1], test)
         if self.config.select == "val" and self.config.read_test and number == self.config.epochs:
             test = self._test_of(best)
+            best = best | {"classes": best["classes"] | self._classes("test")}
         result = EpochResult(
             epoch=number,
             train_loss=train_loss,
@@ -267,7 +271,10 @@ class Trainer:
         return {name: sum(p.numel() for p in group) for name, group in groups.items() if group}
 
     def save_bundle(self) -> None:
-        """Leave the best epoch's bundle in the folder. Raises RuntimeError where a frozen backbone has moved."""
+        """Leave the best epoch's bundle in the folder, and beside it which class it gives each val and test image.
+
+        Raises RuntimeError where a frozen backbone has moved.
+        """
         if not self.config.trains_backbone:
             self.stage.shared.backbone.check_unmoved()
         if self.folder is None or not self.best["epoch"]:
@@ -283,6 +290,12 @@ class Trainer:
             self.results,
             example=self.stage.shared.splits.val.read([0]),  # an image, also where the model reads features
         )
+        labels = {split: getattr(self.stage.splits, split).labels for split in self.best["classes"]}
+        predicted = {
+            split: predictions.Predictions(labels[split], classes.numpy())
+            for split, classes in self.best["classes"].items()
+        }
+        predictions.write(self.folder / predictions.PREDICTIONS, predicted)
 
     # -- the parts of an epoch
 
@@ -422,21 +435,37 @@ class Trainer:
         learned_val = self.config.dataset.train_on_val and test is None  # it no longer tells epochs apart
         better = not self.best["epoch"] or learned_val or score > self.best["score"]
         if self.stage.full_fidelity(self.config) and better:
-            return Best(epoch=number, score=score, tuned=self.stage.method.trainable_state_dict())
+            splits = ("val", "test") if test is not None else ("val",)
+            tuned = self.stage.method.trainable_state_dict()
+            return Best(epoch=number, score=score, tuned=tuned, classes=self._classes(*splits))
         return self.best
+
+    def _classes(self, *splits: str) -> dict[str, torch.Tensor]:
+        """Return the class that came first on each image of splits that the epoch has evaluated: (N,) int32 on the CPU.
+
+        Every process must call it. Where nothing is held back (val_fraction 0), val is the test set.
+        """
+        same = {} if self.config.dataset.holds_back else {"test": "val"}
+        evaluated = {split: self.epoch.evaluated[same.get(split, split)] for split in splits}
+        return {split: distributed.all_reduce_sum(each.classes).cpu() for split, each in evaluated.items()}
 
     # -- evaluation
 
-    def batch_metrics(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the losses, and how many labels are first and among the first five: (3,) float64."""
+    def batch_metrics(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sums over the images, (3,) float64, and the class that comes first on each, (N,) int64.
 
-        def sums(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        The sums are those of the losses, and how many labels are first and among the first five.
+        """
+
+        def measure(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self.stage.model(images)
-            ranked = logits.topk(min(TOP_K, self.stage.method.classes), dim=1).indices == labels[:, None]
+            top = logits.topk(min(TOP_K, self.stage.method.classes), dim=1).indices
+            ranked = top == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            return torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double()
+            return torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]).double(), top[:, 0]
 
-        return torch.stack(self.micro_batches.run(sums, images, labels)).sum(0)
+        sums, classes = zip(*self.micro_batches.run(measure, images, labels), strict=True)
+        return torch.stack(sums).sum(0), torch.cat(classes)
 
     def _evaluate(self, split: str) -> Metrics:
         metrics = evaluate([self], split).get(self)
@@ -520,24 +549,30 @@ def evaluate(trainers: list[Trainer], split: str) -> dict[Trainer, Metrics]:
     first = trainers[0]
     images: datasets.Images = getattr(first.stage.splits, split)
     begun = {trainer: trainer.epoch.evaluated.get(split) for trainer in trainers}
-    places = {0 if progress is None else progress[0] for progress in begun.values()}
+    places = {0 if progress is None else progress.images for progress in begun.values()}
     done = places.pop() if len(places) == 1 else 0
-    zero = torch.zeros(3, dtype=torch.float64, device=first.device)
-    sums = {trainer: progress[1] if progress and done else zero.clone() for trainer, progress in begun.items()}
+    sums, classes = {}, {}
+    for trainer, progress in begun.items():
+        if progress is None or not done:
+            zero = torch.zeros(3, dtype=torch.float64, device=first.device)
+            progress = Evaluation(0, zero, torch.zeros(len(images), dtype=torch.int32, device=first.device))
+        sums[trainer], classes[trainer] = progress.sums, progress.classes.clone()
     size, share = first.config.eval_batch_size, (first.rank, first.world_size)
     with torch.inference_mode():
         for pixels, labels in loader.batches(images, size, np.arange(done, len(images)), first.device, share):
             prepared = first.prepare(pixels)
+            own = slice(done + first.rank, done + size, first.world_size)
             for trainer in list(sums):
                 if distributed.broadcast_flag(trainer.should_stop):
-                    trainer.epoch.evaluated[split] = done, sums.pop(trainer)
+                    trainer.epoch.evaluated[split] = Evaluation(done, sums.pop(trainer), classes[trainer])
                 else:
-                    sums[trainer] = sums[trainer] + trainer.batch_metrics(prepared, labels)
+                    batch_sums, classes[trainer][own] = trainer.batch_metrics(prepared, labels)
+                    sums[trainer] = sums[trainer] + batch_sums
             if not sums:
                 return {}
             done = min(done + size, len(images))
     for trainer, total in sums.items():
-        trainer.epoch.evaluated[split] = done, total
+        trainer.epoch.evaluated[split] = Evaluation(done, total, classes[trainer])
     means = {trainer: (distributed.all_reduce_sum(total) / len(images)).tolist() for trainer, total in sums.items()}
     return {trainer: (loss, 100 * top1, 100 * top5) for trainer, (loss, top1, top5) in means.items()}
 
