@@ -16,8 +16,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -143,6 +145,12 @@ class Axis(Part):
         if listed:
             own = {"choice": list(dict.fromkeys(value for values in listed for value in values))}
         self.__dict__.update(own)  # the model is frozen, and not given out yet
+
+    @model_serializer(mode="wrap")
+    def _leave_out_the_span(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write ranges alone, as they are read: a sweep's record is."""
+        values: dict[str, Any] = handler(self)
+        return values if self.ranges is None else {"ranges": values["ranges"]}
 
     def at(self, params: dict[str, Scalar]) -> tuple[int, Axis] | None:
         """Return the range in use at a point whose other parameters are `params`, and its number; None for none.

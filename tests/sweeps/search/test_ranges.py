@@ -7,6 +7,7 @@ from support.samples.specs import load
 
 from lorvp.errors import UserError
 from sweeps.search.suggest import SpecSearch
+from sweeps.spec.model import Spec
 
 SPEC = """\
 name: ranges
@@ -76,6 +77,14 @@ def test_whoever_asks_for_the_axis_alone_sees_it_whole(tmp_path):
     assert load(tmp_path, GRID).space["prompt.lr"].choice == [0.003, 0.03, 0.05, 0.1, 0.5]
     mixed = SPEC.replace("log_uniform: [0.05", "uniform: [0.05")
     assert load(tmp_path, mixed).space["prompt.lr"].uniform == (0.003, 0.5)
+
+
+def test_a_record_of_ranges_is_read_back(tmp_path):
+    """As what comes after a sweep reads it: the report, the tables."""
+    for text in (SPEC, GRID):
+        spec = load(tmp_path, text)
+        assert Spec.model_validate(spec.model_dump(mode="json", by_alias=True)) == spec
+        assert Spec.model_validate_json(spec.model_dump_json(by_alias=True, exclude_defaults=True)) == spec
 
 
 @pytest.mark.parametrize(
