@@ -142,19 +142,6 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return 100 * (centre - half), 100 * (centre + half)
 
 
-def paired_difference(ours: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """Return the difference of two accuracies on the same images, (N,) bool each, in points, with its 95 % interval.
-
-    Only images on which the two differ count (Agresti & Min 2005: half an image is added to each of the four cells).
-    """
-    count = len(ours)
-    gained, lost = int((ours & ~reference).sum()), int((reference & ~ours).sum())
-    size, up, down = count + 2, gained + 0.5, lost + 0.5
-    half = NORMAL_95 * math.sqrt((up + down) - (up - down) ** 2 / size) / size
-    centre = (up - down) / size
-    return 100 * (gained - lost) / count, max(-100.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
-
-
 @app.command()
 def command(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a tuned prompt")],

@@ -33,6 +33,7 @@ from lorvp.utils import cli
 from lorvp.utils.files import replacing
 from sweeps.results.leaderboard import Entry
 from sweeps.results.outcome import Outcome
+from sweeps.results.paired import Paired
 from sweeps.results.rows import OOD
 
 DIFFERENCE = ("difference", "difference_low", "difference_high")
@@ -153,7 +154,8 @@ def command(
         model: list(evaluate_sets(entry, methods[model], sets[model], batch_size)) for model, entry in entries.items()
     }
     for (row, best_hits), (_, control_hits) in zip(evaluations["best"], evaluations.get("control", [])):  # noqa: B905  there may be no control
-        row |= dict(zip(DIFFERENCE, evaluate.paired_difference(best_hits, control_hits), strict=True))
+        paired = Paired.of(best_hits, control_hits)
+        row |= dict(zip(DIFFERENCE, (paired.points, *paired.interval), strict=True))
     rows = [{"model": model} | row for model, of_model in evaluations.items() for row, _ in of_model]
     with replacing(sweep / OOD) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)

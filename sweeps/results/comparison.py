@@ -17,6 +17,7 @@ from lorvp.parts import ROOMS
 from lorvp.utils.files import replacing
 from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Bias, Entry, Leaderboard, number
+from sweeps.results.paired import Gain, compare, in_words, recorded
 from sweeps.spec.model import Scalar, Spec
 
 CONFIDENCE = 0.95
@@ -25,7 +26,7 @@ PUBLISHED_BIAS = (
     "(select: test_best_epoch, the published protocol)"
 )
 VAL_TRAINED_ON = "the val figures are of images that were trained on (confirm.all_images): they measure nothing"
-MAY_BE_NONE = "the difference may be none: its 95 % interval includes zero"
+NOT_RECORDED = "which images each trial gets right is not recorded: how many there are is not said"
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,12 @@ class Difference:
     """None for a single pair."""
     high: float | None
 
-    @property
-    def may_be_none(self) -> bool:
-        """Whether the interval includes zero."""
-        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+    def in_words(self) -> str | None:
+        """Say what it shows; None for a single pair."""
+        return None if self.low is None or self.high is None else in_words(self.low, self.high)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low is not None else "")
+        return f"{self.mean:+z.2f}" + (f" [{self.low:+z.2f}, {self.high:+z.2f}]" if self.low is not None else "")
 
 
 def val_top1(entry: Entry) -> float:
@@ -109,6 +109,11 @@ class Row:
             best - control_value for best, control_value in values if best is not None and control_value is not None
         ]
         return paired_difference(differences) if differences else None
+
+    def images(self, split: str) -> int | None:
+        """Count the images of val or test that its figures are of; None where its trials have not recorded them."""
+        counts = [len(found[split].labels) for entry in self.entries if split in (found := recorded(entry.trial))]
+        return max(counts, default=None)
 
     def last_values(self, key: str) -> list[Any]:
         """Return the values of `key` in the trials' last epochs."""
@@ -187,7 +192,31 @@ class Comparison:
         for row in self.rows:
             if not row.choice.control:
                 lines += self._differences(row, control)
-        return lines + self._bias(best)
+        return lines + self._over_images(best, control) + self._bias(best)
+
+    def gain(self) -> Gain | None:
+        """Return the best config's mean gain over the control on test; None without a seed that both finished under."""
+        best, control = self.best_row(), self.control
+        difference = best.difference(control, Entry.test_top1) if best and control else None
+        if best is None or difference is None:
+            return None
+        return Gain("test", difference.mean, difference.low, difference.high, best.images("test"))
+
+    def _over_images(self, best: Row, control: Row) -> list[str]:
+        """Say how far the best trial, which becomes the model, is from the control under its seed, image by image."""
+        model = self.best()
+        seed = next((seed for seed, entry in best.by_seed.items() if entry is model and seed in control.by_seed), None)
+        if model is None or seed is None:
+            return []
+        paired = compare(model.trial, control.by_seed[seed].trial)
+        if paired is None:
+            return [NOT_RECORDED]
+        return [
+            f"the model, {model.trial.name}, less the control: test {each} points (seed {seed}; 95 % interval over "
+            f"{each.images:,} images: the model alone gets {each.ours} right, the control alone {each.theirs})"
+            for name, each in paired.items()
+            if name == "test"
+        ]
 
     def _bias(self, best: Row) -> list[str]:
         """Return the bias of the published protocol, if the sweep followed it."""
@@ -214,15 +243,14 @@ class Comparison:
             return [f"{self._label(row)} and the control: no seed under which both finished"]
         pairs = known["val"].pairs
         interval = f"mean of {pairs} seeds, 95 % t interval" if pairs > 1 else "one pair"
-        line = f"{self._label(row)} less the control: val {known['val']}, test {known['test']} points ({interval})"
-        return [
-            line,
-            *(
-                f"{row.choice.trial}, {name}: {MAY_BE_NONE}"
-                for name, difference in known.items()
-                if difference.may_be_none
-            ),
-        ]
+        counts = {name: row.images(name) for name in known}
+        images = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count is not None)
+        how = f"{interval}; {images} images" if images else interval
+        line = f"{self._label(row)} less the control: val {known['val']}, test {known['test']} points ({how})"
+        said = {name: difference.in_words() for name, difference in known.items()}
+        if self.spec.all_images:  # val was trained on
+            del said["val"]
+        return [line, *(f"{row.choice.trial}, {name}: {words}" for name, words in said.items() if words)]
 
     def _label(self, row: Row) -> str:
         equal = self.spec.search.equal
@@ -240,6 +268,7 @@ class Comparison:
                 difference = row.difference(control, metric) if control else None
                 for key in ("mean", "low", "high"):
                     record[f"{name}_difference_{key}"] = getattr(difference, key) if difference else None
+                record[f"{name}_images"] = row.images(name)
             at_best_val = row.spread(Entry.test_at_best_val)
             record |= {
                 "test_at_best_val": at_best_val.mean if at_best_val else None,
@@ -309,9 +338,9 @@ class Comparison:
 SCHEMA = pa.schema(
     [("trial", pa.string()), ("control", pa.bool_()), ("n", pa.int64())]
     + [
-        (f"{name}_{metric}", pa.float64())
+        (f"{name}_{metric}", pa.int64() if metric == "images" else pa.float64())
         for name in METRICS
-        for metric in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high")
+        for metric in ("top1", "top1_sd", "difference_mean", "difference_low", "difference_high", "images")
     ]
     + [("test_at_best_val", pa.float64())]
     + [(f"parameters_{part}", pa.int64()) for part in ROOMS]

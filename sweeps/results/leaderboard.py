@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.trial_folder import End, State, TrialFolder
 from lorvp.utils.files import replacing
+from sweeps.results.paired import Gain, Paired, compare, in_words
 from sweeps.spec.choices import milestones
 from sweeps.spec.model import Spec, Stage
 
@@ -86,6 +87,8 @@ class Entry:
 
 
 NO_VAL = "the val figures are the test set's (dataset.val_fraction 0): epochs and trials were chosen on it"
+NOT_RECORDED = "which images each gets right is not recorded: no interval"
+OTHER_IMAGES = "the two were measured on other images: no interval"
 
 
 @dataclass(frozen=True)
@@ -188,14 +191,39 @@ class Leaderboard:
         if control is None:
             return lines + self._missing_control()
         lines.append(f"control {control.trial.name}: {self._metrics_text(control)}")
-        val = best.best()["val_top1"] - control.best()["val_top1"]
-        best_test, control_test = best.test_top1(), control.test_top1()
-        test = "" if best_test is None or control_test is None else f", test {best_test - control_test:+.2f}"
-        lines.append(f"difference: val {val:+.2f}{test} points (one seed)")
+        lines += self._difference(best, control)
         if not best.trial.config.dataset.holds_back:
             lines.append(NO_VAL)
         bias = Bias.of(self.search_entries())
         return lines + [str(bias)] * (bias is not None)
+
+    def gain(self) -> Gain | None:
+        """Return the gain of the best trial over the control; None without one of the two."""
+        best, control = self.best(), self.best(control=True)
+        if best is None or control is None:
+            return None
+        split, points = list(_differences(best, control).items())[-1]
+        paired = (compare(best.trial, control.trial) or {}).get(split)
+        return Gain(split, paired.points, *paired.interval, paired.images) if paired else Gain(split, points)
+
+    def _difference(self, best: Entry, control: Entry) -> list[str]:
+        """Say how far the best trial is from the control, what that shows, and on how many images."""
+        differences, paired = _differences(best, control), compare(best.trial, control.trial)
+        figures = {name: f"{name} {points:+z.2f}" for name, points in differences.items()}
+        shown = {name: each for name, each in (paired or {}).items() if name in figures}
+        figures |= {name: f"{name} {each}" for name, each in shown.items()}
+        how = "95 % intervals over images" if shown else NOT_RECORDED if paired is None else OTHER_IMAGES
+        lines = [f"difference: {', '.join(figures.values())} points (one seed; {how})"]
+        for name, each in reversed(shown.items()):  # test before val
+            if name == "test" or "test" not in shown:
+                lines.append(f"{name}: {in_words(*each.interval)} ({_images_text(each)})")
+            if name == "val" and best.trial.config.dataset.holds_back:
+                lines.append(f"{name} is optimistic: {self._chosen_text()} on these {each.images:,} images")
+        return lines
+
+    def _chosen_text(self) -> str:
+        trials = sum(bool(entry.results) for entry in self.search_entries())
+        return f"the best of {trials} trials was chosen" if trials > 1 else "its epoch was chosen"
 
     def _missing_control(self) -> list[str]:
         """Say that there is nothing to hold the best trial against, and why; nothing where the spec wants none."""
@@ -261,6 +289,17 @@ class Leaderboard:
                     row[f"param.{axis}"] = None if value is None else str(value)
         with replacing(path) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def _differences(best: Entry, control: Entry) -> dict[str, float]:
+    """Return the best's top-1 less the control's in points, on val and, where both have read it, on test."""
+    differences = {"val": best.best()["val_top1"] - control.best()["val_top1"]}
+    best_test, control_test = best.test_top1(), control.test_top1()
+    return differences | ({} if best_test is None or control_test is None else {"test": best_test - control_test})
+
+
+def _images_text(paired: Paired) -> str:
+    return f"{paired.images:,} images: the best alone gets {paired.ours} right, the control alone {paired.theirs}"
 
 
 def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from sweeps.folder import read_spec
 from sweeps.results import confirm
 from sweeps.results.comparison import Comparison
 from sweeps.results.leaderboard import Entry, Leaderboard
+from sweeps.results.paired import Gain
 from sweeps.spec.model import Spec
 
 
@@ -52,6 +53,10 @@ class Outcome:
             return self.board.best(control=True)
         row = self.comparison.control
         return row.entries[0] if row else None
+
+    def gain(self) -> Gain | None:
+        """Return the best's gain over the control, over seeds where there is a confirmation; None without a control."""
+        return self.comparison.gain() if self.comparison else self.board.gain()
 
     def verdict(self) -> list[str]:
         """Return the verdict in words, a line each."""

@@ -37,6 +37,7 @@ from lorvp.utils.explain import without_passwords
 from lorvp.utils.files import publish
 from sweeps.lock import Holder
 from sweeps.results.leaderboard import epoch_metrics
+from sweeps.results.paired import Gain
 from sweeps.spec.model import Spec, shortened
 from sweeps.tracking import registry
 from sweeps.tracking.retry import first_line
@@ -175,10 +176,11 @@ class Tracker:
                     return False
                 time.sleep(1)
 
-    def close(self, status: str, files: list[Path], verdict: list[str]) -> None:
+    def close(self, status: str, files: list[Path], verdict: list[str], gain: Gain | None = None) -> None:
         """End the sweep's run with `status` (FINISHED, FAILED, KILLED).
 
-        The sweep's own files, and what lies in its folders, become artifacts, the verdict the description.
+        The sweep's own files, and what lies in its folders, become artifacts, the verdict the description. The gain
+        over the control becomes metrics, by which sweeps can be compared, and what it shows a tag.
         """
         run_id = self.parent.info.run_id
         for file in files:
@@ -188,7 +190,18 @@ class Tracker:
                 self.client.log_artifact(run_id, str(file))
         if verdict:
             self.client.set_tag(run_id, MLFLOW_RUN_NOTE, "\n".join(f"- {line}" for line in verdict))
+        if gain is not None:
+            self._send_gain(run_id, gain)
         self.client.set_terminated(run_id, status)
+
+    def _send_gain(self, run_id: str, gain: Gain) -> None:
+        values = {"gain": gain.points, "gain_low": gain.low, "gain_high": gain.high, "gain_images": gain.images}
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, round(value, 4), now, 0) for key, value in values.items() if value is not None]
+        tags = [RunTag("gain.split", gain.split)]
+        if words := gain.in_words():
+            tags.append(RunTag("gain.verdict", words))
+        self.client.log_batch(run_id, metrics=metrics, tags=tags)
 
     def _experiment(self) -> str:
         name = self.spec.tracking.experiment

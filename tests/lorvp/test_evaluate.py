@@ -78,21 +78,3 @@ def test_intervals():
     low, high = evaluate.wilson(81, 100)
     assert (low, high) == pytest.approx((72.22, 87.49), abs=0.01)
     assert evaluate.wilson(0, 50)[0] == pytest.approx(0)
-
-
-def test_paired_intervals():
-    """Known figures (8 / 102, and 1.96 times the root of 13 - 64 / 102, over 102), and what 95 % of them hold."""
-    ours, theirs = np.zeros((2, 100), bool)
-    ours[:60], theirs[10:62] = True, True
-    assert evaluate.paired_difference(ours, theirs) == pytest.approx((8, 1.084, 14.602), abs=1e-3)
-    assert evaluate.paired_difference(theirs, ours) == pytest.approx((-8, -14.602, -1.084), abs=1e-3)
-    nothing, low, high = evaluate.paired_difference(ours, ours)
-    assert nothing == 0
-    assert low == -high < 0
-    random = np.random.default_rng(0)
-    held = 0
-    for _ in range(1000):
-        at = random.random(200)  # 10 % are ours alone, 5 % theirs alone
-        _, low, high = evaluate.paired_difference(at < 0.7, (at > 0.1) & (at < 0.75))
-        held += low <= 5 <= high
-    assert 930 < held < 975

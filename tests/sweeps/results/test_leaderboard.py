@@ -15,8 +15,9 @@ from support.samples.confirmed import SEEDS, confirmed, make_confirmed, ran, sea
 
 from cluster.trial_folder import Cause, State, TrialFolder
 from sweeps.results import confirm
-from sweeps.results.comparison import MAY_BE_NONE, PUBLISHED_BIAS, VAL_TRAINED_ON, Comparison, paired_difference
+from sweeps.results.comparison import PUBLISHED_BIAS, VAL_TRAINED_ON, Comparison, paired_difference
 from sweeps.results.leaderboard import NO_VAL, Bias, Leaderboard
+from sweeps.results.paired import MAY_BE_NONE
 from sweeps.spec.model import Spec
 
 
@@ -305,7 +306,8 @@ def test_an_interval_is_scipys():
     found = paired_difference(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.may_be_none == (stats.ttest_1samp(values, 0).pvalue > 0.05)
+    assert (found.in_words() == MAY_BE_NONE) == (stats.ttest_1samp(values, 0).pvalue > 0.05)
+    assert paired_difference([3.0]).in_words() is None
 
 
 def test_stages_in_the_results(tmp_path):
