@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,25 @@ from lorvp.utils.explain import dotted, explain
 from sweeps.spec.model import Spec
 
 RECORD = "sweep.json"
-"""What a sweep is, in its folder: its id and its spec."""
+"""What a sweep is, in its folder: its id, its spec, and the command that it was started by."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a sweep was started, or last resumed."""
+
+    file: str
+    """The spec's file, from where the user was."""
+    overrides: list[str]
+    """Of `--set`: KEY=VALUE each."""
+
+
+def read_command(folder: Path) -> Command | None:
+    """Return the command of the sweep in `folder`; None for one of an earlier version, which did not record it."""
+    try:
+        return Command(**json.loads((folder / RECORD).read_text())["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

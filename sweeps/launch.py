@@ -9,6 +9,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from lorvp.errors import UserError
 from lorvp.utils import cli
 from lorvp.utils.files import give_libraries_caches, replacing, write_json
 from sweeps import lock
-from sweeps.folder import RECORD, read_record
+from sweeps.folder import RECORD, Command, read_record
 from sweeps.plan.memory import memory_line
 from sweeps.run import status
 from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
@@ -96,7 +97,7 @@ def main(
             console.print(status.table(spec, manager))
             return
         check_inputs(spec)
-        with sweep_folder(spec, resume) as sweep_id:
+        with sweep_folder(spec, resume, Command(str(file), overrides)) as sweep_id:
             if detach:
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running
                 start_detached(spec, sweep_id, file, options)
@@ -192,7 +193,7 @@ def check_inputs(spec: Spec) -> None:
 
 
 @contextmanager
-def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
+def sweep_folder(spec: Spec, resume: bool, command: Command) -> Iterator[str]:
     """Lock the sweep's folder, new or resumed, for this driver; yield the sweep's id. Raises UserError."""
     values = spec.model_dump(mode="json", by_alias=True)
     if resume:
@@ -212,7 +213,7 @@ def sweep_folder(spec: Spec, resume: bool) -> Iterator[str]:
         except OSError as error:
             raise UserError(f"output: {spec.folder} can't be written ({error.strerror})") from None
         sweep_id = recorded["id"] if resume else uuid.uuid4().hex
-        write_json(spec.folder / RECORD, {"id": sweep_id, "spec": values})
+        write_json(spec.folder / RECORD, {"id": sweep_id, "spec": values, "command": asdict(command)})
         try:
             yield sweep_id
         except Exception:
@@ -248,6 +249,13 @@ def check_same_sweep(spec: Spec, before: dict[str, Any], now: dict[str, Any]) ->
             continue
         allowed = EXTENDABLE.get(key, set())
         old = before.get(key)
+        if key == "confirm" and old is None and value is not None:
+            if not value["added_later"]:
+                raise UserError(
+                    f"{spec.folder}: confirm: this sweep was started without it; --set confirm.added_later=true "
+                    "confirms it all the same"
+                )
+            continue
         if isinstance(value, dict) and isinstance(old, dict):
             differing = [k for k in value.keys() | old.keys() if value.get(k) != old.get(k) and k not in allowed]
         else:

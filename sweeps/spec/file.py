@@ -192,7 +192,7 @@ def _check_confirm(spec: Spec, fail: Fail) -> None:
     if spec.all_images and spec.trial.get("rungs") and any("train_share" in rung for rung in spec.trial["rungs"]):
         fail(("confirm", "all_images"), "a rung trains on a part of the images: leave its train_share out")
     for kind in ("trial", "space", "control"):
-        if "read_test" in (getattr(spec, kind) or {}):
+        if "read_test" in (getattr(spec, kind) or {}) and not spec.confirm.added_later:
             fail((kind, "read_test"), "leave it out beside confirm: only the confirmation reads the test set")
     for kind in ("space", "control"):
         if "select" in (getattr(spec, kind) or {}):

@@ -238,6 +238,11 @@ class Confirm(Part):
     all_images: bool = Field(
         False, description="train on the validation images, too, to the last epoch; VTAB's last training"
     )
+    added_later: bool = Field(
+        False,
+        description="confirm a search that was begun without confirm, by --resume: its trials stay as they are, and "
+        "have read the test set, which chooses nothing",
+    )
 
     @model_validator(mode="after")
     def _has_different_seeds(self) -> Confirm:
@@ -379,7 +384,7 @@ class Spec(Part):
         values: dict[str, Any] = _copy(self.trial)
         for key, value in params.items():
             set_dotted(values, key, value)
-        if self.confirm:  # the test set is left to the confirmation
+        if self.confirm and not self.confirm.added_later:  # the test set is left to the confirmation
             values["read_test"] = False
             if values.get("select") == "test_best_epoch":
                 values["select"] = "val"
@@ -398,7 +403,11 @@ class Spec(Part):
 
     def stage(self, config: TrialConfig) -> Stage:
         """Return whether a trial belongs to the search or to the confirmation."""
-        return Stage.CONFIRM if self.confirm and config.read_test else Stage.SEARCH
+        if self.confirm is None:
+            return Stage.SEARCH
+        under_its_seeds = config.dataset.train_on_val or config.order_seed in self.seeds
+        confirms = under_its_seeds if self.confirm.added_later else config.read_test
+        return Stage.CONFIRM if confirms else Stage.SEARCH
 
     def params(self, config: TrialConfig) -> dict[str, Scalar]:
         """Return where a trial lies in the space: its values on the axes that matter to it."""

@@ -21,7 +21,7 @@ from lorvp.features import cache as feature_cache
 from lorvp.training import loop
 from lorvp.utils import files
 from sweeps import launch
-from sweeps.folder import read_record
+from sweeps.folder import Command, read_record
 from sweeps.run.driver import one_line
 from sweeps.run.signals import SignalHandler
 from sweeps.spec import file as spec_file
@@ -136,7 +136,7 @@ def test_a_sweep_that_has_begun_is_not_taken_back(sweep, begun):
     """As when the screen is gone after the driver was submitted as a job."""
 
     def broken() -> None:
-        with launch.sweep_folder(sweep, resume=False):
+        with launch.sweep_folder(sweep, False, Command("good.yaml", [])):
             path = sweep.folder / begun
             path.parent.mkdir(exist_ok=True)
             path.touch()

@@ -384,6 +384,45 @@ def test_only_the_confirmation_reads_the_test_set(write):
     assert {without.stage(config) for config in [without.trial_config(without.example()), again]} == {"search"}
 
 
+@pytest.mark.parametrize("overrides", [[], ["trial.select=test_best_epoch"], ["trial.read_test=false"]])
+def test_a_confirmation_that_is_added_later_leaves_the_search_as_it_is(write, overrides):
+    overrides = [*overrides, "control.optimizer.lr=0.1"]
+    before, later = (spec_file.load(write(), [*overrides, *more]) for more in ([], ["confirm.added_later=true"]))
+    searched = [later.trial_config(cell) for cell in later.cells()] + later.control_configs()
+    assert searched == [before.trial_config(cell) for cell in before.cells()] + before.control_configs()
+    assert {later.stage(config) for config in searched} == {"search"}
+    assert len(later.seeds) == 5
+    for seed in later.seeds:
+        again = later.confirmed(searched[0], seed)
+        assert (again.read_test, again.order_seed, later.stage(again)) == (True, seed, "confirm")
+        assert again.select == searched[0].select
+    if "trial.read_test=false" not in overrides:  # a fitted control has no use for a seed: it is there already
+        assert later.confirmed(later.control_configs()[0], later.seeds[0]) == later.control_configs()[0]
+    everything = spec_file.load(write(), [*overrides, "confirm={added_later: true, all_images: true}"])
+    assert everything.stage(everything.confirmed(everything.control_configs()[0], 1)) == "confirm"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["confirm.added_later=true"], None),
+        (["confirm={added_later: true, top: 2, seeds: [7, 8]}"], None),
+        (["confirm.top=1"], "confirm: this sweep was started without it; --set confirm.added_later=true confirms it"),
+        (["confirm.added_later=true", "trial.epochs=9"], "trial.epochs is not what this sweep was started with"),
+    ],
+)
+def test_a_sweep_may_be_confirmed_when_it_is_resumed(write, overrides, problem):
+    before, now = (spec_file.load(write(), more).model_dump(mode="json", by_alias=True) for more in ([], overrides))
+    spec = spec_file.load(write(), overrides)
+    if problem is None:
+        launch.check_same_sweep(spec, before, now)
+        with pytest.raises(UserError, match="confirm is not what this sweep was started with"):
+            launch.check_same_sweep(spec, now, before)
+    else:
+        with pytest.raises(UserError, match=problem):
+            launch.check_same_sweep(spec, before, now)
+
+
 def test_only_the_confirmation_trains_on_the_validation_images(write):
     spec = spec_file.load(write(), ["confirm.all_images=true"])
     found = spec.trial_config(spec.cells()[0])
