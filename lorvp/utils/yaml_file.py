@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -74,6 +76,14 @@ def parse_value(text: str) -> Any:
         return _read(text)[0]
     except _InvalidYaml:
         raise UserError(f"not a YAML value: {text!r}") from None
+
+
+def format_value(value: Any) -> str:
+    """Write a value on one line of YAML, as `parse_value` reads it."""
+    yaml, text = YAML(typ="safe", pure=True), StringIO()
+    yaml.default_flow_style, yaml.width = True, sys.maxsize
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("...\n").strip()  # the dots end a document that is a scalar
 
 
 class _InvalidYaml(Exception):

@@ -16,6 +16,7 @@ from lorvp.utils.files import replacing
 from sweeps.report.drawing import picture_of, png
 from sweeps.report.figures import SECTIONS
 from sweeps.results.leaderboard import MARKS, Leaderboard
+from sweeps.results.next_steps import next_steps
 from sweeps.results.outcome import Outcome
 
 REPORT, PICTURES = "report.html", "report"
@@ -60,6 +61,7 @@ def _page(outcome: Outcome, sections: list[dict[str, Any]]) -> str:
         when=_when(outcome.board),
         trials=_trials(outcome.board),
         verdict=[*outcome.verdict(), *outcome.board.rung_correlation()],
+        steps=next_steps(outcome),
         spec=json.dumps(spec, indent=2),
         sections=sections,
     )

@@ -21,6 +21,7 @@ from sweeps.results import confirm
 from sweeps.results.comparison import Comparison
 from sweeps.results.confirm import Choice
 from sweeps.results.leaderboard import Leaderboard
+from sweeps.results.next_steps import next_steps
 from sweeps.results.outcome import Outcome
 from sweeps.run.jobs import Jobs
 from sweeps.run.live_view import Follower, GivenUp
@@ -183,7 +184,7 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
         files += comparison.write()
         console.print(comparison.table())
     verdict = [*board.failures(), *board.rung_correlation(), *outcome.verdict()]
-    for line in verdict:
+    for line in [*verdict, *(f"next: {step}" for step in next_steps(outcome))]:
         print_line(line)
     print_line(f"every epoch: {files[0]}")
     if best is None:
@@ -205,7 +206,7 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
         all_sent &= send(lambda tracker: models.append(tracker.register(bundle, name, lines)))
     except UserError as error:  # no weights here, where they are on the nodes: the bundle is there all the same
         print_line(f"no registered model: {error}", style="yellow")
-    all_sent &= send(lambda tracker: tracker.close("FINISHED", files, verdict))
+    all_sent &= send(lambda tracker: tracker.close("FINISHED", files, verdict, outcome.gain()))
     if not all_sent:
         print_line("MLflow did not take everything; --resume sends what is missing", style="red")
         return EXIT_NO_RESULT

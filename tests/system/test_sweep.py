@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 
 import mlflow
@@ -17,6 +19,8 @@ from support.sweep import LAUNCH, SHARING, SPEC, Sweep
 import lorvp
 from cluster.trial_folder import State, TrialFolder
 from lorvp.data.prepare import prepare
+from sweeps.results.outcome import Outcome
+from sweeps.results.paired import recorded
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +74,57 @@ def test_a_sweep_from_yaml_to_mlflow(tmp_path):
     for name, results in before.items():
         assert TrialFolder(sweep.path / "trials" / name).results() == results
         assert len(list((sweep.path / "trials" / name / "attempts").iterdir())) == 1
+
+
+def test_a_sweep_says_what_its_gain_shows_and_is_confirmed_by_the_command_that_it_prints(tmp_path):
+    text = SPEC.replace("[rlm, flm, ilm, lp]", "[lp]").replace("rule: asha", "rule: none")
+    sweep = Sweep(tmp_path, text, profile=SHARING)
+    output = sweep.run()
+    found = Outcome.read(sweep.path)
+    best, control = found.best(), found.control()
+    for entry in (best, control):
+        splits = recorded(entry.trial)
+        assert 100 * splits["val"].right.mean() == pytest.approx(entry.best()["val_top1"])
+        assert 100 * splits["test"].right.mean() == pytest.approx(entry.test_top1())
+    gain = found.gain()
+    assert (gain.split, gain.images) == ("test", 359)
+    assert gain.points == pytest.approx(best.test_top1() - control.test_top1())
+    said = [line for line in output.splitlines() if line.startswith(("difference", "test:", "val is"))]
+    assert said == found.verdict()[2:]
+    assert gain.in_words() in said[1]
+    (parent,) = [run for run in sweep.runs() if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.metrics == {
+        "gain": pytest.approx(gain.points, abs=1e-4),
+        "gain_low": pytest.approx(gain.low, abs=1e-4),
+        "gain_high": pytest.approx(gain.high, abs=1e-4),
+        "gain_images": 359,
+    }
+    assert (parent.data.tags["gain.split"], parent.data.tags["gain.verdict"]) == ("test", gain.in_words())
+    (model,) = sweep.client().search_model_versions("name = 'small'")
+    page = html.unescape((sweep.path / "report.html").read_text())
+    for line in said:
+        assert line in page
+        assert line in parent.data.tags["mlflow.note.content"]
+        assert line in model.description
+    steps = [line for line in output.splitlines() if line.startswith("next: ")]
+    assert all(step.removeprefix("next: ") in page for step in steps)
+    program, launcher, spec, *arguments = shlex.split(steps[0].partition(" new seeds: ")[2])
+    assert (program, launcher, spec) == ("python", "sweeps/launch.py", "sweep.yaml")
+    before = sweep.results()
+    confirmed = sweep.run(*arguments)
+    sweep.check_complete(trials=5 + 5)
+    assert {name: sweep.results()[name] for name in before} == before
+    found = Outcome.read(sweep.path)
+    gain = found.gain()
+    assert (gain.images, len(found.comparison.best_row().entries)) == (359, 5)
+    assert found.control().trial.name == control.trial.name
+    assert all(line in confirmed for line in found.verdict())
+    assert re.search(r"mean of 5 seeds, 95 % t interval; \d+ val and 359 test images", confirmed)
+    assert re.search(r"the model, \w+, less the control: .* 95 % interval over 359 images", confirmed)
+    assert "confirm it" not in confirmed
+    (parent,) = [run for run in sweep.runs() if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.metrics["gain"] == pytest.approx(gain.points, abs=1e-4)
+    assert parent.data.metrics["gain_low"] == pytest.approx(gain.low, abs=1e-4)
 
 
 def test_failing_trials_do_not_end_the_sweep(tmp_path):
