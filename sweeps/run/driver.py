@@ -184,8 +184,13 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
         files += comparison.write()
         console.print(comparison.table())
     verdict = [*board.failures(), *board.rung_correlation(), *outcome.verdict()]
-    for line in [*verdict, *(f"next: {step}" for step in next_steps(outcome))]:
+    for line in verdict:
         print_line(line)
+    try:
+        for step in next_steps(outcome):
+            print_line(f"next: {step}")
+    except Exception as error:  # advice that can't be given shall not cost the sweep its model
+        print_line(f"no advice on what to do next: {one_line(error)}", style="red")
     print_line(f"every epoch: {files[0]}")
     if best is None:
         send(lambda tracker: tracker.close("FAILED", files, verdict))
