@@ -26,6 +26,7 @@ from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig,
 from lorvp.presets import LINEAR_PROBE
 from lorvp.utils import plugins
 from lorvp.utils.explain import closest, dotted, located
+from sweeps.spec import recommended
 
 
 def _scalar(value: Any) -> Any:
@@ -87,13 +88,16 @@ OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
 class Axis(Part):
-    """One key of TrialConfig that the search chooses: exactly one of choice, uniform, log_uniform and int."""
+    """One key of TrialConfig that the search chooses: one of choice, uniform, log_uniform, int, recommended."""
 
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = Field(None, description="one of these values")
     uniform: tuple[float, float] | None = Field(None, description="[low, high]")
     log_uniform: tuple[float, float] | None = Field(None, description="[low, high], both above 0")
     integers: Annotated[list[int], Field(min_length=2, max_length=3)] | None = Field(
         None, alias="int", description="[low, high] or [low, high, step], both ends included"
+    )
+    recommended: Literal[True] | None = Field(
+        None, exclude=True, description="in place of these: the range of `sweeps/spec/recommended.py`, where it has one"
     )
     when: dict[str, OneOrMore] = Field({}, description="axes, and the values of each under which this one exists")
     ranges: Annotated[list[Axis], Field(min_length=2)] | None = Field(
@@ -116,7 +120,7 @@ class Axis(Part):
         kinds_given = [kind for kind, value in kinds.items() if value is not None]
         if len(kinds_given) != 1:
             named = " and ".join(kinds_given) or "none"
-            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int; it has {named}")
+            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int, recommended; it has {named}")
         if self.choice is not None and len({(type(v), v) for v in self.choice}) < len(self.choice):
             raise ValueError("choice names a value twice")
         bounds = self.uniform or self.log_uniform or self.integers
@@ -301,6 +305,11 @@ class Spec(Part):
     cluster: str = Field("local", description="a profile in cluster/profiles, or the path of one")
     tracking: Tracking = Tracking()
     output: AbsolutePath = Field(Path("runs"), validate_default=True, description="folder of all sweeps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recommended(cls, values: Any) -> Any:
+        return recommended.fill_in(values)
 
     @property
     def mode(self) -> str:
