@@ -84,6 +84,8 @@ DEFAULT_SEEDS = 5
 """How many a confirmation has where its spec names none."""
 ABSENT = object()
 """In place of the value of an axis that a point does not have."""
+GRACE = 0.5
+"""Fraction of a trial's epochs before the first decision on it, where a spec names none (docs/results.md)."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
@@ -253,13 +255,20 @@ class EarlyStopping(Part):
     """Gives up on trials that fall behind: asha (Li et al. 2020) or the median rule (Golovin et al. 2017)."""
 
     rule: RuleName = "none"
-    grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets; asha's first rung")
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
+    grace_epochs: PositiveInt | None = Field(
+        None,
+        description="epochs that every trial gets; asha's first rung; default: half of its epochs",
+    )
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(2, description="of asha: one in so many goes on at a rung")
     within: list[str] | None = Field(
         None,
         description="choice axes: only trials with the same values of all of them end each other; default: of method, "
         "the kinds of prompt and adapter, and head.init, those that are axes, as one kind starts slower than another",
     )
+
+    def first_decision(self, epochs: int) -> int:
+        """Return the epoch after which a trial of so many may be ended for the first time."""
+        return self.grace_epochs or math.ceil(epochs * GRACE)
 
 
 class FailureLimit(Part):

@@ -9,12 +9,11 @@ from pydantic_core import PydanticCustomError
 from lorvp.parts import flatten
 
 RANGES: dict[str, dict[str, Any]] = {
-    "prompt.lr": {"log_uniform": [0.003, 0.03]},
+    "prompt.lr": {"log_uniform": [0.005, 0.06]},
     "prompt.rank": {"choice": [4, 16]},
-    "head.lr": {"log_uniform": [0.003, 0.1]},
+    "head.lr": {"log_uniform": [0.003, 0.3]},
     "head.init": {"choice": ["random", "fitted"]},
     "head.fit": {"choice": [0.001, "best"], "when": {"head.init": "fitted"}},
-    "head.refit": {"choice": [False, True]},
 }
 """By key of TrialConfig."""
 OPTIMIZERS = {"prompt.lr": ("adam", "adamw"), "head.lr": ("sgd",)}
