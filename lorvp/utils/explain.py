@@ -45,7 +45,7 @@ def located(error: ErrorDetails, model: type[BaseModel]) -> Location:
             keys.append(part)
             node = _child(node, part)
     named = error.get("ctx", {}).get("key")
-    return (*keys, *(named.split(".") if isinstance(named, str) else ()))
+    return (*keys, *(named.split(".") if isinstance(named, str) else named or ()))
 
 
 def dotted(location: Location) -> str:

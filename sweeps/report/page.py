@@ -15,6 +15,7 @@ from rich.table import Table
 from lorvp.utils.files import replacing
 from sweeps.report.drawing import picture_of, png
 from sweeps.report.figures import SECTIONS
+from sweeps.report.stopping import stopping_lines
 from sweeps.results.leaderboard import MARKS, Leaderboard
 from sweeps.results.next_steps import next_steps
 from sweeps.results.outcome import Outcome
@@ -60,7 +61,7 @@ def _page(outcome: Outcome, sections: list[dict[str, Any]]) -> str:
         name=outcome.spec.name,
         when=_when(outcome.board),
         trials=_trials(outcome.board),
-        verdict=[*outcome.verdict(), *outcome.board.rung_correlation()],
+        verdict=[*outcome.verdict(), *outcome.board.rung_correlation(), *stopping_lines(outcome.board)],
         steps=next_steps(outcome),
         spec=json.dumps(spec, indent=2),
         sections=sections,

@@ -17,6 +17,7 @@ from cluster.slurm import requeue_this_job
 from lorvp.bundle.format import EXAMPLE
 from lorvp.errors import UserError
 from lorvp.utils.explain import without_passwords
+from sweeps.report.stopping import stopping_lines
 from sweeps.results import confirm
 from sweeps.results.comparison import Comparison
 from sweeps.results.confirm import Choice
@@ -183,7 +184,7 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
     if comparison:
         files += comparison.write()
         console.print(comparison.table())
-    verdict = [*board.failures(), *board.rung_correlation(), *outcome.verdict()]
+    verdict = [*board.failures(), *board.rung_correlation(), *stopping_lines(board), *outcome.verdict()]
     for line in verdict:
         print_line(line)
     try:

@@ -242,7 +242,7 @@ def _check_configs(spec: Spec, fail: Fail) -> None:
             fail(("early_stopping", "within", i), f"no such axis in space: {name}{closest(name, list(spec.space))}")
         if spec.space[name].choice is None:
             fail(("early_stopping", "within", i), f"{name} must be a choice axis: only listed values can be compared")
-    if stopping_rule(spec.early_stopping).stops and spec.early_stopping.grace_epochs > spec.max_epochs():
+    if stopping_rule(spec.early_stopping).stops and (spec.early_stopping.grace_epochs or 1) > spec.max_epochs():
         fail(("early_stopping", "grace_epochs"), f"must be at most epochs, which is {spec.max_epochs()}")
     if algorithm(spec.search).takes_every_cell:
         for cell in spec.cells():

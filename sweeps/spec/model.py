@@ -28,6 +28,7 @@ from lorvp.parts import BEST, NO_EFFECT, ROOMS, AbsolutePath, LearnedHeadConfig,
 from lorvp.presets import LINEAR_PROBE
 from lorvp.utils import plugins
 from lorvp.utils.explain import closest, dotted, located
+from sweeps.spec import recommended
 
 
 def _scalar(value: Any) -> Any:
@@ -85,17 +86,22 @@ DEFAULT_SEEDS = 5
 """How many a confirmation has where its spec names none."""
 ABSENT = object()
 """In place of the value of an axis that a point does not have."""
+GRACE = 0.5
+"""Fraction of a trial's epochs before the first decision on it, where a spec names none (docs/results.md)."""
 OBJECTIVES = {"val_top1": "max", "val_top5": "max", "val_loss": "min"}
 
 
 class Axis(Part):
-    """One key of TrialConfig that the search chooses: exactly one of choice, uniform, log_uniform and int."""
+    """One key of TrialConfig that the search chooses: one of choice, uniform, log_uniform, int, recommended."""
 
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = Field(None, description="one of these values")
     uniform: tuple[float, float] | None = Field(None, description="[low, high]")
     log_uniform: tuple[float, float] | None = Field(None, description="[low, high], both above 0")
     integers: Annotated[list[int], Field(min_length=2, max_length=3)] | None = Field(
         None, alias="int", description="[low, high] or [low, high, step], both ends included"
+    )
+    recommended: Literal[True] | None = Field(
+        None, exclude=True, description="in place of these: the range of `sweeps/spec/recommended.py`, where it has one"
     )
     when: dict[str, OneOrMore] = Field({}, description="axes, and the values of each under which this one exists")
     ranges: Annotated[list[Axis], Field(min_length=2)] | None = Field(
@@ -118,7 +124,7 @@ class Axis(Part):
         kinds_given = [kind for kind, value in kinds.items() if value is not None]
         if len(kinds_given) != 1:
             named = " and ".join(kinds_given) or "none"
-            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int; it has {named}")
+            raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int, recommended; it has {named}")
         if self.choice is not None and len({(type(v), v) for v in self.choice}) < len(self.choice):
             raise ValueError("choice names a value twice")
         bounds = self.uniform or self.log_uniform or self.integers
@@ -262,13 +268,20 @@ class EarlyStopping(Part):
     """Gives up on trials that fall behind: asha (Li et al. 2020) or the median rule (Golovin et al. 2017)."""
 
     rule: RuleName = "none"
-    grace_epochs: PositiveInt = Field(1, description="epochs that every trial gets; asha's first rung")
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one in so many goes on at a rung")
+    grace_epochs: PositiveInt | None = Field(
+        None,
+        description="epochs that every trial gets; asha's first rung; default: half of its epochs",
+    )
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(2, description="of asha: one in so many goes on at a rung")
     within: list[str] | None = Field(
         None,
         description="choice axes: only trials with the same values of all of them end each other; default: of method, "
         "the kinds of prompt and adapter, and head.init, those that are axes, as one kind starts slower than another",
     )
+
+    def first_decision(self, epochs: int) -> int:
+        """Return the epoch after which a trial of so many may be ended for the first time."""
+        return self.grace_epochs or math.ceil(epochs * GRACE)
 
 
 class FailureLimit(Part):
@@ -314,6 +327,11 @@ class Spec(Part):
     cluster: str = Field("local", description="a profile in cluster/profiles, or the path of one")
     tracking: Tracking = Tracking()
     output: AbsolutePath = Field(Path("runs"), validate_default=True, description="folder of all sweeps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recommended(cls, values: Any) -> Any:
+        return recommended.fill_in(values)
 
     @property
     def mode(self) -> str:

@@ -26,11 +26,11 @@ class ASHA(StoppingRule):
             metric=SCORE,
             mode=spec.mode,
             max_t=spec.max_epochs(),
-            grace_period=spec.early_stopping.grace_epochs,
+            grace_period=spec.early_stopping.first_decision(spec.max_epochs()),
             reduction_factor=spec.early_stopping.reduction_factor,
         )
 
     def decision_epochs(self, options: EarlyStopping, epochs: int) -> set[int]:
         """Return the epochs of its rungs."""
-        rungs = (options.grace_epochs * options.reduction_factor**k for k in itertools.count())
+        rungs = (options.first_decision(epochs) * options.reduction_factor**k for k in itertools.count())
         return set(itertools.takewhile(lambda epoch: epoch < epochs, rungs))

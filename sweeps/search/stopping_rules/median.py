@@ -25,6 +25,6 @@ class MedianRule(StoppingRule):
             time_attr="epoch",
             metric=SCORE,
             mode=spec.mode,
-            grace_period=spec.early_stopping.grace_epochs,
+            grace_period=spec.early_stopping.first_decision(spec.max_epochs()),
             min_time_slice=math.inf,  # type: ignore[arg-type]  # else it pauses a trial for one that waits, which takes a checkpoint of Tune's
         )

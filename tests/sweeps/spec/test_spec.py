@@ -658,7 +658,11 @@ def test_published_settings():
     imagenet = spec_file.load(SWEEPS / "lorvp_imagenet.yaml")
     config = imagenet.trial_config({})
     assert (config.backbone.name, config.epochs, config.batch_size) == ("vit_base_patch16_224_miil.in21k", 30, 256)
-    assert {"head.lr", "prompt.lr", "prompt.rank", "head.kind"} == set(imagenet.space)
+    assert {"head.lr", "prompt.lr", "prompt.rank", "head.kind"} < set(imagenet.space)
+    for name in ("lorvp_imagenet", "lorvp_tiny_imagenet", "lorvp_cifar10"):
+        spec = spec_file.load(SWEEPS / f"{name}.yaml")
+        first = spec.trial_config(spec.search.try_first[0])
+        assert (first.prompt.optimizer, first.prompt.lr, first.head.lr, first.rank) == ("sgd", 0.02, 0.02, 4), name
     cifar = spec_file.load(SWEEPS / "lorvp_cifar100.yaml")
     row = cifar.trial_config({})
     assert (row.head.lr, row.prompt.rank, row.head.kind, row.epochs, row.batch_size) == (
@@ -668,7 +672,13 @@ def test_published_settings():
         20,
         256,
     )
-    published = {"head.kind": "lp", "prompt.rank": 4, "head.lr": 0.02, "prompt.lr": 0.02}
+    published = {
+        "head.kind": "lp",
+        "prompt.rank": 4,
+        "head.lr": 0.02,
+        "prompt.optimizer": "sgd",
+        "prompt.lr": 0.02,
+    }
     assert published in cifar.cells()
 
 
@@ -692,7 +702,7 @@ def test_the_peers_published_grids():
         assert (spec.confirm.seeds, spec.confirm.all_images) == ([42, 44, 82, 100, 800], True)
     dropouts = {(c.adapter.deep, c.adapter.dropout) for c in map(vpt.trial_config, vpt.cells())}
     assert dropouts == {(True, 0.1), (False, 0.0)}
-    for spec, schedule, grace in ((autovp, "constant", 3), (ilm_vp, "steps", 1)):
+    for spec, schedule, grace in ((autovp, "constant", 3), (ilm_vp, "steps", None)):
         config = spec.trial_config(spec.cells()[0])
         assert (config.batch_size, config.schedule.name) == (128, schedule)
         assert spec.early_stopping.grace_epochs == grace

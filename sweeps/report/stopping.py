@@ -1,0 +1,35 @@
+"""How often a sweep's early stopping keeps its own best trial."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sweeps.results.leaderboard import Leaderboard
+from sweeps.spec.choices import stopping_rule
+
+if TYPE_CHECKING:
+    from sweeps.search.survival import ScoreCurve
+
+ORDERS = 200
+
+
+def score_curves(board: Leaderboard) -> list[ScoreCurve]:
+    """Return the curves of the search's trials that recorded an epoch."""
+    from sweeps.search.survival import ScoreCurve  # Ray, which takes two seconds to import
+
+    spec, sign = board.spec, 1 if board.spec.mode == "max" else -1
+    return [
+        ScoreCurve(entry.params, [sign * entry.score(spec, epoch) for epoch in range(1, len(entry.results) + 1)])
+        for entry in board.search_entries()
+        if entry.results
+    ]
+
+
+def stopping_lines(board: Leaderboard) -> list[str]:
+    """Return how often the early stopping keeps the best trial, in a line; none where it can't be told."""
+    stops = stopping_rule(board.spec.early_stopping).stops
+    if not stops or sum(entry.finished for entry in board.search_entries()) < 2:
+        return []
+    from sweeps.search.survival import survival
+
+    return [f"early stopping: {survival(board.spec, score_curves(board), ORDERS)}"]
