@@ -16,6 +16,7 @@ from lorvp.utils.yaml_file import format_value
 from sweeps.folder import Command, read_command
 from sweeps.results.leaderboard import Entry, number
 from sweeps.results.outcome import Outcome
+from sweeps.results.paired import WORSE
 from sweeps.spec import file as spec_file
 from sweeps.spec.choices import algorithm
 from sweeps.spec.model import DEFAULT_SEEDS, Axis, Scalar, Spec
@@ -37,7 +38,10 @@ def next_steps(outcome: Outcome) -> list[str]:
     best = outcome.best()
     if best is None:
         return []
-    found = [*_confirmation(outcome, best), *_edges(outcome, best), *_untried(outcome, best)]
+    confirmation, others = [*_confirmation(outcome, best)], [*_edges(outcome, best), *_untried(outcome, best)]
+    gain = outcome.gain()
+    is_worse = gain is not None and gain.in_words() == WORSE  # there is hardly a gain to confirm
+    found = [*others, *confirmation] if is_worse else [*confirmation, *others]
     command, lines = read_command(outcome.spec.folder), []
     for what, suffix, values in found:
         text = _command(command, outcome.spec, suffix, values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.samples.confirmed import ran
+from support.samples.predicted import predicted
 
 from cluster.trial_folder import State, TrialFolder
 from lorvp.utils.files import write_json
@@ -212,6 +213,19 @@ def test_at_most_three_and_the_confirmation_first(tmp_path):
     steps = made.steps()
     assert [step.split(" ")[0] for step in steps] == ["confirm", "head.lr", "prompt.lr"]
     assert len(steps) == MOST
+
+
+def test_where_there_is_no_gain_the_confirmation_comes_last(tmp_path):
+    made = Made(tmp_path)
+    best = made.trial(80, prompt_lr=0.99)
+    made.trial(50, prompt_lr=0.02)
+    made.trial(50, prompt_momentum=0.2)
+    (config,) = made.spec.control_configs()
+    control = ran(made.spec, config, 90, 90)
+    for wrong, order in ((range(9), ["confirm", "prompt.lr"]), (range(50), ["prompt.lr", "confirm"])):
+        predicted(best, val=list(wrong), test=list(wrong))
+        predicted(control, val=[0], test=list(range(8)))
+        assert [step.split(" ")[0] for step in made.steps()] == order
 
 
 def test_what_the_specs_file_refuses_is_left_out(tmp_path):
