@@ -440,7 +440,7 @@ class TrialConfig(Part):
 
     @property
     def rank(self) -> int | None:
-        """Rank of the prompt; None for other prompts than the low-rank one."""
+        """Rank of the prompt's B·A; None for a prompt without it."""
         return getattr(self.prompt, "rank", None)
 
     @property
