@@ -39,6 +39,16 @@ def test_equal_configs_are_one_trial(digits):
     assert again.canonical_json() == config.canonical_json()
 
 
+@pytest.mark.parametrize("kind", ["rlm", "flm", "ilm"])
+def test_a_trial_from_before_a_key_keeps_its_hash(digits, kind):
+    """One source class for a class is what there was before `head.sources_per_class`."""
+    config = digits(head={"kind": kind})
+    assert config.values()["head.sources_per_class"] == 1
+    assert "sources_per_class" not in config.canonical_json()
+    assert config.content_hash() == digits(head={"kind": kind, "sources_per_class": 1}).content_hash()
+    assert config.content_hash() != digits(head={"kind": kind, "sources_per_class": 2}).content_hash()
+
+
 def test_hash_is_the_same_in_another_process(digits):
     code = "import sys, lorvp; print(lorvp.TrialConfig.model_validate_json(sys.argv[1]).content_hash())"
     command = [sys.executable, "-c", code, digits().model_dump_json()]
@@ -136,6 +146,7 @@ VALUES: dict[str, list[Any]] = {
     "head.fit": ["best", 0.1],
     "head.lr": [0.1, 0.2],
     "head.counting": ["pass", "streamed"],
+    "head.sources_per_class": [1, 5],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.lr": [0.3, 0.4],
     "optimizer.momentum": [0.6, 0.7],
@@ -168,7 +179,7 @@ def validated(flat: dict[str, Any]) -> TrialConfig | None:
 def test_nothing_that_a_valid_config_says_is_ignored():
     """Two valid configs that differ in one key differ in their hash, but where a default or a preset says the same."""
     random = Random(0)
-    configs = [(flat, config) for flat in (drawn(random) for _ in range(12_000)) if (config := validated(flat))]
+    configs = [(flat, config) for flat in (drawn(random) for _ in range(16_000)) if (config := validated(flat))]
     assert len(configs) > 150
     assert {key for flat, _ in configs for key in flat} == VALUES.keys()
     for flat, config in configs:

@@ -30,6 +30,7 @@ SWIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "lorvp, rlm": {"head": {"kind": "rlm"}},
+    "lorvp, several source classes": {"classes": 5, "head": {"kind": "flm", "sources_per_class": 2}},
     "border, flm": {"prompt": {"kind": "border"}, "head": {"kind": "flm"}},
     "full_image, fm": {"prompt": {"kind": "full_image"}, "head": {"kind": "fm"}},
     "lorvp, vit": {"backbone": VIT},

@@ -48,6 +48,7 @@ CNN = {"name": "lorvp_tiny_32", "pretrained": False}
 GALORE = {"rank": 8, "update_gap": 4, "lr": 0.01}
 METHODS: dict[str, dict[str, Any]] = {
     "lorvp": {"backbone": CNN},
+    "lorvp, several": {"backbone": VIT, "head": {"kind": "ilm", "sources_per_class": 2}},
     "linear_probe": {"backbone": CNN},
     "fine_tuning": {"backbone": VIT},
     "fine_tuning, cnn": {"backbone": CNN, "head": {"kind": "ilm"}},

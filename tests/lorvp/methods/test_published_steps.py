@@ -212,8 +212,15 @@ class ByHand:
             value.data -= self.lr * change
 
 
+def several(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
+    """IBM/AutoVP's frequency mapping of two source classes a class: the mean of their logits."""
+    logits = network(method, x + own["prompt.B"] @ own["prompt.A"], features=False)
+    return torch.stack([logits[:, places].mean(1) for places in method.mapping.index.tolist()], 1)
+
+
 PUBLISHED: dict[str, tuple[Logits, str, float, float, dict[str, Any]]] = {
     "lorvp": (lorvp, "sgd", 0.02, 1e-4, {}),
+    "lorvp, several": (several, "sgd", 0.5, 0.0, {}),
     "linear_probe": (linear_probe, "sgd", 0.5, 1e-4, {}),
     "fine_tuning": (fine_tuning, "sgd", 0.1, 0.0, {"head": {"kind": "lp"}}),
     "ilm_vp": (ilm_vp, "adam", 0.01, 0.0, {"prompt": {"inner": 112}}),

@@ -639,7 +639,7 @@ def test_the_peers_published_grids():
         spec_file.load(SWEEPS / f"{name}.yaml")
         for name in ("vpt_cifar100", "vqt_cifar100", "autovp_cifar10", "ilmvp_cifar10")
     )
-    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 54)
+    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 126)
     for spec in (vpt, vqt):
         config = spec.trial_config(spec.cells()[0])
         assert (config.scale_lr, config.batch_size, config.adapter.dropout) == (True, 128, 0.1)
