@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ilm_vp, ilm": {"head": {"kind": "ilm"}},
     "autovp": {"prompt": {"inner": 200, "scale": 0.8}},
     "autovp, fixed": {"prompt": {"scale": 0.75, "learn_scale": False}},
+    "evp": {},
     "acavp": {},
     "acavp, low rank": {"prompt": {"additive": "low_rank"}},
     "vpt": {"backbone": VIT, "adapter": {"count": 3}},

@@ -46,6 +46,7 @@ def test_training_takes_what_was_predicted(backbone, batch):
         {"precision": "fp16"},
         {"head": {"kind": "fm"}},
         {"method": "acavp"},
+        {"method": "evp"},
     ],
     ids=str,
 )

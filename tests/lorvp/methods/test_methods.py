@@ -72,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ilm_vp": {"backbone": CNN, "head": {"kind": "ilm"}},
     "autovp": {"backbone": CNN, "head": {"kind": "fm"}},
     "autovp, fixed": {"backbone": CNN, "prompt": {"scale": 0.75, "learn_scale": False}},
+    "evp": {"backbone": CNN, "prompt": {"normalize_grad": True}},
     "acavp": {"backbone": CNN},
     "acavp, low rank": {"backbone": CNN, "prompt": {"additive": "low_rank", "scale": 1.0, "max_scale": 2.0}},
     "acavp, colours": {"backbone": VIT, "prompt": {"additive": "low_rank", "affine": False}, "head": {"kind": "flm"}},
@@ -158,6 +159,7 @@ def test_every_group_of_parameters_learns(case):
         ("lorvp", {"prompt": 6 * 32 * 4, "head": 1290}),
         ("ilm_vp", {"prompt": 3 * 32 * 32}),
         ("autovp", {"prompt": 3 * 32 * 32 + 1, "head": 10 * 10 + 10}),
+        ("evp", {"prompt": 3 * 32 * 32, "head": 1290}),
         ("acavp", {"prompt": 2 * 3 * 32 * 32 + 7, "head": 1290}),
         ("acavp, low rank", {"prompt": 3 * 32 * 32 + 6 * 32 * 4 + 7, "head": 1290}),
         ("acavp, colours", {"prompt": 3 * 32 * 32 + 6 * 32 * 4}),
@@ -182,6 +184,14 @@ def test_ilm_vp_around_cifar_as_its_paper_counts_it():
     assert (shown, method.prompt.delta.numel()) == (147_456, 150_528)
 
 
+def test_evp_as_its_paper_counts_it():
+    """3 (224² - 164²) numbers show around the image, which a frame of 30 pixels surrounds."""
+    method = built("evp", backbone={"name": "resnet18", "pretrained": False})
+    torch.nn.init.ones_(method.prompt.delta)
+    assert (method.side, method.input_prompt().sum().item()) == (164, 69_840)
+    assert not method.input_prompt()[:, 30:194, 30:194].any()
+
+
 def without_tokens(method: Method) -> Method:
     method.tokens = torch.nn.Parameter(method.tokens[:, :0])
     return method
@@ -197,6 +207,7 @@ def without_tokens(method: Method) -> Method:
         ("vpt, swin", {}),
         ("ilm_vp", {"prompt": {"inner": 224}}),
         ("autovp", {"prompt": {"inner": 224, "learn_scale": False}}),
+        ("evp", {"prompt": {"inner": 224}}),
         ("acavp, colours", {"prompt": {"max_gain": 2.0}}),
     ],
 )
@@ -416,6 +427,29 @@ def test_autovp_scales_the_padded_image(scale):
     assert method.prompt.scale.grad.abs() > 0
 
 
+@pytest.mark.parametrize("inner", [112, 164, 224])
+def test_evp_is_its_definition(inner):
+    """The image in the middle as it is, and around it nothing but delta, with a gradient there alone."""
+    method = built("evp", prompt={"inner": inner})
+    side = round(inner * 32 / 224)
+    assert method.side == side
+    assert not method.input_prompt().any()
+    assert method.is_identity_at_init() == (inner == 224)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(method.prompt.delta)
+    pixels, delta = images(method), method.prompt.delta.detach().numpy()
+    expected = np.repeat(delta[None], len(pixels), 0)
+    start = (32 - side + 1) // 2
+    expected[:, :, start : start + side, start : start + side] = pixels.numpy()
+    seen = method.transform_input(pixels) + method.input_prompt()
+    np.testing.assert_array_equal(seen.detach().numpy(), expected)
+    weighting = np.random.default_rng(0).standard_normal((len(pixels), 3, 32, 32))
+    (seen * torch.from_numpy(weighting)).sum().backward()
+    gradient = weighting.sum(0)
+    gradient[:, start : start + side, start : start + side] = 0
+    np.testing.assert_allclose(method.prompt.delta.grad.numpy(), gradient, rtol=1e-12, atol=1e-12)
+
+
 def moved_by_hand(own: dict[str, np.ndarray], pixels: np.ndarray, scale: float, max_scale: float) -> np.ndarray:
     """What ACAVP's affine transformation makes of images (N, 3, L, L), by kornia's matrices and a loop over pixels.
 
@@ -563,6 +597,8 @@ def test_trials_whose_images_are_resized_otherwise_share_no_batches():
     assert frame.packs_with(config("autovp"))
     assert not config("autovp").packs_with(config("autovp", prompt={"scale": 0.5, "learn_scale": False}))
     assert config("acavp").packs_with(config("lorvp"))
+    assert not config("evp").packs_with(frame)
+    assert config("evp", prompt={"inner": 128}).packs_with(frame)
 
 
 def test_padding_of_a_convolutional_net_is_outside_the_image():

@@ -79,6 +79,15 @@ def ilm_vp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
     return network(method, seen, features=False)[:, method.mapping.index]
 
 
+def evp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
+    """UCSC-VLAA/EVP: zeros around the small image, and free values added to those; a head as in every method."""
+    side, inner = method.backbone.image_size, x.shape[-1]
+    first = (side - inner + 1) // 2
+    beside = torch.ones(side, dtype=torch.bool)
+    beside[first : first + inner] = False
+    return head(own, network(method, padded(x, side) + own["prompt.delta"] * (beside[:, None] | beside), features=True))
+
+
 def autovp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
     """IBM/AutoVP: the padded image scaled about its centre, bilinear; the frame around what it then takes; a layer."""
     side, scale = method.backbone.image_size, own["prompt.scale"]
@@ -225,6 +234,7 @@ PUBLISHED: dict[str, tuple[Logits, str, float, float, dict[str, Any]]] = {
     "fine_tuning": (fine_tuning, "sgd", 0.1, 0.0, {"head": {"kind": "lp"}}),
     "ilm_vp": (ilm_vp, "adam", 0.01, 0.0, {"prompt": {"inner": 112}}),
     "autovp": (autovp, "adam", 0.001, 0.0, {"prompt": {"inner": 112, "scale": 1.3}}),
+    "evp": (evp, "sgd", 0.5, 0.0, {"prompt": {"normalize_grad": False}}),
     "acavp": (acavp, "sgd", 1.0, 0.0, {}),
     "vpt": (vpt, "sgd", 0.5, 1e-3, {}),
     "vqt": (vqt, "adam", 0.05, 1e-3, {}),

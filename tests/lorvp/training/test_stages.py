@@ -18,7 +18,7 @@ SMALL = {"epochs": 2, "image_size": 16}
 FEW = {"epochs": 1, "train_share": 0.25}
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "border", "full_image"])
+@pytest.mark.parametrize("kind", ["low_rank", "border", "full_image", "evp"])
 def test_a_prompt_grows_by_interpolation(kind):
     """B's rows and A's columns: the product grows as an image would, a constant stays one."""
     small, large = (make_prompt(kinds("prompt")[kind](kind=kind), size) for size in (16, 32))
