@@ -281,8 +281,8 @@ class TrialConfig(Part):
         {},
         validate_default=True,
         description="how the backbone's output becomes the classes. rlm, flm and ilm pick a source class for each "
-        "class: at random, by frequency, or by frequency again before each epoch; fm and lp learn a linear layer, on "
-        "the source logits or on the features",
+        "class, or several: at random, by frequency, or by frequency again before each epoch; fm and lp learn a linear "
+        "layer, on the source logits or on the features",
     )
     schedule: ScheduleConfig = ScheduleConfig()
     epochs: PositiveInt = Field(20, description="epochs of the trial, those of rungs included")
@@ -440,7 +440,7 @@ class TrialConfig(Part):
 
     @property
     def rank(self) -> int | None:
-        """Rank of the prompt; None for other prompts than the low-rank one."""
+        """Rank of the prompt's B·A; None for a prompt without it."""
         return getattr(self.prompt, "rank", None)
 
     @property
@@ -478,7 +478,12 @@ class TrialConfig(Part):
 
     def canonical_json(self) -> str:
         """Return the JSON that all equal configs share: sorted keys, defaults filled in, no white space."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        values = self.model_dump(mode="json")
+        for key, value in LATER_KEYS.items():
+            part, name = key.split(".")
+            if values[part].get(name) == value:
+                del values[part][name]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def shares_with(self, other: TrialConfig) -> bool:
         """Tell whether both trials can use the same loaded backbone and data."""
@@ -510,6 +515,8 @@ OF_STEPS = (
 """Keys that have no effect where nothing is trained by steps."""
 BESIDE_A_PROMPT = ("head.freeze_epochs", "head.refit")
 """Keys of a head that have an effect beside a prompt or an adapter alone."""
+LATER_KEYS = {"head.sources_per_class": 1}
+"""Keys that some configs from before do not have, and the values that these stand for: they keep their hash."""
 FROZEN_ONLY = ("fold_batchnorm", "split_first_layer", "class_token_only")
 """Keys of `speed` that need a frozen backbone."""
 EARLIER = {

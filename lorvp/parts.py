@@ -23,6 +23,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -258,6 +259,24 @@ class HeadConfig(Kind):
     def fitted(self) -> bool:
         """Whether the head is fitted to the images without a prompt before the first epoch."""
         return False
+
+    @property
+    def picks(self) -> int:
+        """Number of source classes that it reads for each class, if it picks any."""
+        return 1
+
+
+class PickingHeadConfig(HeadConfig):
+    """Base class of the options of a head that picks source classes by chance or by counting."""
+
+    sources_per_class: PositiveInt = Field(
+        1, description="source classes that are read for each class; the mean of their logits is its logit (AutoVP)"
+    )
+
+    @property
+    def picks(self) -> int:
+        """Number of source classes that it reads for each class."""
+        return self.sources_per_class
 
 
 def _how_far(value: Any) -> float | str:

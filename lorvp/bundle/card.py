@@ -107,4 +107,5 @@ def selection(config: TrialConfig) -> str:
 def _describe_model(config: TrialConfig) -> str:
     trained = "its weights trained" if config.trains_backbone else "frozen"
     prompt = f", a prompt of rank {config.rank}" if config.rank else ""
-    return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.head.kind}."
+    several = f" of {config.head.picks} source classes a class" if config.head.picks > 1 else ""
+    return f"`{config.backbone.name}`, {trained}{prompt}, label mapping {config.head.kind}{several}."

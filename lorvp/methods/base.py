@@ -192,7 +192,7 @@ class Method(nn.Module):
                 for images, labels in batches():
                     count(counts, torch.cat(self.micro_batches.run(self._predict, images)), labels)
                 counts, self.recounting = distributed.all_reduce_sum(counts), None
-        self.mapping.index.copy_(greedy_matching(counts))
+        self.mapping.index.copy_(greedy_matching(counts, self.config.head.picks))
         if self.mapping.streamed:
             self.counts = torch.zeros_like(counts)
 

@@ -33,6 +33,7 @@ def candidates(epochs: int) -> dict[str, EarlyStopping]:
             rules[f"asha, first decision at {share:g}, factor {factor}"] = EarlyStopping(
                 rule="asha", grace_epochs=grace, reduction_factor=factor
             )
+        rules[f"forecast, first decision at {share:g}"] = EarlyStopping(rule="forecast", grace_epochs=grace)
         rules[f"median, first decision at {share:g}"] = EarlyStopping(rule="median", grace_epochs=grace)
     return rules
 

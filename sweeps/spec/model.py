@@ -265,7 +265,7 @@ class Stage(StrEnum):
 
 
 class EarlyStopping(Part):
-    """Gives up on trials that fall behind: asha (Li et al. 2020) or the median rule (Golovin et al. 2017)."""
+    """Gives up on trials: asha (Li et al. 2020), the median rule (Golovin et al. 2017), or by a forecast of the end."""
 
     rule: RuleName = "none"
     grace_epochs: PositiveInt | None = Field(

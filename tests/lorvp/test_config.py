@@ -39,6 +39,16 @@ def test_equal_configs_are_one_trial(digits):
     assert again.canonical_json() == config.canonical_json()
 
 
+@pytest.mark.parametrize("kind", ["rlm", "flm", "ilm"])
+def test_a_trial_from_before_a_key_keeps_its_hash(digits, kind):
+    """One source class for a class is what there was before `head.sources_per_class`."""
+    config = digits(head={"kind": kind})
+    assert config.values()["head.sources_per_class"] == 1
+    assert "sources_per_class" not in config.canonical_json()
+    assert config.content_hash() == digits(head={"kind": kind, "sources_per_class": 1}).content_hash()
+    assert config.content_hash() != digits(head={"kind": kind, "sources_per_class": 2}).content_hash()
+
+
 def test_hash_is_the_same_in_another_process(digits):
     code = "import sys, lorvp; print(lorvp.TrialConfig.model_validate_json(sys.argv[1]).content_hash())"
     command = [sys.executable, "-c", code, digits().model_dump_json()]
@@ -93,6 +103,9 @@ VAL_FROM = {"name": "digits", "train_images": 4, "val_images": 4, "val_from": 9}
         ({"schedule": {"milestones": [0.5]}}, "schedule.milestones"),
         ({"method": "fine_tuning", "speed": {"fold_batchnorm": False}}, "speed.fold_batchnorm"),
         ({"backbone": {"name": "resnet18", "zero_shot": "texts"}}, "backbone.zero_shot"),
+        ({"method": "acavp", "prompt": {"rank": 2}}, "prompt.rank"),
+        ({"method": "acavp", "prompt": {"additive": "low_rank", "affine": False, "scale": 0.5}}, "prompt.scale"),
+        ({"method": "acavp", "prompt": {"color": False, "max_gain": 2}}, "prompt.max_gain"),
         ({"dataset": {"name": "digits", "val_images": 9, "val_fraction": 0.1}}, "dataset.val_fraction"),
         ({"dataset": {"name": "digits", "root": "data"}}, "dataset.root"),
         ({"dataset": VAL_FROM | {"split_seed": 1}}, "dataset.split_seed"),
@@ -108,10 +121,15 @@ def test_a_key_without_effect_cannot_be_written(values, key):
 
 VALUES: dict[str, list[Any]] = {
     "method": ["lorvp", "vpt", "lorvp+vpt", "autovp+vqt", "galore", "lorvp+lp_ft", "linear_probe", "border"],
-    "prompt.kind": ["none", "low_rank", "border", "frame"],
+    "prompt.kind": ["none", "low_rank", "border", "frame", "acavp"],
     "prompt.rank": [1, 2],
     "prompt.pad": [3, 4],
     "prompt.inner": [128, 200],
+    "prompt.affine": [True, False],
+    "prompt.color": [True, False],
+    "prompt.additive": ["padding", "low_rank"],
+    "prompt.scale": [0.5, 0.9],
+    "prompt.max_gain": [3.0, 4.0],
     "prompt.init": ["zero", "normal"],
     "prompt.init_a": ["normal", "xavier"],
     "prompt.init_std": [0.1, 0.2],
@@ -128,6 +146,7 @@ VALUES: dict[str, list[Any]] = {
     "head.fit": ["best", 0.1],
     "head.lr": [0.1, 0.2],
     "head.counting": ["pass", "streamed"],
+    "head.sources_per_class": [1, 5],
     "optimizer.name": ["sgd", "adam"],
     "optimizer.lr": [0.3, 0.4],
     "optimizer.momentum": [0.6, 0.7],
@@ -160,7 +179,7 @@ def validated(flat: dict[str, Any]) -> TrialConfig | None:
 def test_nothing_that_a_valid_config_says_is_ignored():
     """Two valid configs that differ in one key differ in their hash, but where a default or a preset says the same."""
     random = Random(0)
-    configs = [(flat, config) for flat in (drawn(random) for _ in range(6_000)) if (config := validated(flat))]
+    configs = [(flat, config) for flat in (drawn(random) for _ in range(16_000)) if (config := validated(flat))]
     assert len(configs) > 150
     assert {key for flat, _ in configs for key in flat} == VALUES.keys()
     for flat, config in configs:
@@ -187,6 +206,12 @@ def test_nothing_that_a_valid_config_says_is_ignored():
         ({"dataset": {"name": "store"}}, "root"),
         ({"schedule": {"warmup_epochs": 3}}, "below epochs"),
         ({"method": "linear_probe", "head": {"kind": "flm"}}, "lp or fm"),
+        ({"method": "acavp", "prompt": {"affine": False}}, "prompt.affine must be true, or prompt.additive low_rank"),
+        (
+            {"method": "acavp", "prompt": {"affine": False, "color": False, "additive": "low_rank"}},
+            "prompt.kind must be low_rank",
+        ),
+        ({"method": "acavp", "prompt": {"scale": 1.0}}, r"prompt.scale \(1\) must be below prompt.max_scale \(1\)"),
     ],
 )
 def test_what_cannot_work_is_refused(digits, changes, word):

@@ -30,12 +30,16 @@ SWIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "lorvp, rlm": {"head": {"kind": "rlm"}},
+    "lorvp, several source classes": {"classes": 5, "head": {"kind": "flm", "sources_per_class": 2}},
     "border, flm": {"prompt": {"kind": "border"}, "head": {"kind": "flm"}},
     "full_image, fm": {"prompt": {"kind": "full_image"}, "head": {"kind": "fm"}},
     "lorvp, vit": {"backbone": VIT},
     "ilm_vp, ilm": {"head": {"kind": "ilm"}},
     "autovp": {"prompt": {"inner": 200, "scale": 0.8}},
     "autovp, fixed": {"prompt": {"scale": 0.75, "learn_scale": False}},
+    "evp": {},
+    "acavp": {},
+    "acavp, low rank": {"prompt": {"additive": "low_rank"}},
     "vpt": {"backbone": VIT, "adapter": {"count": 3}},
     "vpt, swin": {"backbone": SWIN, "adapter": {"count": 3, "deep": False, "dropout": 0.5}},
     "vpt, cnn": {"adapter": {"count": 3, "deep": False}},

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorvp.parts import HeadConfig
+from lorvp.parts import PickingHeadConfig
 
 
-class IterativeMappingConfig(HeadConfig):
+class IterativeMappingConfig(PickingHeadConfig):
     """Choose source classes by frequency as flm does, again before each epoch (Chen et al. 2023, ILM-VP)."""
 
     kind: Literal["ilm"] = "ilm"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lorvp.parts import HeadConfig
+from lorvp.parts import PickingHeadConfig
 
 
-class RandomMappingConfig(HeadConfig):
+class RandomMappingConfig(PickingHeadConfig):
     """Read a source class for each class, drawn once with the init seed."""
 
     kind: Literal["rlm"] = "rlm"

@@ -120,6 +120,7 @@ JSON_DEFECTS: dict[str, tuple[Defect, str]] = {
     "config of a text for a size": (key("config.backbone.image_size", "large"), "config.backbone.image_size: "),
     "config of another image size": (key("config.backbone.image_size", 64), "should be float32 [3, 2, 64])"),
     "config of another rank": (key("config.prompt.rank", 3), "should be float32 [3, 3, 32])"),
+    "config of more source classes": (key("config.head.sources_per_class", 2), "needs 20 source classes for the 10"),
     "config of no backbone": (key("config.backbone.name", "no_such_net"), "timm has no model 'no_such_net'"),
     "a class less": (key("class_names", ["a"] * 9), UNFIT),
     "no class": (key("class_names", []), f"{DESCRIPTION}: class_names: "),

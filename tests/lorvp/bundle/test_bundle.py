@@ -45,6 +45,24 @@ def test_bundle_holds_what_is_needed_to_use_it(saved):
     torch.testing.assert_close(torch.tensor(description["prompt"]["singular_values"]), spectrum[:, :16])
 
 
+def test_a_class_of_several_source_classes_is_loaded_as_it_was(digits, tmp_path):
+    """The tensor has a row for each class; with one source class a class it is what it was, a vector."""
+    few = {"name": "digits", "max_classes": 5, "max_per_class": 20}
+    for sources, shape in ((1, (5,)), (2, (5, 2))):
+        folder = tmp_path / str(sources)
+        folder.mkdir()
+        (*_, last) = train(digits(dataset=few, head={"kind": "ilm", "sources_per_class": sources}), folder=folder)
+        index = load_file(folder / "bundle" / "model.safetensors")["mapping.index"]
+        assert (index.shape, len(index.unique())) == (shape, 5 * sources)
+        model = lorvp.load(folder / "bundle")
+        assert torch.equal(model.mapping.index, index)
+        images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+        assert model(images).shape == (3, 5)
+        assert last.test_top1 is not None
+        said = (folder / "bundle" / "README.md").read_text()
+        assert ("label mapping ilm of 2 source classes a class." in said) == (sources == 2)
+
+
 def test_the_folder_is_one_of_the_hubs(saved):
     folder, results = saved
     card = ModelCard.load(folder / "README.md")

@@ -41,7 +41,13 @@ def test_training_takes_what_was_predicted(backbone, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "linear_probe", "eval_batch_size": 64}, {"precision": "fp16"}, {"head": {"kind": "fm"}}],
+    [
+        {"method": "linear_probe", "eval_batch_size": 64},
+        {"precision": "fp16"},
+        {"head": {"kind": "fm"}},
+        {"method": "acavp"},
+        {"method": "evp"},
+    ],
     ids=str,
 )
 def test_so_do_other_trials(changes):

@@ -13,8 +13,8 @@ from lorvp.mappings.base import LabelMapping, count, greedy_matching, make_mappi
 from lorvp.parts import kinds
 
 
-def mapping(kind: str, source_classes: int, features: int, classes: int) -> LabelMapping:
-    return make_mapping(kinds("head")[kind](kind=kind), source_classes, features, classes)
+def mapping(kind: str, source_classes: int, features: int, classes: int, **options: int) -> LabelMapping:
+    return make_mapping(kinds("head")[kind](kind=kind, **options), source_classes, features, classes)
 
 
 def published_matching(counts: torch.Tensor, steps: int | None = None) -> torch.Tensor:
@@ -39,10 +39,42 @@ def test_matching_is_the_published_one(seed):
     assert torch.equal(greedy_matching(counts), published_matching(counts))
 
 
+def published_matching_of_several(counts: torch.Tensor, wanted: int) -> list[list[int]]:
+    """IBM/AutoVP: the largest count is taken out; it binds if the source is free and the class has not enough."""
+    counts = counts.clone().long()
+    sources, classes = counts.shape
+    bound: list[list[int]] = [[] for _ in range(classes)]
+    free = set(range(sources))
+    for _ in range(counts.numel()):
+        source, label = divmod(counts.flatten().argmax().item(), classes)
+        counts[source, label] = -1
+        if source in free and len(bound[label]) < wanted:
+            bound[label].append(source)
+            free.discard(source)
+    return bound
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_matching_of_several_is_the_published_one(seed):
+    random = np.random.default_rng(seed)
+    classes, wanted = random.integers(1, 9), int(random.integers(1, 5))
+    sources = classes * wanted + random.integers(0, 20)
+    counts = random.integers(0, random.integers(1, 6), (sources, classes))
+    counts[:, random.random(classes) < 0.3] = 0
+    counts = torch.from_numpy(counts)
+    matched = greedy_matching(counts, wanted)
+    assert matched.view(classes, wanted).tolist() == published_matching_of_several(counts, wanted)
+    assert matched.shape == ((classes,) if wanted == 1 else (classes, wanted))
+    assert len(matched.unique()) == classes * wanted
+
+
 def test_matching_of_nothing_is_in_order():
     assert greedy_matching(torch.zeros(5, 3, dtype=torch.int32)).tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="2 source classes"):
+    assert greedy_matching(torch.zeros(7, 3, dtype=torch.int32), 2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="2 source classes can't be matched one to one"):
         greedy_matching(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="5 source classes can't be matched 2 to one with 3"):
+        greedy_matching(torch.zeros(5, 3), 2)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +157,40 @@ def test_random_mapping_is_injective_and_seeded():
     assert len(set(first.tolist())) == 40
 
 
-def test_one_to_one_mapping_needs_enough_source_classes():
+@pytest.mark.parametrize("kind", ["rlm", "flm", "ilm"])
+def test_several_source_classes_are_averaged(kind):
+    """In float64: the logit of a class is the mean of those of its source classes, which no other class reads."""
+    torch.manual_seed(3)
+    several = mapping(kind, 20, 8, 4, sources_per_class=5)
+    assert several.index.shape == (4, 5)
+    assert len(several.index.unique()) == 20
+    source = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    logits = several(source)
+    for image in range(6):
+        for label in range(4):
+            picked = [source[image, place].item() for place in several.index[label].tolist()]
+            assert logits[image, label].item() == pytest.approx(sum(picked) / 5, abs=1e-12)
+    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), [source])
+    expected = torch.zeros(6, 20, dtype=torch.float64)
+    expected[:, several.index[2]] = 0.2
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_one_source_class_is_read_as_it_is():
+    torch.manual_seed(3)
+    one = mapping("rlm", 20, 8, 4)
+    torch.manual_seed(3)
+    assert torch.equal(one.index, torch.randperm(20)[:4])
+    source = torch.randn(6, 20)
+    assert torch.equal(one(source), source[:, one.index])
+
+
+def test_a_mapping_needs_enough_source_classes():
     with pytest.raises(UserError, match=r"head\.kind must be lp or fm"):
         mapping("ilm", 10, 8, 11)
+    message = r"head\.sources_per_class 3 needs 12 source classes for the 4 classes, and the backbone has 11: .* most 2"
+    with pytest.raises(UserError, match=message):
+        mapping("flm", 11, 8, 4, sources_per_class=3)
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ CNN = {"name": "lorvp_tiny_32", "pretrained": False}
 GALORE = {"rank": 8, "update_gap": 4, "lr": 0.01}
 METHODS: dict[str, dict[str, Any]] = {
     "lorvp": {"backbone": CNN},
+    "lorvp, several": {"backbone": VIT, "head": {"kind": "ilm", "sources_per_class": 2}},
     "linear_probe": {"backbone": CNN},
     "fine_tuning": {"backbone": VIT},
     "fine_tuning, cnn": {"backbone": CNN, "head": {"kind": "ilm"}},
@@ -71,6 +72,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ilm_vp": {"backbone": CNN, "head": {"kind": "ilm"}},
     "autovp": {"backbone": CNN, "head": {"kind": "fm"}},
     "autovp, fixed": {"backbone": CNN, "prompt": {"scale": 0.75, "learn_scale": False}},
+    "evp": {"backbone": CNN, "prompt": {"normalize_grad": True}},
+    "acavp": {"backbone": CNN},
+    "acavp, low rank": {"backbone": CNN, "prompt": {"additive": "low_rank", "scale": 1.0, "max_scale": 2.0}},
+    "acavp, colours": {"backbone": VIT, "prompt": {"additive": "low_rank", "affine": False}, "head": {"kind": "flm"}},
     "lorvp+vpt": {"backbone": VIT, "adapter": {"count": 3}},
     "lorvp+vqt": {"backbone": VIT, "adapter": {"count": 2}},
     "lorvp+lp_ft": {"backbone": VIT},
@@ -154,6 +159,10 @@ def test_every_group_of_parameters_learns(case):
         ("lorvp", {"prompt": 6 * 32 * 4, "head": 1290}),
         ("ilm_vp", {"prompt": 3 * 32 * 32}),
         ("autovp", {"prompt": 3 * 32 * 32 + 1, "head": 10 * 10 + 10}),
+        ("evp", {"prompt": 3 * 32 * 32, "head": 1290}),
+        ("acavp", {"prompt": 2 * 3 * 32 * 32 + 7, "head": 1290}),
+        ("acavp, low rank", {"prompt": 3 * 32 * 32 + 6 * 32 * 4 + 7, "head": 1290}),
+        ("acavp, colours", {"prompt": 3 * 32 * 32 + 6 * 32 * 4}),
         ("vpt", {"adapter": 3 * 3 * 48, "head": 490}),
         ("vpt, shallow and projected", {"adapter": 3 * 7 + 7 * 48 + 48, "head": 490}),
         ("vpt, swin", {"adapter": 3 * 16, "head": 330}),
@@ -175,6 +184,14 @@ def test_ilm_vp_around_cifar_as_its_paper_counts_it():
     assert (shown, method.prompt.delta.numel()) == (147_456, 150_528)
 
 
+def test_evp_as_its_paper_counts_it():
+    """3 (224² - 164²) numbers show around the image, which a frame of 30 pixels surrounds."""
+    method = built("evp", backbone={"name": "resnet18", "pretrained": False})
+    torch.nn.init.ones_(method.prompt.delta)
+    assert (method.side, method.input_prompt().sum().item()) == (164, 69_840)
+    assert not method.input_prompt()[:, 30:194, 30:194].any()
+
+
 def without_tokens(method: Method) -> Method:
     method.tokens = torch.nn.Parameter(method.tokens[:, :0])
     return method
@@ -190,6 +207,8 @@ def without_tokens(method: Method) -> Method:
         ("vpt, swin", {}),
         ("ilm_vp", {"prompt": {"inner": 224}}),
         ("autovp", {"prompt": {"inner": 224, "learn_scale": False}}),
+        ("evp", {"prompt": {"inner": 224}}),
+        ("acavp, colours", {"prompt": {"max_gain": 2.0}}),
     ],
 )
 def test_without_a_prompt_it_is_the_frozen_backbone_bit_for_bit(case, changes):
@@ -408,6 +427,152 @@ def test_autovp_scales_the_padded_image(scale):
     assert method.prompt.scale.grad.abs() > 0
 
 
+@pytest.mark.parametrize("inner", [112, 164, 224])
+def test_evp_is_its_definition(inner):
+    """The image in the middle as it is, and around it nothing but delta, with a gradient there alone."""
+    method = built("evp", prompt={"inner": inner})
+    side = round(inner * 32 / 224)
+    assert method.side == side
+    assert not method.input_prompt().any()
+    assert method.is_identity_at_init() == (inner == 224)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(method.prompt.delta)
+    pixels, delta = images(method), method.prompt.delta.detach().numpy()
+    expected = np.repeat(delta[None], len(pixels), 0)
+    start = (32 - side + 1) // 2
+    expected[:, :, start : start + side, start : start + side] = pixels.numpy()
+    seen = method.transform_input(pixels) + method.input_prompt()
+    np.testing.assert_array_equal(seen.detach().numpy(), expected)
+    weighting = np.random.default_rng(0).standard_normal((len(pixels), 3, 32, 32))
+    (seen * torch.from_numpy(weighting)).sum().backward()
+    gradient = weighting.sum(0)
+    gradient[:, start : start + side, start : start + side] = 0
+    np.testing.assert_allclose(method.prompt.delta.grad.numpy(), gradient, rtol=1e-12, atol=1e-12)
+
+
+def moved_by_hand(own: dict[str, np.ndarray], pixels: np.ndarray, scale: float, max_scale: float) -> np.ndarray:
+    """What ACAVP's affine transformation makes of images (N, 3, L, L), by kornia's matrices and a loop over pixels.
+
+    Pixel i lies at (i + 1/2)·(L - 1)/L, as in kornia 0.8 without aligned corners.
+    """
+    side = pixels.shape[-1]
+    start = math.log(scale / (max_scale - scale))
+    sx, sy = max_scale / (1 + np.exp(-own["scale"] - start))
+    angle, (hx, hy) = 0.1 * np.tanh(own["angle"]), np.tan(0.1 * np.tanh(own["shear"]))
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    forward = rotation @ np.diag([sx, sy]) @ np.array([[1, -hx], [-hy, 1 + hx * hy]])
+    shift = 0.05 * side * np.tanh(own["shift"])
+    step = (side - 1) / side
+    moved = np.zeros_like(pixels)
+    for row in range(side):
+        for column in range(side):
+            at = np.array([(column + 0.5) * step, (row + 0.5) * step])
+            x, y = np.linalg.solve(forward, at - shift) / step - 0.5
+            for i in (math.floor(y), math.floor(y) + 1):
+                for j in (math.floor(x), math.floor(x) + 1):
+                    if 0 <= i < side and 0 <= j < side:
+                        moved[:, :, row, column] += (1 - abs(y - i)) * (1 - abs(x - j)) * pixels[:, :, i, j]
+    return moved
+
+
+ACAVP = {
+    "as published": {},
+    "of half the size": {"scale": 0.5},
+    "enlarged": {"scale": 1.0, "max_scale": 2.0, "max_gain": 3.0},
+    "low rank": {"additive": "low_rank", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("options", ACAVP)
+def test_acavp_is_its_definition(options):
+    """Moved, then multiplied, then the padding where nothing of the image is, or B A everywhere."""
+    wanted = {"scale": 0.73, "max_scale": 1.0, "max_gain": 6.0} | ACAVP[options]
+    method = built("acavp", prompt=ACAVP[options])
+    torch.manual_seed(3)
+    for parameter in method.prompt.parameters():
+        torch.nn.init.normal_(parameter)
+    own = weights(method.prompt)
+    pixels = images(method)
+    gain = wanted["max_gain"] / (1 + np.exp(-own["gain"]) * (wanted["max_gain"] - 1))
+    placed = {"scale": wanted["scale"], "max_scale": wanted["max_scale"]}
+    expected = moved_by_hand(own, pixels.numpy(), **placed) * gain
+    if "padding" in own:
+        empty = moved_by_hand(own, np.ones((1, 1, 32, 32)), **placed)[0] == 0
+        assert empty.any() == (options != "enlarged")
+        expected = expected + empty * own["padding"]
+    else:
+        expected = expected + own["low_rank.B"] @ own["low_rank.A"]
+    seen = method.transform_input(pixels) + method.input_prompt()
+    np.testing.assert_allclose(seen.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("additive", ["padding", "low_rank"])
+def test_gradients_of_acavp_are_those_of_its_values(additive):
+    """Against differences of the loss at values a little off, in float64; on smooth images, where these are exact."""
+    method = built("acavp", prompt={"additive": additive})
+    torch.manual_seed(3)
+    for parameter in method.prompt.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ramp = torch.linspace(0.1, 0.9, 32, dtype=torch.float64)
+    pixels = (ramp[:, None] * ramp + torch.tensor([[0.0], [0.1], [0.3]])[..., None])[None]
+    weighting = torch.randn(3, 32, 32, dtype=torch.float64)
+
+    def loss() -> torch.Tensor:
+        return ((method.transform_input(pixels) + method.input_prompt()) * weighting).sum()
+
+    loss().backward()
+    for name, parameter in method.prompt.named_parameters():
+        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
+        for place in torch.linspace(0, len(flat) - 1, min(len(flat), 5)).long().tolist():
+            values = []
+            for change in (1e-7, -2e-7):
+                flat[place] += change
+                values.append(loss().item())
+            flat[place] += 1e-7
+            assert gradient[place].item() == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-4, abs=1e-5), name
+
+
+def test_acavp_starts_as_published():
+    """The image at 0.73 of its size in the upper left corner, its colours as they are, zeros beside it."""
+    method = built("acavp", backbone=CNN | {"image_size": 64})
+    seen = method.transform_input(torch.ones(1, 3, 64, 64, dtype=torch.float64)) + method.input_prompt()
+    side = round(0.73 * 64 - 1)  # inside of its edge, which is blurred
+    torch.testing.assert_close(seen[..., :side, :side], torch.ones(1, 3, side, side, dtype=torch.float64))
+    assert not seen[..., side + 2 :, :].any()
+    assert not seen[..., side + 2 :].any()
+    assert not method.is_identity_at_init()
+
+
+@pytest.mark.parametrize(
+    "prompt", [{"scale": 1.0, "max_scale": 2.0}, {"affine": False, "additive": "low_rank"}], ids=["affine", "colours"]
+)
+def test_acavp_that_starts_at_the_image_is_the_backbone(prompt):
+    """Within the rounding of float32; a gain of one is limit · sigmoid, and a pixel's place is computed."""
+    method = built("acavp", prompt={"additive": "low_rank"} | prompt).float()
+    pixels = images(method).float()
+    assert method.is_identity_at_init()
+    torch.testing.assert_close(method.transform_input(pixels) + method.input_prompt(), pixels, rtol=0, atol=1e-5)
+    expected = method.backbone(pixels, "features")
+    torch.testing.assert_close(method.backbone_output(pixels, "features"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["acavp", "acavp, low rank", "autovp"])
+def test_a_split_first_layer_gives_what_moves_the_image_its_gradient(case):
+    """With what is learned of the image itself, both terms of conv(images) + conv(prompt) have gradients."""
+    gradients = []
+    for speed in (PLAIN, PLAIN | {"split_first_layer": True}):
+        method = built(case, speed)
+        torch.manual_seed(3)
+        for parameter in method.prompt.parameters():
+            torch.nn.init.normal_(parameter, mean=0.8, std=0.1)
+        method.backbone_output(images(method), "features").square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in method.prompt.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, plain in gradients[0].items():
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], plain, rtol=1e-8, atol=1e-8 * plain.abs().max().item())
+
+
 @pytest.mark.parametrize("case", ["ilm_vp", "autovp, fixed"])
 def test_a_small_image_goes_into_the_frame_as_it_is(case):
     """32 px within 64, grey around it; not to L and down again. Others are resized once, as PIL does."""
@@ -431,6 +596,9 @@ def test_trials_whose_images_are_resized_otherwise_share_no_batches():
     assert not frame.packs_with(config("ilm_vp", prompt={"inner": 64}))
     assert frame.packs_with(config("autovp"))
     assert not config("autovp").packs_with(config("autovp", prompt={"scale": 0.5, "learn_scale": False}))
+    assert config("acavp").packs_with(config("lorvp"))
+    assert not config("evp").packs_with(frame)
+    assert config("evp", prompt={"inner": 128}).packs_with(frame)
 
 
 def test_padding_of_a_convolutional_net_is_outside_the_image():

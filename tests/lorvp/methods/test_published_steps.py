@@ -79,6 +79,15 @@ def ilm_vp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
     return network(method, seen, features=False)[:, method.mapping.index]
 
 
+def evp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
+    """UCSC-VLAA/EVP: zeros around the small image, and free values added to those; a head as in every method."""
+    side, inner = method.backbone.image_size, x.shape[-1]
+    first = (side - inner + 1) // 2
+    beside = torch.ones(side, dtype=torch.bool)
+    beside[first : first + inner] = False
+    return head(own, network(method, padded(x, side) + own["prompt.delta"] * (beside[:, None] | beside), features=True))
+
+
 def autovp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
     """IBM/AutoVP: the padded image scaled about its centre, bilinear; the frame around what it then takes; a layer."""
     side, scale = method.backbone.image_size, own["prompt.scale"]
@@ -98,6 +107,44 @@ def autovp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
     scaled = along(along(canvas).transpose(2, 3)).transpose(2, 3)
     hole = min(int(x.shape[-1] * scale.detach()), side)
     return head(own, network(method, framed(own, scaled, hole), features=False))
+
+
+def acavp(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
+    """s-enmt/ACAVP with kornia 0.8: the image moved about its corner, multiplied, and a prompt where nothing is of it.
+
+    Values before tanh and sigmoid are stored there; here they are the start's, by its `safe_logit`, plus what we store.
+    """
+    side = x.shape[-1]
+    scale, (angle, shear, shift) = own["prompt.scale"], (own[f"prompt.{name}"] for name in ("angle", "shear", "shift"))
+    scale = torch.sigmoid(torch.logit(torch.tensor(0.73, dtype=torch.float64)) + scale)
+    angle, (hx, hy) = 0.1 * torch.tanh(angle), torch.tan(0.1 * torch.tanh(shear))
+    one, none = torch.ones(()).double(), torch.zeros(()).double()
+
+    def matrix(*values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([*values, none, none, one]).view(3, 3)
+
+    rotation = matrix(torch.cos(angle), torch.sin(angle), none, -torch.sin(angle), torch.cos(angle), none)
+    scaling = matrix(scale[0], none, none, none, scale[1], none)
+    shearing = matrix(one, -hx, none, -hy, 1 + hx * hy, none)
+    shifting = matrix(one, none, 0.05 * side * torch.tanh(shift[0]), none, one, 0.05 * side * torch.tanh(shift[1]))
+    pixels = matrix(one * 2 / (side - 1), none, -one, none, one * 2 / (side - 1), -one)  # to [-1, 1]
+    back = torch.linalg.inv(pixels @ shifting @ rotation @ scaling @ shearing @ torch.linalg.inv(pixels))
+    middles = (2 * torch.arange(side, dtype=torch.float64) + 1) / side - 1
+    places = torch.stack([middles.expand(side, side), middles[:, None].expand(side, side), one.expand(side, side)])
+    column, row = ((torch.einsum("ij,jyx->iyx", back, places)[:2] + 1) * side - 1) / 2
+
+    def taken(image: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(image)
+        for i in (row.detach().floor(), row.detach().floor() + 1):
+            for j in (column.detach().floor(), column.detach().floor() + 1):
+                inside = ((i >= 0) & (i < side) & (j >= 0) & (j < side)).double()
+                share = (1 - (row - i).abs()) * (1 - (column - j).abs()) * inside
+                total = total + share * image[..., i.clamp(0, side - 1).long(), j.clamp(0, side - 1).long()]
+        return total
+
+    seen = taken(x) * 6 * torch.sigmoid(torch.logit(torch.tensor(1 / 6, dtype=torch.float64)) + own["prompt.gain"])
+    empty = (taken(torch.ones_like(x[:1, :1])) == 0).double()[0]
+    return head(own, network(method, seen + empty * own["prompt.padding"], features=True))
 
 
 def norm(x: torch.Tensor, w: Tensors, name: str) -> torch.Tensor:
@@ -174,12 +221,21 @@ class ByHand:
             value.data -= self.lr * change
 
 
+def several(own: Tensors, method: Method, x: torch.Tensor) -> torch.Tensor:
+    """IBM/AutoVP's frequency mapping of two source classes a class: the mean of their logits."""
+    logits = network(method, x + own["prompt.B"] @ own["prompt.A"], features=False)
+    return torch.stack([logits[:, places].mean(1) for places in method.mapping.index.tolist()], 1)
+
+
 PUBLISHED: dict[str, tuple[Logits, str, float, float, dict[str, Any]]] = {
     "lorvp": (lorvp, "sgd", 0.02, 1e-4, {}),
+    "lorvp, several": (several, "sgd", 0.5, 0.0, {}),
     "linear_probe": (linear_probe, "sgd", 0.5, 1e-4, {}),
     "fine_tuning": (fine_tuning, "sgd", 0.1, 0.0, {"head": {"kind": "lp"}}),
     "ilm_vp": (ilm_vp, "adam", 0.01, 0.0, {"prompt": {"inner": 112}}),
     "autovp": (autovp, "adam", 0.001, 0.0, {"prompt": {"inner": 112, "scale": 1.3}}),
+    "evp": (evp, "sgd", 0.5, 0.0, {"prompt": {"normalize_grad": False}}),
+    "acavp": (acavp, "sgd", 1.0, 0.0, {}),
     "vpt": (vpt, "sgd", 0.5, 1e-3, {}),
     "vqt": (vqt, "adam", 0.05, 1e-3, {}),
 }

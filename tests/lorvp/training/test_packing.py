@@ -43,6 +43,7 @@ def test_packed_is_what_each_is_by_itself(digits):
         digits(head={"kind": "ilm"}, prompt={"optimizer": "sgd", "lr": 0.3}),
         digits(head={"kind": "ilm", "counting": "streamed"}, init_seed=3),
         digits(head={"kind": "lp", "init": "fitted"}, prompt={"kind": "border"}),
+        digits(method="acavp"),
         digits(method="linear_probe"),
     ]
     loaded = loop.load(configs[0])
@@ -51,7 +52,7 @@ def test_packed_is_what_each_is_by_itself(digits):
         *results, last = of_member
         assert last == Finished()
         assert figures(results) == figures(list(train(member.config)))
-    assert [r.packed for r in next(iter(events.values()))[:-1]] == [5] * 3
+    assert [r.packed for r in next(iter(events.values()))[:-1]] == [6] * 3
 
 
 def test_one_that_diverges_leaves_the_others_bits_alone(digits):

@@ -34,10 +34,11 @@ def moved(trainer: Trainer, before: dict[str, torch.Tensor], part: str) -> float
     return torch.stack(steps).norm().item()
 
 
-def test_a_normalized_gradient_makes_a_step_of_the_learning_rate(digits):
+@pytest.mark.parametrize("kind", ["low_rank", "evp", "acavp"])
+def test_a_normalized_gradient_makes_a_step_of_the_learning_rate(digits, kind):
     """EVP: whatever the gradient, the prompt's step has the length lr; the head's is its gradient times its lr."""
-    plain, start = one_step(digits(prompt=PLAIN))
-    normalized, before = one_step(digits(prompt=PLAIN | {"normalize_grad": True}))
+    plain, start = one_step(digits(prompt=PLAIN | {"kind": kind}))
+    normalized, before = one_step(digits(prompt=PLAIN | {"kind": kind, "normalize_grad": True}))
     assert moved(normalized, before, "prompt") == pytest.approx(0.05, rel=1e-5)
     assert moved(plain, start, "prompt") != pytest.approx(0.05, rel=0.01)
     assert moved(normalized, before, "mapping") == moved(plain, start, "mapping")

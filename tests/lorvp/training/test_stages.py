@@ -18,7 +18,7 @@ SMALL = {"epochs": 2, "image_size": 16}
 FEW = {"epochs": 1, "train_share": 0.25}
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "border", "full_image"])
+@pytest.mark.parametrize("kind", ["low_rank", "border", "full_image", "evp"])
 def test_a_prompt_grows_by_interpolation(kind):
     """B's rows and A's columns: the product grows as an image would, a constant stays one."""
     small, large = (make_prompt(kinds("prompt")[kind](kind=kind), size) for size in (16, 32))
@@ -29,6 +29,24 @@ def test_a_prompt_grows_by_interpolation(kind):
     middle = small.pattern()[:, 0, 0]
     torch.testing.assert_close(large.pattern()[:, 0, 0], middle)
     assert large.pattern().shape == (3, 32, 32)
+
+
+def test_a_prompt_that_moves_the_image_grows_with_it():
+    """ACAVP's numbers are shares of the image's side: a flat image comes out the same, but for a pixel at its edges."""
+    small, large = (make_prompt(kinds("prompt")["acavp"](kind="acavp"), size) for size in (32, 64))
+    for name, parameter in small.named_parameters():
+        torch.nn.init.constant_(parameter, 0.4 if name == "padding" else 0.3)
+    shapes = {name: tensor.shape for name, tensor in large.state_dict().items()}
+    kept = {name for name, tensor in small.state_dict().items() if tensor.shape == shapes[name]}
+    assert kept == {"scale", "angle", "shear", "shift"}
+    large.load_state_dict(
+        {name: t if name in kept else stage.resized(t, shapes[name]) for name, t in small.state_dict().items()}
+    )
+    flat = [each.transform_input(torch.ones(1, 3, each.side, each.side)) + each.pattern() for each in (small, large)]
+    apart = (torch.nn.functional.avg_pool2d(flat[1], 2) - flat[0]).abs()
+    assert (apart < 1e-5).float().mean() > 0.85
+    padded = (flat[0] - 0.4).abs() < 1e-6
+    assert 0.2 < padded.float().mean() < 0.6
 
 
 def test_rungs_are_what_they_say(digits, monkeypatch):
@@ -51,8 +69,9 @@ def test_rungs_are_what_they_say(digits, monkeypatch):
     assert lr == [r.lr["prompt"] for r in train(digits(epochs=5))]  # the schedule is the trial's own
 
 
-def test_the_bundle_is_of_a_whole_epoch(digits, tmp_path):
-    results = list(train(digits(epochs=3, rungs=[SMALL]), folder=tmp_path))
+@pytest.mark.parametrize("changes", [{}, {"method": "acavp", "precision": "bf16"}], ids=["lorvp", "acavp"])
+def test_the_bundle_is_of_a_whole_epoch(digits, tmp_path, changes):
+    results = list(train(digits(epochs=3, rungs=[SMALL], **changes), folder=tmp_path))
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert state["best"]["epoch"] == 3
     assert results[-1].test_top1 is not None

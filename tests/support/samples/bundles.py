@@ -18,16 +18,16 @@ from lorvp.result import EpochResult
 RESULT = EpochResult(1, 0.5, 0.5, 50.0, 90.0, {}, 1.0, 1.0, 1.0, 0.0, {}, 0.0, 1)
 
 
-def tuned(precision: str = "fp32", **changes: Any) -> Method:
+def tuned(precision: str = "fp32", classes: int = 10, **changes: Any) -> Method:
     """A method whose every number that it tunes is another than at its start, so that it matters."""
     config = TrialConfig.model_validate(digits_values(**{"prompt": {"rank": 2, "inner": 200}} | changes))
     torch.manual_seed(0)  # the weights, where none are read
-    method = methods.make(config, Backbone(config.backbone, precision, config.backbone_speed), 10)
+    method = methods.make(config, Backbone(config.backbone, precision, config.backbone_speed), classes)
     with torch.no_grad():
         for name, parameter in method.named_parameters():
             if config.trains_backbone or not name.startswith("backbone."):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    method.class_names = [str(digit) for digit in range(10)]
+    method.class_names = [str(digit) for digit in range(classes)]
     return method.eval()
 
 

@@ -82,6 +82,26 @@ def test_equal_ends_are_equally_good_and_a_stopped_trial_is_never_the_best():
     assert survival(*median, orders=20).best == 1  # it takes three others before it ends a trial
 
 
+def test_a_forecast_goes_by_those_that_have_caught_up():
+    """Random heads start below fitted ones, end above them, and lie in the order of their ends among themselves."""
+    slow = [[100 - error * (80 + 8 * i) / 80 for error in (80, 40, 20, 10)] for i in range(4)]
+    inert = [[60, 60, 60 + i, 61 + i] for i in range(4)]
+    trials = make(slow + inert, inits=["random"] * 4 + ["fitted"] * 4, rule="forecast", grace_epochs=1)
+    found = survival(*trials, orders=100)
+    assert (found.best, found.loss) == (1, 0)
+    early = survival(*make(EARLY, rule="forecast", grace_epochs=1), orders=100)
+    assert early.best == 1
+    assert early.cost < 0.8
+
+
+def test_a_forecast_of_a_loss(monkeypatch):
+    spec, _ = make(EARLY, rule="forecast", grace_epochs=1)
+    losses = [ScoreCurve({}, [2.0 + i, 1.5 + i, 1.2 + i, 1.0 + i]) for i in range(6)]
+    found = survival(spec.model_copy(update={"objective": "val_loss"}), losses, orders=100)
+    assert found.best == 1
+    assert found.cost < 0.8
+
+
 def test_a_long_sweep_is_replayed_in_fewer_orders():
     spec, trials = make([[float(i)] * 4 for i in range(1500)], rule="none")
     assert survival(spec, trials, orders=500).orders == 20

@@ -224,9 +224,9 @@ WRONG_KIND = {
     "a prompt beside an adapter's preset": ("  method: vpt\n  prompt: {kind: low_rank}", ":7: trial.prompt.kind: method vpt has prompt.kind none, not low_rank: leave one of them out"),
     "another adapter than the preset's": ("  method: lorvp+vpt\n  adapter: {kind: vqt}", ":7: trial.adapter.kind: method lorvp+vpt has adapter.kind vpt, not vqt: leave one of them out"),
     "another head than the preset's": ("  method: lorvp+lp_ft\n  head: {init: random}", ":7: trial.head.init: method lorvp+lp_ft has head.init fitted, not random: leave one of them out"),
-    "no such preset": ("  method: vtp", ":6: trial.method: unknown name 'vtp'; one of autovp, border, fine_tuning, full_image, galore, ilm_vp, linear_probe, lorvp, lp_ft, vpt, vqt"),
+    "no such preset": ("  method: vtp", ":6: trial.method: unknown name 'vtp'; one of acavp, autovp, border, evp, fine_tuning, full_image, galore, ilm_vp, linear_probe, lorvp, lp_ft, vpt, vqt"),
     "presets the wrong way round": ("  method: vpt+lorvp", ":6: trial.method: method vpt+lorvp: what goes together is a prompt and an adapter: lorvp+fine_tuning, lorvp+galore, lorvp+vpt, lorvp+vqt, lorvp+lp_ft"),
-    "no such prompt": ("  prompt: {kind: x}", f":6: trial.prompt.kind: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
+    "no such prompt": ("  prompt: {kind: x}", f":6: trial.prompt.kind: unknown name 'x'; one of acavp, border, evp, frame, full_image, {RANKED}"),
     "a misspelt prompt": ("  prompt: {kind: bordr}", ":6: trial.prompt.kind: unknown name 'bordr'; did you mean border?"),
     "no such adapter": ("  adapter: {kind: x}", ":6: trial.adapter.kind: unknown name 'x'; one of fine_tuning, galore, none, vpt, vqt"),
     "no such head": ("control: {head.kind: x}", ":6: control.head.kind: unknown name 'x'; one of flm, fm, ilm, lp, rlm"),
@@ -246,9 +246,9 @@ def test_a_wrong_kind_is_refused_by_its_key(kind, write, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["space.prompt.kind={choice: [low_rank, x]}"], f"space.prompt.kind.choice[1]: unknown name 'x'; one of border, frame, full_image, {RANKED}"),
+        (["space.prompt.kind={choice: [low_rank, x]}"], f"space.prompt.kind.choice[1]: unknown name 'x'; one of acavp, border, evp, frame, full_image, {RANKED}"),
         (["space.adapter.kind={choice: [x, vpt]}"], "space.adapter.kind: unknown name 'x'; one of fine_tuning, galore, none, vpt, vqt"),
-        (["space.method={choice: [lorvp, x]}"], "space.method.choice[1]: unknown name 'x'; one of autovp, border, fine_tuning, full_image, galore, "),
+        (["space.method={choice: [lorvp, x]}"], "space.method.choice[1]: unknown name 'x'; one of acavp, autovp, border, evp, fine_tuning, full_image, galore, "),
         (["space.method={choice: [lorvp, border]}", "trial.prompt.kind=low_rank"], "trial.prompt.kind: method border has prompt.kind border, not low_rank: leave one of them out"),
         (["space.prompt.kind={choice: [low_rank, border]}", "trial.method=lorvp"], "space.prompt.kind.choice[1]: method lorvp has prompt.kind low_rank, not border: leave one of them out"),
     ],
@@ -688,7 +688,7 @@ def test_the_peers_published_grids():
         spec_file.load(SWEEPS / f"{name}.yaml")
         for name in ("vpt_cifar100", "vqt_cifar100", "autovp_cifar10", "ilmvp_cifar10")
     )
-    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 54)
+    assert (vpt.number_of_trials(), vqt.number_of_trials(), autovp.number_of_trials()) == (480, 60, 126)
     for spec in (vpt, vqt):
         config = spec.trial_config(spec.cells()[0])
         assert (config.scale_lr, config.batch_size, config.adapter.dropout) == (True, 128, 0.1)

@@ -1,0 +1,1 @@
+"""ACAVP's prompt, an affine transformation and a change of colours before what is added."""

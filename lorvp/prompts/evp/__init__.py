@@ -1,0 +1,1 @@
+"""EVP's prompt, an added frame around the shrunken image."""

@@ -1,0 +1,25 @@
+"""EVP's prompt, an added frame around the shrunken image: its options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from lorvp.parts import TrainedPromptConfig
+
+
+class EnhancedPromptConfig(TrainedPromptConfig):
+    """Shrink the image and learn free values around it, from zero (Wu et al. 2022, UCSC-VLAA/EVP)."""
+
+    kind: Literal["evp"] = "evp"
+    method = "evp"
+
+    inner: PositiveInt = Field(
+        164, description="side of the image within the frame, in pixels at L = 224; scaled to other sizes"
+    )
+
+    @property
+    def inner_side(self) -> int:
+        """Side of the image within the frame, in pixels at L = 224."""
+        return self.inner
