@@ -142,6 +142,16 @@ class DatasetConfig(Part):
     crop_root: AbsolutePath | None = Field(
         None, description="store of the same images at the size that crops are taken from"
     )
+    trivial_augment: bool = Field(
+        False,
+        description="train on images that TrivialAugment has changed, each by one of its 14 wide operations at one of "
+        "31 strengths (Müller & Hutter 2021)",
+    )
+    color_jitter: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="train on images of other colours: brightness, contrast and saturation by factors from [1 - x, "
+        "1 + x], hue by up to x/4 of a circle, in any order; SimCLR's strength 0.5 is x = 0.4; default: off",
+    )
     exact: bool = Field(False, description="accept only images that PIL has resized to L; never resize on the device")
 
     @property
@@ -154,6 +164,16 @@ class DatasetConfig(Part):
     def holds_back(self) -> bool:
         """Whether there are validation images apart from the test set."""
         return self.val_fraction != 0
+
+    @property
+    def augments(self) -> bool:
+        """Whether an image differs from epoch to epoch in training, so that its features can't be cached."""
+        return self.crop_flip or self.trivial_augment or self.color_jitter is not None
+
+    @property
+    def read_from_disk(self) -> DatasetConfig:
+        """The same images as they are read, without what is done to each batch of them."""
+        return self.model_copy(update={"trivial_augment": False, "color_jitter": None})
 
     @property
     def title(self) -> str:
@@ -489,11 +509,12 @@ class TrialConfig(Part):
         """Tell whether both trials can use the same loaded backbone and data."""
         if self.trains_backbone or other.trains_backbone:  # training changes the backbone
             return False
-        return all(getattr(self, key) == getattr(other, key) for key in ("backbone", "dataset", "precision", "speed"))
+        same = all(getattr(self, key) == getattr(other, key) for key in ("backbone", "precision", "speed"))
+        return same and self.dataset.read_from_disk == other.dataset.read_from_disk
 
     def packs_with(self, other: TrialConfig) -> bool:
         """Tell whether both trials can be trained together on the same batches."""
-        same = ("batch_size", "eval_batch_size", "order_seed")
+        same = ("dataset", "batch_size", "eval_batch_size", "order_seed")
         random = self.adapter.draws_at_random or other.adapter.draws_at_random
         return (
             not (self.rungs or other.rungs or random)
@@ -510,12 +531,13 @@ class TrialConfig(Part):
 OF_STEPS = (
     *(f"head.{key}" for key in TrainedByOptimizer.model_fields if key != "kind"),
     *(f"schedule.{key}" for key in ScheduleConfig.model_fields),
+    *("dataset.trivial_augment", "dataset.color_jitter"),
     *("scale_lr", "batch_size", "init_seed", "order_seed"),
 )
 """Keys that have no effect where nothing is trained by steps."""
 BESIDE_A_PROMPT = ("head.freeze_epochs", "head.refit")
 """Keys of a head that have an effect beside a prompt or an adapter alone."""
-LATER_KEYS = {"head.sources_per_class": 1}
+LATER_KEYS = {"head.sources_per_class": 1, "dataset.trivial_augment": False, "dataset.color_jitter": None}
 """Keys that some configs from before do not have, and the values that these stand for: they keep their hash."""
 FROZEN_ONLY = ("fold_batchnorm", "split_first_layer", "class_token_only")
 """Keys of `speed` that need a frozen backbone."""

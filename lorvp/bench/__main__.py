@@ -1,4 +1,4 @@
-"""Benchmark a trial: python -m lorvp.bench step|pack|memory.
+"""Benchmark a trial: python -m lorvp.bench step|pack|augment|memory.
 
 `step` measures the speed of the trial's loop against the published one and a roofline:
 
@@ -12,8 +12,8 @@ The images are pixels in memory, as in a small dataset, or with --jpegs files li
 decodes each in every epoch, and ours reads a store made from them before. All take turns, so that a disturbance of the
 machine affects all of them.
 
-`pack` measures trials that share each batch against one alone and as many processes at once. `memory` measures the
-allocator's peak against the prediction of --dry-run.
+`pack` measures trials that share each batch against one alone and as many processes at once. `augment` measures what is
+done to training images on the device. `memory` measures the allocator's peak against the prediction of --dry-run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from lorvp.bench import published
-from lorvp.config import SpeedConfig, TrialConfig
+from lorvp.config import DatasetConfig, SpeedConfig, TrialConfig
 from lorvp.data import datasets, prepare
+from lorvp.data.augment import augment
 from lorvp.data.datasets import ArrayImages, Images, Splits
 from lorvp.data.store import Store
 from lorvp.estimate.memory import predict
@@ -179,6 +180,36 @@ def pack(
     show(rates, [(name, "packed 1") for name in turns if name != "packed 1"], title(config, loaded))
 
 
+@app.command("augment")
+def augmentations(
+    image_size: Annotated[int, typer.Option(min=8)] = 224,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="of a turn")] = 4,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Print images per second of each augmentation alone, and their ratios to crop and flip."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"crop_flip": True, "trivial_augment": True, "color_jitter": 0.4}
+    turns: dict[str, Callable[[], float]] = {}
+    for key, value in options.items():
+        side = datasets.crop_size(image_size) if key == "crop_flip" else image_size
+        images = pixels(batch_size, side)[0].read(np.arange(batch_size)).to(device)
+        config = DatasetConfig.model_validate({"name": "digits", key: value})
+        turns[key] = partial(with_memory_kept, True, partial(augmented, config, images, image_size, steps))
+    ratios = [(key, "crop_flip") for key in options if key != "crop_flip"]
+    show(take_turns(turns, rounds), ratios, f"at {image_size}, batch {batch_size}, {device_title(device)}")
+
+
+def augmented(config: DatasetConfig, images: torch.Tensor, size: int, steps: int) -> float:
+    """Measure the images per second of an augmentation, each time with other draws."""
+    start = time.perf_counter()
+    for step in range(steps):
+        augment(images, size, config, np.arange(len(images)), step)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return steps * len(images) / (time.perf_counter() - start)
+
+
 def trial_config(backbone: str, image_size: int, batch_size: int, precision: str) -> TrialConfig:
     """Make the config of a trial with random weights and one epoch."""
     return TrialConfig.model_validate(
@@ -237,10 +268,13 @@ def synthetic(config: TrialConfig, native_size: int, steps: int) -> SharedResour
 
 def title(config: TrialConfig, loaded: SharedResources) -> str:
     """Return the title of a table: backbone, size, batch, precision and device."""
-    device = loaded.backbone.mean.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    size = loaded.backbone.image_size
+    name, size = device_title(loaded.backbone.mean.device), loaded.backbone.image_size
     return f"{config.backbone.name} at {size}, batch {config.batch_size}, {loaded.precision}, {name}"
+
+
+def device_title(device: torch.device) -> str:
+    """Return the GPU's name, or the number of the CPU's threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
 def trained(config: TrialConfig, loaded: SharedResources, count: int = 1) -> float:

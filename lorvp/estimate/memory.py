@@ -4,7 +4,7 @@ The trial's own forward and backward run on fake tensors, which have a shape and
 computed, and the bytes of all tensors that are alive at the same time are added up.
 
 The prediction leaves out the workspaces of cuDNN and cuBLAS, the CUDA context, the allocator's fragmentation, a dataset
-that is kept on the device, and resizing, which is over before a step reaches its peak.
+that is kept on the device, and resizing and augmentation, which are over before a step reaches its peak.
 """
 
 from __future__ import annotations

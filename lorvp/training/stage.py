@@ -83,8 +83,7 @@ def build_stage(
         groups = {"head": groups["head"]}
     optimizers = {name: method.make_optimizer(name, group, shared.precision) for name, group in groups.items()}
     factor = LATER_STAGES_LR if number else 1.0
-    # random crops differ in each epoch, so that their features can't be cached
-    model = method.mapping if method.trains_head_only and not config.dataset.crop_flip else method
+    model = method.mapping if method.trains_head_only and not config.dataset.augments else method
     return Stage(
         rung=rung,
         number=number,

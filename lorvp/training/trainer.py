@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from lorvp.bundle import io as bundle
 from lorvp.bundle import predictions
 from lorvp.config import TrialConfig
-from lorvp.data import augment, datasets, loader, shuffle
+from lorvp.data import datasets, loader
+from lorvp.data.augment import augment
 from lorvp.errors import TrialFailed, UserError
 from lorvp.features import cache as feature_cache
 from lorvp.features import probe
@@ -151,9 +152,8 @@ class Trainer:
         starts = range(len(order) - len(left), len(order), size)
         for start, (images, labels) in zip(starts, loader.batches(train, size, left, self.device, share), strict=True):
             places = np.arange(start, min(start + size, len(order)))
-            if self.config.dataset.crop_flip:
-                draws = shuffle.uniform(places[self.rank :: self.world_size], 3, self.config.order_seed, epoch)
-                images = augment.crop_and_flip(images, self.stage.shared.backbone.image_size, draws)
+            own, side = places[self.rank :: self.world_size], self.stage.shared.backbone.image_size
+            images = augment(images, side, self.config.dataset, own, self.config.order_seed, epoch)
             yield self.prepare(images), labels, len(places)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ WAYS = {
     # a session on SLURM
     r"export SLURM_CONF=.*|squeue|kill -9.*|python -c .*mlflow.*|python tests/support/slurm_sim\.py .*": SESSION,
     # benchmarks and what was made once
-    r"python -m lorvp\.bench (step|pack).*": By("test_speed.py::test_the_benchmarks_print_their_tables"),
+    r"python -m lorvp\.bench (step|pack|augment).*": By("test_speed.py::test_the_benchmarks_print_their_tables"),
     r"python -m lorvp\.bench memory .*": Here("predicted", "--batch-size 4", SMALL),
     r"python -m sweeps\.bench": Here("ratio", "--per-class 10 --epochs 1 --seeds 1", edits=FEW_CELLS),
     r"python tests/benchmarks/bench_store\.py": Here("opening a store of", edits=LITTLE),

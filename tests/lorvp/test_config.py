@@ -100,6 +100,8 @@ VAL_FROM = {"name": "digits", "train_images": 4, "val_images": 4, "val_from": 9}
         (FITTED | {"batch_size": 2}, "batch_size"),
         (FITTED | {"init_seed": 2}, "init_seed"),
         (FITTED | {"schedule": {"name": "constant"}}, "schedule.name"),
+        (FITTED | {"dataset": {"name": "digits", "trivial_augment": True}}, "dataset.trivial_augment"),
+        (FITTED | {"dataset": {"name": "digits", "color_jitter": 0.4}}, "dataset.color_jitter"),
         ({"schedule": {"milestones": [0.5]}}, "schedule.milestones"),
         ({"method": "fine_tuning", "speed": {"fold_batchnorm": False}}, "speed.fold_batchnorm"),
         ({"backbone": {"name": "resnet18", "zero_shot": "texts"}}, "backbone.zero_shot"),

@@ -456,6 +456,8 @@ def test_the_benchmarks_print_their_tables():
     printed = CliRunner().invoke(bench.app, ["pack", *tiny, "--most", "2"]).output
     assert "packed 2 : packed 1" in printed
     assert "processes 2 : packed 1" in printed
+    printed = CliRunner().invoke(bench.app, ["augment", "--image-size", "16", "--batch-size", "8", *tiny[-4:]]).output
+    assert "color_jitter : crop_flip" in printed
 
 
 KEEPS = """

@@ -368,6 +368,26 @@ def test_an_axis_that_one_value_of_another_uses(write):
     assert "prompt.pad" in spec_file.load(write(), [kinds, "space.prompt.pad={choice: [10, 20]}"]).space
 
 
+def test_augmentation_is_an_axis_and_its_control_has_none(write):
+    axes = ["space.dataset.trivial_augment={choice: [false, true]}", "space.dataset.color_jitter={choice: [null, 0.4]}"]
+    spec, plain = spec_file.load(write(), axes), spec_file.load(write())
+    assert len(spec.cells()) == 4 * len(plain.cells())
+    configs = [spec.trial_config(cell) for cell in spec.cells()]
+    assert len({config.content_hash() for config in configs}) == len(configs)
+    assert [spec.params(config) for config in configs] == spec.cells()
+    fixed = spec_file.load(write(), ["trial.dataset.trivial_augment=true", "trial.dataset.color_jitter=0.2"])
+    controls = plain.control_configs()
+    for each in (spec, fixed):
+        assert each.control_configs() == controls
+        assert not any("dataset.trivial_augment" in each.params(control) for control in controls)
+    assert all(config.dataset.augments for config in [fixed.trial_config(cell) for cell in fixed.cells()])
+    by_steps = spec_file.load(write(), [axes[0], "control.optimizer.lr=0.1", "control.dataset.trivial_augment=true"])
+    assert [config.dataset.trivial_augment for config in by_steps.control_configs()] == [
+        *(False for _ in controls),
+        True,
+    ]
+
+
 def test_only_the_confirmation_reads_the_test_set(write):
     overrides = ["confirm={seeds: [5, 6]}", "control.optimizer.lr=0.1", "trial.select=test_best_epoch"]
     spec = spec_file.load(write(), [*overrides, "trial.dataset.split_seed=3"])
