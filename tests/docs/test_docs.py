@@ -124,6 +124,7 @@ WAYS = {
     r"python tests/benchmarks/bench_trial\.py .*": Here(
         "| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm", edits=FEW_TRIALS
     ),
+    r"python tests/benchmarks/bench_probe\.py.*": Here("| old |", "--images 300 --features 8 --classes 3 --rounds 1"),
     r"python tests/benchmarks/bench_slurm\.py": Here(
         "first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True
     ),
