@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,6 +69,15 @@ def backbone_name(name: str) -> str:
     return f"{source}:{absolute(rest) if source == 'local-dir' else rest}"
 
 
+def regular_expression(pattern: str) -> str:
+    """Return the pattern. Raises ValueError if it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
 class BackboneConfig(Part):
     """Select a frozen timm model. Input size and statistics are the model's own by default."""
 
@@ -90,6 +100,28 @@ class BackboneConfig(Part):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
         None, description="deviation of each colour, for pixels in [0, 1]; default: the model's"
     )
+
+
+class GroupsConfig(Part):
+    """Say which images belong together; exactly one of the keys."""
+
+    pattern: Annotated[str, AfterValidator(regular_expression)] | None = Field(
+        None,
+        description="regular expression, searched in each image's path within its split; the group is what the "
+        "parentheses match, or without any the whole match: (.+)_ takes all that is before the last underscore",
+    )
+    folder: PositiveInt | None = Field(
+        None, description="the group is the folder at this level of the path: 2 in CLASS/PATIENT/IMAGE"
+    )
+    column: str | None = Field(
+        None, description="column of the store that names the group, from `prepare huggingface --column NAME`"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> GroupsConfig:
+        if [self.pattern, self.folder, self.column].count(None) != 2:
+            raise ValueError("give one of pattern, a regular expression, folder, a level, and column, a name")
+        return self
 
 
 class DatasetConfig(Part):
@@ -128,6 +160,14 @@ class DatasetConfig(Part):
         "confirm.all_images",
     )
     split_seed: NonNegativeInt = Field(0, description="seed of these draws")
+    groups: Annotated[
+        GroupsConfig | None,
+        OnlyIf(lambda data: data.groups is not None, "left out where there are none, as in configs of before"),
+    ] = Field(
+        None,
+        description="which images belong together: those of a group, such as the frames of a track, are never on both "
+        "sides of a split; val_images is then about the number",
+    )
     max_classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="keep only so many classes, the first ones"
     )
@@ -194,6 +234,12 @@ class DatasetConfig(Part):
             raise ValueError("val_from is a position: train_images and val_images must say how many images there are")
         if self.val_from is not None and (self.max_classes or self.max_per_class):
             raise ValueError("val_from counts all images: leave max_classes and max_per_class out")
+        if self.groups is not None and self.name == "digits":
+            raise no_effect("groups", "the images of dataset digits have no names: leave it out")
+        if self.groups is not None and self.val_from is not None:
+            raise no_effect("groups", "with val_from nothing is drawn: leave one of them out")
+        if self.groups is not None and self.groups.column is not None and self.name != "store":
+            raise ValueError("groups.column is one of a store; give groups.pattern or groups.folder for image files")
         if self.crop_root and not (self.crop_flip and self.name == "store"):
             raise ValueError("crop_root goes with name: store and crop_flip: true")
         return self

@@ -26,6 +26,7 @@ from lorvp.utils import cli
 from lorvp.utils.files import give_libraries_caches, replacing, write_json
 from sweeps import lock
 from sweeps.folder import RECORD, Command, read_record
+from sweeps.plan.duplicates import duplicates_line
 from sweeps.plan.memory import memory_line
 from sweeps.run import status
 from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
@@ -84,6 +85,7 @@ def main(
         spec = spec_file.load(file, overrides)
         if dry_run:
             show_plan(spec)
+            warn_of_duplicates(spec)
             if not no_estimate:
                 console.print(estimate_line(spec), highlight=False, markup=False)
             return
@@ -97,6 +99,8 @@ def main(
             console.print(status.table(spec, manager))
             return
         check_inputs(spec)
+        if not resume:
+            warn_of_duplicates(spec)
         with sweep_folder(spec, resume, Command(str(file), overrides)) as sweep_id:
             if detach:
                 options = [f"--set={override}" for override in overrides] + ["--leave-running"] * leave_running
@@ -174,6 +178,13 @@ def estimate_line(spec: Spec) -> str:
     except Exception as error:  # whatever keeps a trial from running here; the plan is no worse for it
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"no estimate: {lines[0]}"
+
+
+def warn_of_duplicates(spec: Spec) -> None:
+    """Print that validation images are nearly training images, if more than a few are."""
+    line = duplicates_line(spec)
+    if line:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def check_inputs(spec: Spec) -> None:

@@ -5,18 +5,24 @@ It imports no torch, to leave the memory to the images.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
+from lorvp.config import DatasetConfig
 from lorvp.data import store
 from lorvp.data.prepare import console, prepare
 from lorvp.data.sources import SOURCES, torchvision_sets
 from lorvp.data.store import MANIFEST
+from lorvp.errors import UserError
 from lorvp.utils import cli
+from lorvp.utils.explain import explain
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -39,11 +45,12 @@ def prepare_command(
     encoded: Annotated[bool, typer.Option("--encoded", help="keep the files as they are: smaller, slower")] = False,
     name: Annotated[str, typer.Option(help="what the store is called; default: NAME")] = "",
     nested: Annotated[bool, typer.Option("--nested", help="of image_folder: every folder in it is a class")] = False,
+    column: Annotated[str, typer.Option(help="of huggingface: a column to store for dataset.groups")] = "",
 ) -> None:
     """Decode a dataset once. Run the command again to resume it. A store of something else is never overwritten."""
     if download:
         torchvision_sets.download(dataset, source)
-    folder = prepare(dataset, source, out, size, processes, skip_unreadable, partial, encoded, name, nested)
+    folder = prepare(dataset, source, out, size, processes, skip_unreadable, partial, encoded, name, nested, column)
     show(folder)
 
 
@@ -75,6 +82,23 @@ def verify_command(folder: Path) -> None:
     """Read every byte of a store and compare it with the checksums."""
     store.verify(folder, store.read_manifest(folder))
     console.print(f"{folder}: every file is as it was written")
+
+
+@app.command("duplicates")
+def duplicates_command(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="the value of trial.dataset, as JSON")],
+) -> None:
+    """Say whether validation images have near-duplicates among the training images, if more than a few have."""
+    from lorvp.data import duplicates  # torch
+
+    try:
+        config = DatasetConfig.model_validate_json(dataset)
+    except ValidationError as error:
+        raise UserError(f"DATASET: {explain(error, DatasetConfig)[1]}") from None
+    with redirect_stdout(sys.stderr):  # what is read is remarked on as in a trial
+        line = duplicates.find(config).line(config)
+    if line:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from lorvp.config import DatasetConfig
-from lorvp.data import shuffle, store
+from lorvp.data import groups, shuffle, store
 from lorvp.data.decode import decode
 from lorvp.data.sources import folders
 from lorvp.data.sources.base import Rows
@@ -49,6 +49,8 @@ class ArrayImages:
     labels: np.ndarray
     class_names: tuple[str, ...]
     known_digest: str = ""
+    names: np.ndarray | None = None
+    """Paths in the dataset, (N,) of str, of images that were files."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +71,8 @@ class ArrayImages:
 
     def subset(self, indices: np.ndarray) -> ArrayImages:
         """Return the images at `indices`, in that order."""
-        return ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self.class_names)
+        names = None if self.names is None else self.names[indices]
+        return ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self.class_names, names=names)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class FolderImages:
     labels: np.ndarray
     class_names: tuple[str, ...]
     size: int
+    names: np.ndarray
+    """Paths in the split's folder, (N,) of str."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,7 +102,7 @@ class FolderImages:
 
     def subset(self, indices: np.ndarray) -> FolderImages:
         """Return the images at `indices`, in that order."""
-        return FolderImages(self.paths[indices], self.labels[indices], self.class_names, self.size)
+        return replace(self, paths=self.paths[indices], labels=self.labels[indices], names=self.names[indices])
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,12 @@ class StoreImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def names(self) -> np.ndarray:
+        """Paths in the source, (N,) of str."""
+        names: np.ndarray = np.array(self.split.names, dtype=object)[self.rows]
+        return names
 
     @cached_property
     def digest(self) -> str:
@@ -194,15 +205,16 @@ def image_folder(folder: Path, size: int) -> FolderImages:
 
 def _files(class_names: Sequence[str], rows: Rows, size: int) -> FolderImages:
     paths = np.array([Path(rows.root or "", name) for name in rows.names], dtype=object)
-    return FolderImages(paths, rows.labels, tuple(class_names), size)
+    return FolderImages(paths, rows.labels, tuple(class_names), size, np.array(rows.names, dtype=object))
 
 
-def load(config: DatasetConfig, image_size: int) -> Splits:
+def load(config: DatasetConfig, image_size: int, decode: bool = True) -> Splits:
     """Load the dataset that `config` names: image folders at `image_size`, other datasets at their own size.
 
-    Raises UserError if it is missing, too small, or holds unreadable images that may not be skipped.
+    Without `decode`, the files of a folder are neither checked nor decoded before they are read. Raises UserError if it
+    is missing, too small, or holds unreadable images that may not be skipped.
     """
-    parts = _read(config, image_size)
+    parts = _read(config, image_size, decode)
     train, test = parts.train, parts.test
     assert test is not None  # by _read
     if not config.holds_back:
@@ -212,10 +224,12 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
         trained_on = _crop_source(config, image_size, train) if config.crop_flip else train
         return Splits(trained_on.subset(kept), test, test)
     source = train if parts.val is None else parts.val
-    kept, held_back = _split_indices(config, train.labels, None if parts.val is None else parts.val.labels)
+    ids = _group_ids(config, train) if config.groups and parts.val is None else None
+    kept, held_back = _split_indices(config, train.labels, None if parts.val is None else parts.val.labels, ids)
     val = source.subset(held_back)
     if not len(val):
-        raise UserError(f"dataset {config.name}: no class has the two images that a validation split needs")
+        least = "two images" if ids is None else "two groups"
+        raise UserError(f"dataset {config.name}: no class has the {least} that a validation split needs")
     if config.train_on_val:
         if parts.val is not None:
             raise UserError(f"dataset.train_on_val: {config.root} has validation images apart; put them into train")
@@ -224,11 +238,13 @@ def load(config: DatasetConfig, image_size: int) -> Splits:
     return Splits(trained_on.subset(kept), val, test)
 
 
-def _split_indices(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _split_indices(
+    config: DatasetConfig, labels: np.ndarray, own: np.ndarray | None, ids: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the images to train on and of those to validate on.
 
-    The latter index the `own` labels of a validation set if there is one, else `labels`. Raises UserError if there are
-    too few images.
+    The latter index the `own` labels of a validation set if there is one, else `labels`. Images with the same of `ids`
+    stay together. Raises UserError if there are too few images.
     """
     every, seed = np.arange(len(labels)), config.split_seed
     if config.val_from is not None:
@@ -247,6 +263,14 @@ def _split_indices(config: DatasetConfig, labels: np.ndarray, own: np.ndarray | 
     if own is not None:
         val = np.arange(len(own)) if config.val_images is None else stratified_sample(own, config.val_images, seed)[1]
         kept = every
+    elif ids is not None:
+        fraction = config.val_fraction if config.val_images is None else config.val_images / len(labels)
+        assert fraction is not None  # as there are no val_images
+        if fraction >= 1:
+            raise UserError(
+                f"dataset.val_images: {config.val_images} are asked for, and there are {len(labels)} images"
+            )
+        kept, val = groups.split(labels, ids, fraction, seed)
     elif config.val_images is not None:
         kept, val = stratified_sample(labels, config.val_images, seed)
     else:
@@ -292,8 +316,8 @@ def _hold_back(labels: np.ndarray, take: np.ndarray, seed: int) -> tuple[np.ndar
     return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
-def _read(config: DatasetConfig, image_size: int) -> Parts:
-    """Read the splits without unwanted or unreadable images.
+def _read(config: DatasetConfig, image_size: int, decode: bool = True) -> Parts:
+    """Read the splits without unwanted and, with `decode`, without unreadable images.
 
     The result always has a test set; `max_per_class` does not make it smaller.
     """
@@ -301,13 +325,33 @@ def _read(config: DatasetConfig, image_size: int) -> Parts:
     if config.max_classes is not None:
         parts = parts.map(partial(_first_classes, count=config.max_classes))
     train, test = parts.train, parts.test
+    if config.groups and parts.val is not None and test is not None:
+        raise UserError(f"dataset.groups: {config.title} has validation and test images of its own: leave it out")
+    ids = _group_ids(config, train) if config.groups else None
+    if ids is not None:
+        groups.check(ids, config.title)
     if test is None:
-        rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
+        if ids is not None:
+            rest, held_back = groups.split(train.labels, ids, TEST_FRACTION, seed=0)
+        else:
+            rest, held_back = stratified_split(train.labels, TEST_FRACTION, seed=0)
         train, test = train.subset(rest), train.subset(held_back)
     if config.max_per_class is not None:
         take = np.minimum(np.bincount(train.labels), config.max_per_class)
         train = train.subset(_hold_back(train.labels, take, config.split_seed)[1])
-    return Parts(train, parts.val, test).map(partial(_readable, skip_unreadable=config.skip_unreadable))
+    parts = Parts(train, parts.val, test)
+    return parts.map(partial(_readable, skip_unreadable=config.skip_unreadable)) if decode else parts
+
+
+def _group_ids(config: DatasetConfig, images: Images) -> np.ndarray:
+    """Return the group of each image that `dataset.groups` tells apart: (N,) int64."""
+    assert config.groups is not None
+    assert images.names is not None  # by DatasetConfig: dataset digits alone has none
+    column: list[str] = []
+    if config.groups.column is not None:
+        assert isinstance(images, StoreImages)  # by DatasetConfig
+        column = np.array(images.split.column(config.groups.column), dtype=object)[images.rows].tolist()
+    return groups.group_ids(config.groups, images.names.tolist(), config.title, column)
 
 
 def _crop_source(config: DatasetConfig, image_size: int, train: Images) -> Images:
@@ -365,7 +409,9 @@ def _readable(folder: Images, skip_unreadable: bool) -> Images:
         print(f"skipping {count} unreadable images: {listing}", flush=True)
         if len(np.unique(folder.labels[good])) < len(folder.class_names):
             raise UserError(f"a class has no readable image left: {listing}")
-    images = folder if pixels is None else ArrayImages(pixels, folder.labels, folder.class_names)
+    images: Images = folder
+    if pixels is not None:
+        images = ArrayImages(pixels, folder.labels, folder.class_names, names=folder.names)
     return images.subset(good) if unreadable else images
 
 

@@ -27,6 +27,7 @@ from zlib_ng import zlib_ng
 from lorvp.data import decode, store
 from lorvp.data.sources import read_source
 from lorvp.data.sources.base import Rows, Source
+from lorvp.data.sources.huggingface import Tables
 from lorvp.data.store import MANIFEST, Description, File, Manifest, SplitFiles, StoredImage
 from lorvp.errors import UserError
 from lorvp.utils import cli
@@ -142,18 +143,21 @@ def prepare(
     encoded: bool = False,
     name: str = "",
     nested: bool = False,
+    column: str = "",
 ) -> Path:
     """Make the store of `dataset`, or continue making it, and return its folder, `name`-`size` in `out`.
 
     `size` is the side of the images in pixels; the default is their own if all have the same, else 224. `encoded` keeps
-    image files as they are. Raises UserError for a source that isn't the dataset, unreadable images, a full disk, and a
-    folder that can't be written or holds another store.
+    image files as they are. `column` is one of the source's tables, stored for `dataset.groups`. Raises UserError for a
+    source that isn't the dataset, unreadable images, a full disk, and a folder that can't be written or holds another
+    store.
     """
     source = read_source(dataset, source_folder, partial, nested)
     for remark in source.remarks(source_folder):
         console.print(remark, style="yellow", markup=False)
     if encoded and any(rows.pixels is not None for rows in source.splits.values()):
         raise UserError(f"--encoded: {dataset} comes as pixels, not as image files")
+    columns = {split: _column(rows, column) for split, rows in source.splits.items()} if column else {}
     size = None if encoded else size or source.native_size or DEFAULT_SIZE
     folder = out / f"{name or dataset}-{size or store.ENCODED}"
     resize = size != source.native_size
@@ -165,7 +169,11 @@ def prepare(
         source=digest(source),
     )
     if (folder / MANIFEST).exists():
-        check_same(store.Store.open(folder), description, source, skip_unreadable)
+        existing = store.Store.open(folder)
+        check_same(existing, description, source, skip_unreadable)
+        if column:
+            for stored in existing.splits.values():
+                stored.column(column)  # or say how to get it
         return folder
     check_room(folder, source, size or DEFAULT_SIZE, encoded)
     begin(folder, description)
@@ -178,8 +186,10 @@ def prepare(
             skipped += problems(done, skip_unreadable)
             kept = np.concatenate([part.kept for part in done])
             names = [name for name, keep in zip(rows.names, kept, strict=True) if keep]
+            values = {column: [v for v, keep in zip(columns[split], kept, strict=True) if keep]} if column else {}
             with translate_write_errors(folder):
-                index = store.write_index(folder / f"{split}-index.arrow", rows.labels[kept], names, description)
+                path = folder / f"{split}-index.arrow"
+                index = store.write_index(path, rows.labels[kept], names, description, values)
             splits[split] = SplitFiles(index=index, parts=[part.file for part in done if part.file])
     for split, files in splits.items():
         classes = len(np.unique(store.Split(folder, files, size).labels))
@@ -196,6 +206,15 @@ def prepare(
             f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}", style="yellow", markup=False
         )
     return folder
+
+
+def _column(rows: Rows, name: str) -> list[str]:
+    """Return a column of the source as text. Raises UserError if the source has none of that name."""
+    if not isinstance(rows.cells, Tables):
+        raise UserError("--column is about tables of huggingface; dataset.groups reads the paths of image files")
+    if name in ("label", "name"):
+        raise UserError(f"--column: a store's own columns are label and name; call {name} something else")
+    return rows.cells.column(name)
 
 
 @contextmanager

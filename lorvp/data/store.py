@@ -1,6 +1,7 @@
 """Read and write stores: datasets decoded once into a folder of Arrow files, which all trials map into memory.
 
-    train-index.arrow      a row for each image: its label, and its name in the source
+    train-index.arrow      a row for each image: its label, its name in the source, and a column for groups, if
+                           one was asked for
     train-00000.arrow      the first images' pixels, (H, W, 3) uint8 as fixed-size binary; then -00001 and so on. Record
                            batches have 4 MiB and, but for the last, one length. Each row has the CRC-32 of the image in
                            the source, a file or pixels
@@ -144,10 +145,17 @@ class Writer:
         """Do nothing: `open` closes the file."""
 
 
-def write_index(path: Path, labels: np.ndarray, names: list[str], description: Description) -> File:
-    """Write a split's labels (N,) and names; return the file's entry for the manifest."""
-    with Writer(path, {"label": pa.int32(), "name": pa.string()}, description).open() as writer:
-        writer.add(pa.array(labels.astype(np.int32)), pa.array(names, pa.string()))
+def write_index(
+    path: Path,
+    labels: np.ndarray,
+    names: list[str],
+    description: Description,
+    columns: dict[str, list[str]] | None = None,
+) -> File:
+    """Write a split's labels (N,), names and further columns of text; return the file's entry for the manifest."""
+    texts = {"name": names} | (columns or {})
+    with Writer(path, {"label": pa.int32()} | dict.fromkeys(texts, pa.string()), description).open() as writer:
+        writer.add(pa.array(labels.astype(np.int32)), *(pa.array(values, pa.string()) for values in texts.values()))
     return writer.entry()
 
 
@@ -235,6 +243,16 @@ class Split:
         """Names of the images in the source."""
         names: list[str] = self._index.column("name").to_pylist()
         return names
+
+    def column(self, name: str) -> list[str]:
+        """Return a column that was stored for groups. Raises UserError if there is none of that name."""
+        if name not in self._index.schema.names:
+            raise UserError(
+                f"{self.folder}: has no column {name}: remove it, and prepare it anew with --column {name}, or prepare "
+                "another with --name"
+            )
+        values: list[str] = self._index.column(name).to_pylist()
+        return values
 
     @property
     def _index(self) -> pa.RecordBatch:

@@ -2,11 +2,14 @@
 
 As in scikit-learn and in AnanyaKumar/transfer_learning the fit minimises C · (sum of the cross-entropies) + |W|² / 2;
 the bias is not regularised. A small C underfits the head, which leaves errors, and so a gradient, to the prompt.
+
+`fit` fits a head for one C. `head` chooses C among 50 values, which `HeadPath` fits one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +27,16 @@ CS = np.logspace(-7, 2, 50)
 ITERATIONS = 100
 """Largest number of L-BFGS iterations."""
 ROWS_AT_ONCE = 1 << 16
+PATH_ROWS_AT_ONCE = 1 << 13
+"""Rows in a part of a pass of a `HeadPath`: their logits for 1,000 classes are 33 MB."""
+FLATTEST = 1e-6
+"""Least curvature along a bias: that of a class which no image is taken for is below rounding."""
+TOLERANCE = 3e-7
+"""Of a `HeadPath`: the decrease of the mean cross-entropy, in nats, that is not worth another iteration."""
+WIDEST = 3072
+"""Largest number of features whose principal axes are computed, which takes time by its cube."""
+FALL = 10.0
+"""Factor of C over which val must have fallen for a scan to end before the largest C."""
 
 Head = tuple[torch.Tensor, torch.Tensor]
 """Weight (classes, d) and bias (classes,), float32."""
@@ -34,24 +47,22 @@ def fit(
     labels: torch.Tensor,
     classes: int,
     c: float,
-    start: Head | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Head:
-    """Fit a head with that C to x (N, d) float32 and labels (N,) int64, from zero or `start`, on the device of x.
+    """Fit a head with that C to x (N, d) float32 and labels (N,) int64, from zero, on the device of x.
 
-    `check` is called in every iteration and may raise an exception to end the fit.
+    `check` is called for every ROWS_AT_ONCE rows of a pass, and may raise an exception to end the fit.
     """
     mean = x.mean(0)  # centring keeps the optimum, as the bias is free, and converges sooner
-    weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
-    weight, bias = weight.clone().requires_grad_(), (bias + weight @ mean).requires_grad_()
+    weight, bias = x.new_zeros(classes, x.shape[1]).requires_grad_(), x.new_zeros(classes).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
-        check()
         optimizer.zero_grad()
         total = weight.square().sum() / (2 * c * len(x))
         torch.autograd.backward(total)
         for rows, row_labels in zip(torch.split(x, ROWS_AT_ONCE), torch.split(labels, ROWS_AT_ONCE), strict=True):
+            check()
             loss = F.cross_entropy(F.linear(rows - mean, weight, bias), row_labels, reduction="sum") / len(x)
             torch.autograd.backward(loss)
             total = total + loss
@@ -62,18 +73,176 @@ def fit(
     return weight, bias - weight @ mean
 
 
-def _fit_or_fall_back_to_cpu(
-    x: torch.Tensor, labels: torch.Tensor, classes: int, c: float, start: Head | None, check: Callable[[], None]
-) -> Head:
-    """Fit as `fit` does, but on the CPU if the device's memory is too small."""
+class HeadPath:
+    """Fit heads to x (N, d) float32 and labels (N,) int64 for one C after another, on the device of x.
+
+    Each fit is by L-BFGS, as in `fit`, and takes few passes over x for three reasons:
+
+    - It starts from the three heads before it, which are extrapolated along log C.
+    - Its coordinates are the principal axes of x, divided by the square root of the objective's curvature along them,
+      class by class. The objective is then about as curved in all directions. The curvature is that of the start.
+    - It ends as soon as an iteration gains less than TOLERANCE.
+
+    `check` is called in every pass, once for each of its parts, and may raise an exception to end the fit.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, labels: torch.Tensor, classes: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._labels, self._classes, self._check = labels, classes, check
+        self._mean = x.mean(0)
+        self._axes = self._principal_axes(x)
+        self._x = torch.empty((len(x), self._axes.shape[1]), device=x.device)
+        for rows, out in zip(x.split(PATH_ROWS_AT_ONCE), self._x.split(PATH_ROWS_AT_ONCE), strict=True):
+            check()
+            torch.mm(rows - self._mean, self._axes, out=out)
+
+    def fit(self, c: float, before: Sequence[tuple[float, Head]] = ()) -> Head:
+        """Return the head for `c`; `before` are the values of C until now and their heads, in rising order."""
+        weight, bias = self._start(c, before)
+        loss, gradient, curvature = self._pass(weight, bias, c, with_curvature=True)
+        # The unit of each coordinate is that in which its curvature is 1, so that Newton's step is about the gradient.
+        unit = curvature.rsqrt()
+        if (gradient * unit).square().sum() / 2 < TOLERANCE:
+            return self._in_features(weight, bias)
+        # torch divides the first step by the gradient's 1-norm. A common factor of all units makes that norm 1, and the
+        # objective is divided by its square, so that the first step is Newton's.
+        factor = (gradient * unit).abs().sum().clamp(min=1.0)
+        unit = unit * factor
+        scale = 1 / factor.double() ** 2
+        start = torch.cat([weight, bias[:, None]], 1) / unit
+        point = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [point],
+            max_iter=ITERATIONS,
+            history_size=10,
+            tolerance_grad=0.0,
+            tolerance_change=TOLERANCE * scale.item(),
+            line_search_fn="strong_wolfe",
+        )
+        known = [(loss, gradient)]  # of the first call, which is at the start
+
+        def objective() -> torch.Tensor:
+            values = point.detach() * unit
+            loss, gradient = known.pop() if known else self._pass(values[:, :-1], values[:, -1], c)[:2]
+            point.grad = gradient * unit * scale.float()
+            return loss * scale
+
+        optimizer.step(objective)
+        values = point.detach() * unit
+        return self._in_features(values[:, :-1], values[:, -1])
+
+    def _principal_axes(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the principal axes as columns (d, min(N, d)), or the features' own axes where there are too many."""
+        count, width = x.shape
+        if min(count, width) > WIDEST:
+            return torch.eye(width, device=x.device)
+        if count < width:  # a regularised head has no part outside the span of the rows
+            span: torch.Tensor = torch.linalg.svd(x - self._mean, full_matrices=False).Vh.T
+            return span
+        covariance = x.new_zeros(width, width)
+        for rows in x.split(PATH_ROWS_AT_ONCE):
+            self._check()
+            covariance.addmm_((rows - self._mean).T, rows - self._mean, alpha=1 / count)
+        axes: torch.Tensor = torch.linalg.eigh(covariance).eigenvectors
+        return axes
+
+    def _start(self, c: float, before: Sequence[tuple[float, Head]]) -> Head:
+        """Extrapolate the last heads to `c`: by the polynomial of log C through three, in the axes' coordinates."""
+        if not before:  # the optimum for C = 0: the classes' frequencies
+            frequencies = torch.bincount(self._labels, minlength=self._classes) + 0.5
+            return self._x.new_zeros(self._classes, self._x.shape[1]), frequencies.log()
+        weight, bias = self._x.new_zeros(self._classes, self._x.shape[1]), self._x.new_zeros(self._classes)
+        last = [math.log(known) for known, _ in before[-3:]]
+        for here, (_, head) in zip(last, before[-3:], strict=True):  # Lagrange's form
+            share = math.prod((math.log(c) - other) / (here - other) for other in last if other != here)
+            head_weight, head_bias = self._in_axes(*head)
+            weight, bias = weight + share * head_weight, bias + share * head_bias
+        return weight, bias
+
+    def _in_axes(self, weight: torch.Tensor, bias: torch.Tensor) -> Head:
+        return weight @ self._axes, bias + weight @ self._mean
+
+    def _in_features(self, weight: torch.Tensor, bias: torch.Tensor) -> Head:
+        weight = weight @ self._axes.T
+        return weight, bias - weight @ self._mean
+
+    def _pass(
+        self, weight: torch.Tensor, bias: torch.Tensor, c: float, with_curvature: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the objective divided by C · N, float64, its gradient and, if asked for, the Hessian's diagonal.
+
+        The last two are (classes, d + 1) with the bias in the last column.
+        """
+        count, decay = len(self._x), 1 / (c * len(self._x))
+        loss = weight.double().square().sum() * decay / 2
+        gradient, bias_gradient = weight * decay, torch.zeros_like(bias)
+        curvature, bias_curvature = torch.full_like(weight, decay), torch.full_like(bias, FLATTEST)
+        for rows, labels in zip(self._x.split(PATH_ROWS_AT_ONCE), self._labels.split(PATH_ROWS_AT_ONCE), strict=True):
+            self._check()
+            log_p = torch.addmm(bias, rows, weight.T).log_softmax(1)
+            loss -= log_p.gather(1, labels[:, None]).double().sum() / count
+            p = log_p.exp_()
+            if with_curvature:
+                spread = p * (1 - p)
+                curvature.addmm_(spread.T, rows.square(), alpha=1 / count)
+                bias_curvature += spread.sum(0) / count
+            p.scatter_add_(1, labels[:, None], p.new_full((len(labels), 1), -1.0))
+            gradient.addmm_(p.T, rows, alpha=1 / count)
+            bias_gradient += p.sum(0) / count
+        return (
+            loss,
+            torch.cat([gradient, bias_gradient[:, None]], 1),
+            torch.cat([curvature, bias_curvature[:, None]], 1),
+        )
+
+
+def _or_on_cpu(fit: Callable[[torch.device], Head], device: torch.device) -> Head:
+    """Fit on `device`, or on the CPU if the device's memory is too small."""
     try:
-        return fit(x, labels, classes, c, start, check)
+        return fit(device)
     except RuntimeError as error:
-        if x.device.type == "cpu" or not is_out_of_memory(error):
+        if device.type == "cpu" or not is_out_of_memory(error):
             raise
     torch.cuda.empty_cache()
     print("out of device memory: the head is fitted on the CPU", flush=True)
-    return fit(x.cpu(), labels.cpu(), classes, c, start and (start[0].cpu(), start[1].cpu()), check)
+    return fit(torch.device("cpu"))
+
+
+class Scan:
+    """Say when a scan over rising values of C may end, as val has fallen for good.
+
+    Val has fallen at a C if two things hold there: its accuracy is below the best so far by more than two standard
+    errors of the difference on the same images, and its loss is above the least so far. A scan ends when val has fallen
+    at every C of the last factor FALL. A plateau is within the error of the best, and so never ends it; nor does a dip
+    at small values of C, where the loss still sinks. A val set of few images hardly ever ends it.
+    """
+
+    def __init__(self, x: torch.Tensor, labels: torch.Tensor) -> None:
+        self._x, self._labels = x, labels
+        self._hits: list[torch.Tensor] = []
+        self._losses: list[float] = []
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Top-1 accuracies of the heads so far, in percent."""
+        return [100 * hits.double().mean().item() for hits in self._hits]
+
+    def add(self, head: Head) -> None:
+        """Add the head of the next C."""
+        logits = F.linear(self._x, *head)
+        self._hits.append(logits.argmax(1) == self._labels)
+        self._losses.append(F.cross_entropy(logits, self._labels).item())
+
+    def has_fallen(self, cs: Sequence[float]) -> bool:
+        """Tell whether larger values than `cs`, one for each head so far, need not be tried."""
+        last = [i for i, c in enumerate(cs) if c * FALL >= cs[-1]]
+        return cs[0] * FALL < cs[-1] and all(self._fell(i) for i in last)
+
+    def _fell(self, i: int) -> bool:
+        best = self._hits[int(np.argmax(self.accuracies))]
+        lost, won = (best & ~self._hits[i]).sum().item(), (~best & self._hits[i]).sum().item()
+        return lost - won > 2 * math.sqrt(lost + won) and self._losses[i] > min(self._losses)
 
 
 def accuracy(head: Head, x: torch.Tensor, labels: torch.Tensor) -> float:
@@ -93,32 +262,52 @@ def head(
     """Return the head for `train` that `head.fit` asks for; it is fitted if the cache does not hold it.
 
     `train` and `val` hold a backbone's outputs (`lorvp.features.cache.get`). `cs` are the values of C to choose from,
-    in rising order. With `all_images` the head is fitted to those images, with the C chosen on `train` and `val`.
-    `check` is called in every iteration and may raise an exception to end the fits; the next call resumes with the C
-    that was being fitted.
+    in rising order; where val has fallen, larger ones are not tried (`Scan`). With `all_images` the head is fitted to
+    those images, with the C chosen on `train` and `val`. `check` is called as `fit` does, and may raise an exception to
+    end the fits; the next call resumes with the C that was being fitted.
     """
     classes = len(train.class_names)
 
-    def fit_cached(c: float, start: Head | None, images: ArrayImages = train) -> Head:
-        x, labels = images.pixels.to(device), torch.from_numpy(images.labels).to(device)
-        chain = None if start is None else len(cs)  # a head depends a little on the one that it started from
-        name = key("probe", images.digest, images.labels.tobytes(), classes, float(c), chain, ITERATIONS)
+    def on(images: ArrayImages, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.pixels.to(where), torch.from_numpy(images.labels).to(where)
+
+    def cached(
+        images: ArrayImages, how: tuple[object, ...], fit_on: Callable[[torch.device], Head], where: torch.device
+    ) -> Head:
+        name = key("probe", images.digest, images.labels.tobytes(), classes, *how, ITERATIONS)
         path = cache_folder() / f"probe-{name}.safetensors"
         with compute_once(path) as missing:
             if missing:
-                weight, bias = _fit_or_fall_back_to_cpu(x, labels, classes, c, start, check)
+                weight, bias = _or_on_cpu(fit_on, where)
                 with replacing(path) as temporary:
-                    save_file({"weight": weight, "bias": bias}, temporary)
+                    save_file({"weight": weight.contiguous(), "bias": bias}, temporary)
         tensors = load_file(path, str(device))
         return tensors["weight"], tensors["bias"]
 
+    def fit_one(c: float, images: ArrayImages) -> Head:
+        return cached(images, (float(c), None), lambda where: fit(*on(images, where), classes, c, check), device)
+
     if not isinstance(fit_to, str):
-        return fit_cached(fit_to, None, all_images or train)
+        return fit_one(fit_to, all_images or train)
+    paths: dict[torch.device, HeadPath] = {}  # one: where there was room for it
     heads: list[Head] = []
-    for c in cs:
-        heads.append(fit_cached(c, heads[-1] if heads else None))
-    x, labels = val.pixels.to(device), torch.from_numpy(val.labels).to(device)
-    accuracies = [accuracy(head, x, labels) for head in heads]
+    scan = Scan(*on(val, device))
+    tried: list[float] = []
+
+    def fit_next(where: torch.device) -> Head:
+        if where not in paths:
+            paths.clear()
+            paths[where] = HeadPath(*on(train, where), classes, check)
+        before = [(c, (weight.to(where), bias.to(where))) for c, (weight, bias) in zip(tried, heads, strict=False)]
+        return paths[where].fit(tried[-1], before)
+
+    for c in map(float, cs):
+        tried.append(c)
+        heads.append(cached(train, ("path", tried, TOLERANCE), fit_next, next(iter(paths), device)))
+        scan.add(heads[-1])
+        if scan.has_fallen(tried):
+            break
+    accuracies = scan.accuracies
     threshold = max(accuracies) * (1.0 if fit_to == BEST else float(fit_to.removesuffix("%")) / 100)
     chosen = next(i for i, top1 in enumerate(accuracies) if top1 >= threshold)
-    return heads[chosen] if all_images is None else fit_cached(cs[chosen], None, all_images)
+    return heads[chosen] if all_images is None else fit_one(cs[chosen], all_images)

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from rich.console import Console
@@ -28,8 +28,10 @@ from sweeps.run.jobs import Jobs
 from sweeps.run.live_view import Follower, GivenUp
 from sweeps.run.signals import EXIT_INTERRUPTED, SignalHandler
 from sweeps.search.controller import Failure, SweepController
+from sweeps.search.controls import WithControls
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import ArmSeconds, RecordingSearch, Suggestions
+from sweeps.search.tune_trial import Trials
 from sweeps.spec.model import Spec
 from sweeps.tracking.sender import Sender
 from sweeps.tracking.store import is_sure_to_open, tracking_uri, ui_command
@@ -119,15 +121,16 @@ def run(
 
 
 def train(spec: Spec, spent: ArmSeconds, jobs: Jobs, follower: Follower, console: Console) -> list[Choice] | None:
-    """Have the control trained, what the search suggests, and what confirms its best; what was chosen to be confirmed.
+    """Have trained what the search suggests, the control, and what confirms the best; what was chosen to be confirmed.
 
     Raises SearchFailed once all has ended that was asked for before the search failed.
     """
-    for config in spec.control_configs():
-        jobs.request(config)
     choices = confirm.chosen(spec)
+    trials = WithControls(jobs, spec.control_configs(), jobs.request, jobs.at_once)
     if choices is None:
-        failed = run_search(spec, spent, jobs, console)
+        failed = run_search(spec, spent, trials, console)
+    trials.request_controls()  # where there was nothing to search, or it never waited
+    if choices is None:
         jobs.wait_for_all()  # what it gave up is still ending
         if failed:
             raise SearchFailed(failed)
@@ -142,7 +145,7 @@ def train(spec: Spec, spent: ArmSeconds, jobs: Jobs, follower: Follower, console
     return choices
 
 
-def run_search(spec: Spec, spent: ArmSeconds, jobs: Jobs, console: Console) -> str:
+def run_search(spec: Spec, spent: ArmSeconds, trials: Trials[Any], console: Console) -> str:
     """Let Tune suggest, follow and stop trials until the search is through; why it was not, if it failed before."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray's, of samplers that take a second
@@ -154,7 +157,7 @@ def run_search(spec: Spec, spent: ArmSeconds, jobs: Jobs, console: Console) -> s
     suggestions = Suggestions(spec.folder)
     try:
         search = RecordingSearch(spec, suggestions, spent)
-        SweepController(spec, search, make_scheduler(spec), jobs, failure, tell).run()
+        SweepController(spec, search, make_scheduler(spec), trials, failure, tell).run()
     except GivenUp:
         raise
     except Exception as error:  # of Tune's own

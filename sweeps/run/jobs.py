@@ -46,6 +46,11 @@ class Jobs:
         self._poll_thread.start()
         self._sender.start()
 
+    @property
+    def at_once(self) -> int:
+        """Number of jobs that the cluster runs at a time."""
+        return self._manager.cluster.jobs_in_flight
+
     def request(self, config: TrialConfig) -> FollowedTrial:
         """Ask for a trial of `config`; equal configs are one trial."""
         self._requested = True

@@ -27,6 +27,7 @@ from lorvp.config import TrialConfig
 from lorvp.errors import UserError
 from sweeps.run.live_view import GivenUp
 from sweeps.search.controller import Failure, SweepController
+from sweeps.search.controls import WithControls
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.suggest import ArmSeconds, SpecSearch
 from sweeps.simulate.curves import Curve, Curves
@@ -138,12 +139,12 @@ class Job:
 def replay(spec: Spec, curves: Curves, place: Place, seed: int = 0) -> ReplayResult:
     """Return what the sweep comes to when each trial takes its epochs from `curves`, the same for the same `seed`.
 
-    As in the sweep itself: the control is asked for first; Tune asks for `search.concurrent` trials at a time and
-    hears of each epoch; a trial that it gives up ends at once, and so does the job of one, unless it takes the next;
-    jobs wait and run up to `jobs_in_flight`, each with the GPUs of its profile, first submitted, first started; too
-    many failures at the start end the sweep (`failure_limit`); the best are confirmed. Otherwise than there, nothing
-    takes time but submission, start-up and epochs: suggestions, polls, the test set's reading and a job's wait for its
-    next trial.
+    As in the sweep itself: the control is among the first trials that run; Tune asks for `search.concurrent` trials at
+    a time and hears of each epoch; a trial that it gives up ends at once, and so does the job of one, unless it takes
+    the next; jobs wait and run up to `jobs_in_flight`, each with the GPUs of its profile, first submitted, first
+    started; too many failures at the start end the sweep (`failure_limit`); the best are confirmed. Otherwise than
+    there, nothing takes time but submission, start-up and epochs: suggestions, polls, the test set's reading and a
+    job's wait for its next trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -177,8 +178,6 @@ class _Replay:
 
     def run(self) -> ReplayResult:
         try:
-            for config in self.spec.control_configs():
-                self.add_trial(config, control=True)
             self.search()
             self.run_to_end()
             if self.spec.confirm:
@@ -194,7 +193,10 @@ class _Replay:
             self.result.invalid += 1
 
         failure, searcher = Failure(), SpecSearch(self.spec, spent=self.spent)
-        SweepController(self.spec, searcher, make_scheduler(self.spec), self, failure, count_invalid).run()
+        add_control = partial(self.add_trial, control=True)
+        trials = WithControls(self, self.spec.control_configs(), add_control, self.jobs_in_flight)
+        SweepController(self.spec, searcher, make_scheduler(self.spec), trials, failure, count_invalid).run()
+        trials.request_controls()
         if failure.error:
             raise failure.error
 

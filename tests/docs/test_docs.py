@@ -93,6 +93,7 @@ WAYS = {
     r"python -m lorvp\.data prepare image_folder .*IMAGENETTE.*": By("test_docs.py::place"),
     r"python -m lorvp\.data prepare (image_folder|csv_list) .*": By("test_adding.py::test_a_dataset"),
     r"python -m lorvp\.data list data": Here("GiB"),
+    r"python -m lorvp\.data duplicates .*": By("test_duplicates.py::test_the_command_prints_the_line_alone"),
     # sweeps
     r"python sweeps/launch\.py sweeps/quickstart\.yaml( --resume)?": By("test_docs.py::place"),
     r"python sweeps/launch\.py .* --set cluster=mine\.yaml .*": By("test_adding.py::test_a_profile"),
@@ -124,6 +125,7 @@ WAYS = {
     r"python tests/benchmarks/bench_trial\.py .*": Here(
         "| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm", edits=FEW_TRIALS
     ),
+    r"python tests/benchmarks/bench_probe\.py.*": Here("| old |", "--images 300 --features 8 --classes 3 --rounds 1"),
     r"python tests/benchmarks/bench_slurm\.py": Here(
         "first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True
     ),

@@ -69,6 +69,17 @@ class Tables:
                 sizes.append(lengths.fill_null(0).to_numpy())
         return np.concatenate(sizes).astype(np.int64)
 
+    def column(self, name: str) -> list[str]:
+        """Return another column of the tables, as text, empty where it is null. Raises UserError if there is none."""
+        values: list[str] = []
+        for file in self.files:
+            known = (_parquet(file).schema_arrow if file.suffix == ".parquet" else _arrow(file).schema).names
+            if name not in known:
+                raise UserError(f"--column: {file} has no column {name}; it has {', '.join(known)}")
+            table = _parquet(file).read(columns=[name]) if file.suffix == ".parquet" else _arrow(file)
+            values += ["" if value is None else str(value) for value in table.column(name).to_pylist()]
+        return values
+
 
 def saved(root: Path) -> Source:
     """Read a dataset on disk. The validation split becomes the test split if no test split has labels.

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import count_forwards, make
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
@@ -141,6 +143,127 @@ def test_the_head_is_scikit_learns(c):
     expected = theirs.predict_proba(points.pixels.numpy())
     ours = F.linear(points.pixels, weight, bias).softmax(1)
     torch.testing.assert_close(ours, torch.from_numpy(expected).float(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", ["usual", "more features than images", "own axes"])
+def test_the_heads_of_a_path_are_scikit_learns(shape, monkeypatch):
+    """At five values of C, each reached from those before it."""
+    images, labels = (values[:200] for values in load_digits(n_class=4, return_X_y=True))
+    if shape == "more features than images":
+        images, labels = np.tile(images[:50], 2)[:, :120] / 2, labels[:50]
+    if shape == "own axes":
+        monkeypatch.setattr(probe, "WIDEST", 32)
+    x = torch.from_numpy(images / 16).float()
+    path = probe.HeadPath(x, torch.from_numpy(labels), 4)
+    heads: list[tuple[float, probe.Head]] = []
+    for c in probe.CS[:46]:
+        heads.append((float(c), path.fit(float(c), heads)))
+    for c, head in heads[5::10]:
+        theirs = LogisticRegression(C=c, max_iter=10_000, tol=1e-8).fit(x.numpy().astype(float), labels)
+        expected = torch.from_numpy(theirs.predict_proba(x.numpy())).float()
+        torch.testing.assert_close(F.linear(x, *head).softmax(1), expected, rtol=0, atol=4e-3)
+
+
+def noisy_digits(images: int, wrong: float) -> datasets.ArrayImages:
+    """Pixels of scikit-learn's digits, some of which have another's label, which a head fits at large values of C."""
+    pixels, labels = load_digits(return_X_y=True)
+    random = np.random.default_rng(0)
+    changed = np.where(random.random(len(labels)) < wrong, random.permutation(labels), labels)
+    names = tuple("0123456789")
+    return datasets.ArrayImages(torch.from_numpy(pixels / 16).float(), changed, names).subset(np.arange(images))
+
+
+def heads_tried(monkeypatch) -> list[float]:
+    tried: list[float] = []
+    fit = probe.HeadPath.fit
+    monkeypatch.setattr(probe.HeadPath, "fit", lambda path, c, before: (tried.append(c), fit(path, c, before))[1])
+    return tried
+
+
+@pytest.mark.parametrize("cs", [probe.CS, probe.CS[::3]])
+@pytest.mark.parametrize(("wrong", "ends"), [(0.4, True), (0.0, False)])
+def test_a_scan_ends_where_val_has_fallen_and_chooses_as_the_whole_one(cache, monkeypatch, wrong, ends, cs):
+    points = noisy_digits(1_797, wrong)
+    train, val = points.subset(np.arange(500)), points.subset(np.arange(500, 1_797))
+    tried = heads_tried(monkeypatch)
+    found = {fit: probe.head(train, val, fit, torch.device("cpu"), cs) for fit in ("best", "90%")}
+    assert (len(tried) < len(cs)) == ends
+    monkeypatch.setattr(probe.Scan, "has_fallen", lambda *_: False)
+    for fit, head in found.items():
+        assert all(map(torch.equal, head, probe.head(train, val, fit, torch.device("cpu"), cs)))
+    assert tried == list(cs)
+
+
+@pytest.mark.parametrize(
+    ("right", "losses", "ends"),
+    [
+        ([50, 90, 70, 69], [2.0, 1.0, 1.5, 2.0], True),
+        ([50, 90, 86, 86], [2.0, 1.0, 1.5, 2.0], False),  # a plateau, within the error of 100 images
+        ([50, 90, 70, 88], [2.0, 1.0, 1.5, 2.0], False),  # a dip
+        ([90, 50, 51, 50], [3.0, 2.5, 2.0, 1.0], False),  # a dip at small C: the loss still sinks
+    ],
+)
+def test_val_has_fallen_for_good(right, losses, ends):
+    """Heads of which so many of 100 images are right: those of the first rows, by a margin that gives the loss."""
+    labels = torch.zeros(100, dtype=torch.long)
+    scan = probe.Scan(torch.eye(100), labels)
+    for count, loss in zip(right, losses, strict=True):
+        # the wrong ones have what the loss needs: log(1 + e^m) = 100 · loss / wrong, the right ones next to none
+        margin = math.log(math.expm1(100 * loss / (100 - count)))
+        scan.add(
+            (
+                torch.stack(
+                    [20 * (torch.arange(100) < count) - margin * (torch.arange(100) >= count), torch.zeros(100)]
+                ),
+                torch.zeros(2),
+            )
+        )
+    assert scan.accuracies == right
+    assert scan.has_fallen([1e-3, 1e-2, 0.1, 0.5]) == ends
+    assert not scan.has_fallen([0.1, 0.2, 0.3, 0.5])  # not over a factor of 10 yet
+
+
+def test_a_device_without_room_leaves_all_fits_to_the_cpu(cache, monkeypatch, capsys):
+    points, cs = blobs(), np.array([1e-3, 1e-2, 0.1])
+    expected = probe.head(points, points, "best", torch.device("cpu"), cs)
+    shutil.rmtree(cache)
+    make = probe.HeadPath.__init__
+
+    def full(path, x, *rest):
+        if x.device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        make(path, x, *rest)
+
+    monkeypatch.setattr(probe.HeadPath, "__init__", full)
+    monkeypatch.setattr(probe, "load_file", lambda path, device: load_file(path))
+    monkeypatch.setattr(
+        probe.Scan,
+        "__init__",
+        lambda scan, *_, init=probe.Scan.__init__: init(scan, points.pixels, torch.from_numpy(points.labels)),
+    )
+    found = probe.head(points, points, "best", torch.device("meta"), cs)
+    assert all(map(torch.equal, found, expected))
+    assert capsys.readouterr().out.count("out of device memory: the head is fitted on the CPU") == 1
+
+
+def test_a_fit_can_be_ended_within_a_pass(monkeypatch):
+    points, calls = blobs(), []
+    x, labels = points.pixels, torch.from_numpy(points.labels)
+    for name in ("ROWS_AT_ONCE", "PATH_ROWS_AT_ONCE"):
+        monkeypatch.setattr(probe, name, 50)  # of 180 rows
+    for ends in (2, 3):
+
+        def check(ends=ends):
+            calls.append(ends)
+            if calls.count(ends) == ends:
+                raise StopIteration
+
+        with pytest.raises(StopIteration):
+            probe.fit(x, labels, 3, 0.1, check)
+        calls.clear()
+        with pytest.raises(StopIteration):
+            probe.HeadPath(x, labels, 3, check)
+        calls.clear()
 
 
 @pytest.mark.slow

@@ -142,12 +142,14 @@ def test_failures_cost_time(make):
     assert given_up.given_up == "1 of the first 1 trials failed (failure_limit)"
 
 
-def test_control_goes_first(make):
+def test_control_runs_beside_the_first_trials(make):
     spec = make("control={}", "search.concurrent=1")
     found = replay(spec, steady(spec), place(1))
     assert len(found.states) == 5
-    assert found.best[0][0] == 10 + 10  # the control, fitted at once, has no part in it
+    assert found.best[0][0] == 10  # the control, fitted at once, has no part in it, and goes second
     assert found.gpu_seconds == 10 + 4 * 40
+    together = replay(make("control={}", "search.concurrent=4"), steady(spec), place(2))
+    assert together.gpu_seconds == 10 + 4 * 40
 
 
 def test_equal_configs_are_one_and_points_may_be_invalid(make):
