@@ -50,7 +50,7 @@ RANKS = (1, 4, 8, 16)
 MAPPINGS = ("rlm", "flm", "ilm", "fm", "lp")
 SHARE = 0.9
 """Of the grid's gain."""
-FIRST = {"head.kind": "lp", "prompt.rank": 16, "prompt.lr": 0.01, "head.lr": 0.01, "head.init": "random"}
+FIRST = {"head.kind": "lp", "prompt.rank": 16, "prompt.lr": 0.02, "head.lr": 0.02, "head.init": "random"}
 """What our recipe tries first."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -76,10 +76,10 @@ def make_spec(backbone: dict[str, Any], dataset: dict[str, Any], epochs: int, ba
             "space": {
                 "head.kind": {"choice": list(MAPPINGS)},
                 "prompt.rank": {"choice": list(RANKS)},
-                "prompt.lr": {"log_uniform": [0.003, 0.03]},
-                "head.init": {"choice": ["random", "fitted"], "when": learned},
-                "head.fit": {"choice": [0.001, "best"], "when": {"head.init": "fitted"}},
-                "head.lr": {"log_uniform": [0.003, 0.1], "when": learned},
+                "prompt.lr": {"recommended": True},
+                "head.init": {"recommended": True, "when": learned},
+                "head.fit": {"recommended": True},
+                "head.lr": {"recommended": True, "when": learned},
             },
             "search": {
                 "algorithm": "tpe",
@@ -88,7 +88,7 @@ def make_spec(backbone: dict[str, Any], dataset: dict[str, Any], epochs: int, ba
                 "concurrent": 1,
                 "try_first": [FIRST],
             },
-            "early_stopping": {"rule": "asha", "grace_epochs": math.ceil(epochs / 2), "reduction_factor": 2},
+            "early_stopping": {"rule": "asha"},
         }
     )
 

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent / "gain"
 ROOT = Path(__file__).parents[2]
 SIDE = 64
 FAR, NEAR = ("sign_digits", "digits", "mnist"), ("cifar10", "imagenette")
-EPOCHS = {"v1": 24, "v2": 16}
+EPOCHS = {"v1": 40, "v2": 16}
 TRIALS = {"v1": 24, "v2": 12}
 
 

@@ -517,7 +517,7 @@ def test_how_many_trials_confirm(write, overrides, count):
 
 def test_milestones_are_where_decisions_fall(write):
     overrides = ["trial.epochs=20", "early_stopping.grace_epochs=2", "trial.rungs=[{epochs: 3, image_size: 16}]"]
-    assert choices.milestones(spec_file.load(write(), overrides)) == [2, 3, 6, 18]
+    assert choices.milestones(spec_file.load(write(), overrides)) == [2, 3, 4, 8, 16]
     assert choices.milestones(spec_file.load(write(), ["early_stopping.rule=none"])) == []
 
 
