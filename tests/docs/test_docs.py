@@ -73,7 +73,11 @@ FEW_TRIALS = (
     ("SEEDS = (0, 1, 2)", "SEEDS = (0, 1)"),
     ('(1e-4, 1e-3, 1e-2, "80%", "90%", "best")', '(1e-2, "90%")'),
 )
-FEW_CELLS = (("RATES = (0.02, 0.1, 0.3, 1.0, 3.0)", "RATES = (0.1, 1.0)"), ("RANKS = (1, 4, 8, 16)", "RANKS = (1, 4)"))
+FEW_CELLS = (
+    ("RATES = (0.01, 0.03, 0.1, 0.3, 1.0)", "RATES = (0.1, 1.0)"),
+    ("RANKS = (1, 4, 8, 16)", "RANKS = (1, 4)"),
+    ('"prompt.rank": 16', '"prompt.rank": 4'),
+)
 WAYS = {
     # the form of a command, and commands that are named in passing
     r"python sweeps/launch\.py SPEC.*|python -m sweeps\.simulate SPEC.*": Options(),
@@ -120,11 +124,19 @@ WAYS = {
     # benchmarks and what was made once
     r"python -m lorvp\.bench (step|pack|augment).*": By("test_speed.py::test_the_benchmarks_print_their_tables"),
     r"python -m lorvp\.bench memory .*": Here("predicted", "--batch-size 4", SMALL),
-    r"python -m sweeps\.bench": Here("ratio", "--per-class 10 --epochs 1 --seeds 1", edits=FEW_CELLS),
+    r"python -m sweeps\.bench.*": Here("published: ", "--per-class 10 --epochs 1 --seeds 1", edits=FEW_CELLS),
     r"python tests/benchmarks/bench_store\.py": Here("opening a store of", edits=LITTLE),
     r"python tests/benchmarks/bench_trial\.py .*": Here(
         "| digits, tiny", "--images 80 --epochs 2 --row tiny --table warm", edits=FEW_TRIALS
     ),
+    r"python tests/benchmarks/bench_gain\.py .*--table head": Options(),
+    r"python tests/benchmarks/bench_gain\.py .*": Here(
+        "| tiny | digits | published |",
+        "--net tiny --set digits",
+        ((" (DATA|WEIGHTS)", " data"), (" OUT", " out")),
+        (('"tiny": 40', '"tiny": 1'), ('"tiny": 24', '"tiny": 1')),
+    ),
+    r"python -m sweeps\.simulate\.survival .*": By("test_simulate.py::test_which_early_stopping_keeps_the_best"),
     r"python tests/benchmarks/bench_probe\.py.*": Here("| old |", "--images 300 --features 8 --classes 3 --rounds 1"),
     r"python tests/benchmarks/bench_slurm\.py": Here(
         "first training step", "start", edits=(("= 7)", "= 1)"),), slurm=True

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import digits_values
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from typer.testing import CliRunner
 
 from cluster.profile import Profile
-from cluster.trial_folder import State
+from cluster.trial_folder import State, TrialFolder
+from lorvp.errors import UserError
 from lorvp.utils import cli
+from sweeps.folder import RECORD
+from sweeps.report.stopping import stopping_lines
+from sweeps.results.leaderboard import Leaderboard
 from sweeps.search.stopping import make_scheduler
 from sweeps.search.tune_trial import SCORE
 from sweeps.simulate import __main__ as simulate
+from sweeps.simulate import survival
 from sweeps.simulate.curves import AssumedCurves, RecordedCurves
 from sweeps.simulate.replay import Place, ReplayResult, replay
 from sweeps.spec import file as spec_file
@@ -354,3 +361,52 @@ def test_output(wide, tmp_path):
     table = result.output[result.output.index("GPU-seconds  best val_top1 so far") :].splitlines()[1:]
     assert len(table) == 10
     assert sorted(float(row.split()[1]) for row in table) == [float(row.split()[1]) for row in table]
+
+
+def make_recorded(folder: Path, rule: str) -> Spec:
+    """A sweep on the disk, of six trials of eight epochs in the order of their ends from the first epoch on."""
+    spec = Spec.model_validate(
+        {
+            "name": f"recorded_{rule}",
+            "trial": digits_values(epochs=8),
+            "space": {"prompt.rank": {"choice": [1, 2, 3, 4, 5, 6]}},
+            "search": {"algorithm": "grid"},
+            "early_stopping": {"rule": rule},
+            "control": None,
+            "output": folder,
+        }
+    )
+    spec.folder.mkdir(parents=True)
+    (spec.folder / RECORD).write_text(json.dumps({"id": "0", "spec": spec.model_dump(mode="json", by_alias=True)}))
+    for rank in range(1, 7):
+        trial = TrialFolder.request(spec.trials, spec.trial_config({"prompt.rank": rank}))
+        attempt = trial.claim()
+        for epoch in range(1, 9):
+            attempt.append({"epoch": epoch, "val_top1": 10.0 * rank + epoch, "whole": True, "test_top1": None})
+        attempt.end(State.FINISHED)
+    return spec
+
+
+def test_which_early_stopping_keeps_the_best(tmp_path):
+    folder = make_recorded(tmp_path, "none").folder
+    result = CliRunner().invoke(survival.app, [str(folder), "--orders", "20"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "early stopping replayed on 1 sweeps" in lines[0]
+    rows = [line.split("  ") for line in lines[2:] if line.strip()]
+    assert len(rows) == len(survival.candidates(8))
+    assert all("100 %" in "  ".join(row) for row in rows if row[0].strip().startswith("asha"))  # the best leads
+
+
+def test_stopped_trials_can_not_be_replayed_under_other_rules(tmp_path):
+    folder = make_recorded(tmp_path, "asha").folder
+    result = CliRunner().invoke(survival.app, [str(folder)])
+    assert isinstance(result.exception, UserError)
+    assert "early_stopping.rule must be none" in str(result.exception)
+
+
+def test_the_end_says_how_often_its_early_stopping_keeps_the_best(tmp_path):
+    spec = make_recorded(tmp_path, "asha")
+    (line,) = stopping_lines(Leaderboard.read(spec))
+    assert line.startswith("early stopping: in 200 random orders of these trials it keeps the best one in 100 %")
+    assert stopping_lines(Leaderboard.read(make_recorded(tmp_path, "none"))) == []
