@@ -41,7 +41,7 @@ class Survival:
     loss: float
     """How far the best trial that was trained to its end is from the best of all, in the objective's units."""
     cost: float
-    """Fraction of all epochs that were trained."""
+    """Fraction of the epochs of as many full trials that were trained."""
 
     def __str__(self) -> str:
         return (
@@ -67,10 +67,10 @@ def survival(spec: Spec, trials: Sequence[ScoreCurve], orders: int, seed: int = 
     there. The best trials are those with the best last score among the longest. `orders` is cut down where they
     would take too long. Raises ValueError without a trial.
     """
-    total = sum(len(trial.scores) for trial in trials)
-    orders = max(20, min(orders, MOST_EPOCHS // max(1, total)))
-    sign = 1 if spec.mode == "max" else -1
     longest = max(len(trial.scores) for trial in trials)
+    total = longest * len(trials)
+    orders = max(20, min(orders, MOST_EPOCHS // total))
+    sign = 1 if spec.mode == "max" else -1
     final = {i: sign * trial.scores[-1] for i, trial in enumerate(trials) if len(trial.scores) == longest}
     ranking = sorted(final, key=lambda i: -final[i])
     # equal scores are equally good: to keep one of them is to keep the best
