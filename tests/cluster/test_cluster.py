@@ -30,7 +30,7 @@ def trial(digits, tmp_path) -> TrialFolder:
     return TrialFolder.request(tmp_path / "trials", digits())
 
 
-FILES = ["bundle", "checkpoint.pt", "end.json", "results.jsonl", "started.json"]
+FILES = ["bundle", "checkpoint.pt", "end.json", "predictions.parquet", "results.jsonl", "started.json"]
 
 
 def result(epoch: int) -> dict:

@@ -26,7 +26,7 @@ from cluster.trial_folder import StopReason, TrialFolder
 from lorvp.errors import UserError
 from lorvp.utils import files
 from sweeps import launch, lock
-from sweeps.folder import RECORD
+from sweeps.folder import RECORD, Command
 from sweeps.lock import ALIVE, DEAD_SECONDS, Held, Holder
 from sweeps.run import status
 from sweeps.spec import file as spec_file
@@ -221,7 +221,7 @@ def test_a_sweep_that_was_moved_and_renamed(tmp_path):
         moved = spec_file.load(Path(launch.__file__).parent / "quickstart.yaml", [f"output={output}", "name=renamed"])
         trial = TrialFolder.requested(moved.trials)[0]
         assert trial.last_log_lines() == ["its last words"]
-        with launch.sweep_folder(moved, resume=True) as sweep_id:
+        with launch.sweep_folder(moved, True, Command("quickstart.yaml", [])) as sweep_id:
             assert sweep_id == "synthetic"
     text = "".join(path.read_text() for path in (tmp_path / "new").rglob("job.json"))
     assert str(tmp_path) not in text

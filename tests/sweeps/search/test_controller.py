@@ -140,7 +140,7 @@ class Says(SpecSearch):
         super().on_trial_complete(trial_id, result, error)
 
 
-ASHA = {"rule": "asha", "reduction_factor": 2}
+ASHA = {"rule": "asha", "grace_epochs": 1, "reduction_factor": 2}
 
 
 def test_so_many_at_a_time_and_each_epoch_is_told(tmp_path):
@@ -165,7 +165,7 @@ def test_epochs_of_one_look_are_told_in_the_order_of_their_times(tmp_path):
 
 
 def test_what_falls_behind_is_given_up(tmp_path):
-    asha = spec(tmp_path, early_stopping={"rule": "asha", "reduction_factor": 2})
+    asha = spec(tmp_path, early_stopping=ASHA)
     script = Script([[(1, 90.0, 1.0)], [(2, 10.0, 2.0)], *whole(1, 3, 4, 5, 6)])
     SweepController(asha, SpecSearch(asha), make_scheduler(asha), script, Failure()).run()
     assert script.given_up == [(2, 1), (3, 2), (4, 2)]  # at the first rung, and at the second, of two epochs
@@ -333,7 +333,7 @@ ALONE = """\
     import psutil
     from pathlib import Path
     from test_controller import *
-    grid = spec(Path("out"), early_stopping={{"rule": "median"}})
+    grid = spec(Path("out"), early_stopping={{"rule": "median", "grace_epochs": 1}})
     SweepController(grid, SpecSearch(grid), make_scheduler(grid), Script(whole(1, 2, 3, 4, 5, 6)), Failure()).run()
     me = psutil.Process()
     connections = [c for c in me.net_connections(kind="all")]

@@ -170,7 +170,7 @@ def test_early_stopping_compares_within_a_share(make):
 
 def test_a_trial_is_never_paused(make):
     """Nothing of it could be restored from Tune's own state."""
-    spec = make(search={"equal": None}, early_stopping={"rule": "median"})
+    spec = make(search={"equal": None}, early_stopping={"rule": "median", "grace_epochs": 1})
     scheduler, trial = make_scheduler(spec), _Trial("a", "lorvp")
     controller = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
     scheduler.on_trial_add(controller, trial)
