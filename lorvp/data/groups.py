@@ -31,7 +31,7 @@ def group_ids(config: GroupsConfig, names: Sequence[str], title: str, column: Se
         ((key, value),) = config.model_dump(exclude_none=True).items()
         rest = "no image" if len(missing) == len(names) else f"{len(names) - len(missing):,} of {len(names):,} images"
         what = "matches" if key == "pattern" else "is there for"
-        raise UserError(f"dataset.groups.{key}: {value} {what} {rest} of {title}; without it is {missing[0]}")
+        raise UserError(f"dataset.groups.{key}: {value} {what} {rest} of {title}; it is missing for {missing[0]}")
     ids: np.ndarray = np.unique(np.array(found, dtype=str), return_inverse=True)[1].astype(np.int64)
     return ids
 

@@ -213,7 +213,7 @@ class Comparison:
             return [NOT_RECORDED]
         return [
             f"the model, {model.trial.name}, less the control: test {each} points (seed {seed}; 95 % interval over "
-            f"{each.images:,} images: the model alone gets {each.ours} right, the control alone {each.theirs})"
+            f"{each.images:,} images: on {each.ours} only the model is right, on {each.theirs} only the control)"
             for name, each in paired.items()
             if name == "test"
         ]

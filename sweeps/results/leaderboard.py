@@ -299,7 +299,7 @@ def _differences(best: Entry, control: Entry) -> dict[str, float]:
 
 
 def _images_text(paired: Paired) -> str:
-    return f"{paired.images:,} images: the best alone gets {paired.ours} right, the control alone {paired.theirs}"
+    return f"{paired.images:,} images: on {paired.ours} only the best is right, on {paired.theirs} only the control"
 
 
 def epoch_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from lorvp.models import architectures
 from lorvp.parts import Part, absolute, flatten
 from lorvp.utils.explain import Location, closest, dotted, explain, without_passwords
 from lorvp.utils.yaml_file import YamlFile, parse_value
+from sweeps.spec import recommended
 from sweeps.spec.choices import algorithm, stopping_rule
 from sweeps.spec.model import MAX_CELLS, Scalar, Spec, active
 
@@ -56,6 +57,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
             if key not in known:
                 _, reason = of_earlier_form(key) or (key, f"no such key of a trial{closest(key, known)}")
                 file.fail((kind, key), reason)
+    if any(axis.recommended for axis in spec.space.values()):
+        recommended.check(file.values, file.fail)
     try:
         profile = profiles.load(spec.cluster)
     except UserError as error:
@@ -65,6 +68,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
+    recommended.check(file.values, file.fail)
     if spec.tracking.uri and without_passwords(spec.tracking.uri) != spec.tracking.uri:
         file.fail(
             ("tracking", "uri"),

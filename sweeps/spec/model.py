@@ -122,6 +122,10 @@ class Axis(Part):
             return self
         kinds = {"choice": self.choice, "uniform": self.uniform, "log_uniform": self.log_uniform, "int": self.integers}
         kinds_given = [kind for kind, value in kinds.items() if value is not None]
+        if self.recommended and kinds_given:
+            raise ValueError(f"recommended stands in place of {kinds_given[0]}: leave one of them out")
+        if self.recommended:  # of a key that has no such range, as whoever reads the file says
+            return self
         if len(kinds_given) != 1:
             named = " and ".join(kinds_given) or "none"
             raise ValueError(f"needs exactly one of choice, uniform, log_uniform, int, recommended; it has {named}")
@@ -142,6 +146,8 @@ class Axis(Part):
             raise ValueError("ranges stands alone: each range has its own choice, uniform, log_uniform or int")
         if not all(axis.when and axis.ranges is None for axis in ranges):
             raise ValueError("each range needs when: the condition under which it is the one in use")
+        if any(axis.recommended for axis in ranges):
+            raise ValueError("this key has no recommended range: write one of your own")
         lists, ends = [axis.values() for axis in ranges], [axis.bounds for axis in ranges if axis.choice is None]
         listed = [values for values in lists if values is not None]
         if listed and len(listed) < len(ranges):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic_core import PydanticCustomError
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from lorvp.parts import flatten
 
@@ -23,36 +22,44 @@ OPTIMIZERS = {"prompt.lr": ("adam", "adamw"), "head.lr": ("sgd",)}
 def fill_in(spec: Any) -> Any:
     """Return a spec's values, as they are read, with the recommended ranges put in.
 
-    Raises PydanticCustomError about an axis that has none.
+    What `check` refuses is left as it is.
     """
     space = spec.get("space") if isinstance(spec, dict) else None
     if not isinstance(space, dict):
         return spec
-    return spec | {"space": {key: _filled(key, axis, spec) for key, axis in space.items()}}
+    return spec | {"space": {key: _filled(key, axis, space) for key, axis in space.items()}}
 
 
-def _filled(key: str, axis: Any, spec: dict[str, Any]) -> Any:
+def _filled(key: str, axis: Any, space: dict[str, Any]) -> Any:
     if isinstance(axis, list):
-        return [_filled(key, each, spec) for each in axis]
-    if not isinstance(axis, dict) or axis.get("recommended") is not True:
+        return [_filled(key, each, space) for each in axis]
+    if not _asks(axis) or key not in RANGES or axis.keys() - {"recommended", "when"}:
         return axis
-    if beside := axis.keys() - {"recommended", "when"}:
-        raise _error(key, f"recommended stands in place of {min(beside)}: leave one of them out")
-    if key not in RANGES:
-        raise _error(key, f"has no recommended range; {', '.join(RANGES)} have one")
-    part = key.partition(".")[0]
-    for optimizer in _optimizers(part, axis, spec) if key in OPTIMIZERS else []:
-        if optimizer not in OPTIMIZERS[key]:
-            raise _error(
-                key,
-                f"its recommended range is for {part}.optimizer {' or '.join(OPTIMIZERS[key])}, not {optimizer}: "
-                "write a range of your own",
-            )
-    recommended = RANGES[key]
     own = {name: value for name, value in axis.items() if name != "recommended"}
-    when = {name: value for name, value in recommended.get("when", {}).items() if name in spec["space"]}
-    when |= own.get("when", {})
-    return {**recommended, **own, "when": when}
+    when = {name: value for name, value in RANGES[key].get("when", {}).items() if name in space}
+    return {**RANGES[key], **own, "when": when | own.get("when", {})}
+
+
+def check(spec: dict[str, Any], fail: Callable[[tuple[str, str], str], NoReturn]) -> None:
+    """Call `fail` for an axis of a spec, as it is read, that has no recommended range, or another optimizer's."""
+    for key, axis in spec["space"].items():
+        for each in axis if isinstance(axis, list) else [axis]:
+            if not _asks(each):
+                continue
+            if key not in RANGES:
+                fail(("space", key), f"has no recommended range; {', '.join(RANGES)} have one")
+            part = key.partition(".")[0]
+            for optimizer in _optimizers(part, each, spec) if key in OPTIMIZERS else []:
+                if optimizer not in OPTIMIZERS[key]:
+                    fail(
+                        ("space", key),
+                        f"its recommended range is for {part}.optimizer {' or '.join(OPTIMIZERS[key])}, not "
+                        f"{optimizer}: write a range of your own",
+                    )
+
+
+def _asks(axis: Any) -> bool:
+    return isinstance(axis, dict) and axis.get("recommended") is True
 
 
 def _optimizers(part: str, axis: dict[str, Any], spec: dict[str, Any]) -> list[Any]:
@@ -70,7 +77,3 @@ def _optimizers(part: str, axis: dict[str, Any], spec: dict[str, Any]) -> list[A
 
 def _choice(axis: Any) -> Any:
     return axis.get("choice") if isinstance(axis, dict) else None
-
-
-def _error(key: str, reason: str) -> PydanticCustomError:
-    return PydanticCustomError("recommended", "{reason}", {"key": ("space", key), "reason": reason})

@@ -77,3 +77,12 @@ def test_what_keeps_it_from_being_told_is_a_line(spec, monkeypatch):
     wrong = CliRunner().invoke(launch.app, [str(spec), "--dry-run", "--set", "trial.dataset.groups={pattern: '('}"])
     assert "trial.dataset.groups.pattern: '(' is no regular expression" in wrong.stderr
     assert wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--dry-run", "--no-estimate"]])
+def test_groups_that_no_trial_could_split_by_are_refused(spec, more):
+    refused = CliRunner().invoke(launch.app, [str(spec), *more, "--set", "trial.dataset.groups={pattern: scene}"])
+    assert isinstance(refused.exception, SystemExit | UserError)
+    assert "trial.dataset.groups.pattern: scene matches no image" in f"{refused.stderr}{refused.exception}"
+    assert not Path("runs").exists()

@@ -170,11 +170,11 @@ def test_groups_of_several_classes_are_split_as_well():
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        ({"pattern": "track(.)"}, "dataset.groups.pattern: track(.) matches no image of signs; without it is 00000/0"),
-        ({"pattern": "([01]/.+)_"}, "dataset.groups.pattern: ([01]/.+)_ matches 80 of 120 images of signs; without it"),
+        ({"pattern": "track(.)"}, "dataset.groups.pattern: track(.) matches no image of signs; it is missing for 0"),
+        ({"pattern": "([01]/.+)_"}, "dataset.groups.pattern: ([01]/.+)_ matches 80 of 120 images of signs; it is"),
         ({"pattern": "png"}, "dataset.groups: all images of signs are one group"),
         ({"pattern": ".+"}, "dataset.groups: each image of signs is a group of its own"),
-        ({"folder": 2}, "dataset.groups.folder: 2 is there for no image of signs; without it is 00000/00000_00000.png"),
+        ({"folder": 2}, "dataset.groups.folder: 2 is there for no image of signs; it is missing for 0"),
         ({"folder": 1}, "dataset image_folder: no class has the two groups"),
     ],
 )  # fmt: skip

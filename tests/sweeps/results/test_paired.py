@@ -114,7 +114,7 @@ def test_the_verdict_says_what_is_shown(spec: Spec, wrong, control_wrong, words)
     assert lines[0] == (
         f"difference: val +1.00 [-2.86, +4.82], test {paired} points (one seed; 95 % intervals over images)"
     )
-    assert lines[1] == f"test: {words} (100 images: the best alone gets {alone} right, the control alone {other})"
+    assert lines[1] == f"test: {words} (100 images: on {alone} only the best is right, on {other} only the control)"
     assert lines[2] == "val is optimistic: the best of 4 trials was chosen on these 100 images"
     assert len(lines) == 3
     assert board.gain() == Gain("test", paired.points, *paired.interval, 100)
@@ -128,7 +128,7 @@ def test_without_the_test_set_val_is_told_and_that_it_is_optimistic(spec: Spec):
     board = Leaderboard.read(spec)
     first, words, optimistic = board.verdict()[2:]
     assert "test" not in first
-    assert words == f"val: {SHOWN} (100 images: the best alone gets 50 right, the control alone 1)"
+    assert words == f"val: {SHOWN} (100 images: on 50 only the best is right, on 1 only the control)"
     assert optimistic == "val is optimistic: the best of 4 trials was chosen on these 100 images"
     assert (board.gain().split, board.gain().images) == ("val", 100)
 
@@ -185,7 +185,7 @@ def test_a_confirmation_tells_seeds_and_images(tmp_path):
     low, high = Paired(100, 95, 2, 1).interval
     assert said[-1] == (
         f"the model, {low_rank.seeds[8]}, less the control: test +1.00 [{low:+.2f}, {high:+.2f}] points (seed 8; "
-        "95 % interval over 100 images: the model alone gets 2 right, the control alone 1)"
+        "95 % interval over 100 images: on 2 only the model is right, on 1 only the control)"
     )
     record = comparison.records()[0]
     assert (record["val_images"], record["test_images"]) == (100, 100)

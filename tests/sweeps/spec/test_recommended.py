@@ -67,6 +67,8 @@ def test_a_range_of_one_optimizer_beside_that_of_another(tmp_path: Path):
         ("  prompt: {optimizer: adam}\n", "", ":13: space.prompt.lr: its recommended range is for prompt.opt"),
         ("{kind: lp}", "{kind: lp, optimizer: adam}", "space.head.lr: its recommended range is for head.opt"),
         ("prompt.lr: {", "batch_size: {", ":14: space.batch_size: has no recommended range; prompt.lr, "),
+        ("prompt: {optimizer: adam}", "prompt: {optimizr: adam}", "trial.prompt.optimizr: no such key"),
+        ("prompt.lr: {", "prompt.rl: {", "space.prompt.rl: no such key of a trial; did you mean prompt.lr"),
         ("prompt.lr: {", "prompt.lr: {int: [1, 2], ", ":14: space.prompt.lr: recommended stands in place of int"),
         ("prompt.lr: {recommended: true", "prompt.lr: {recommended: no", "space.prompt.lr.recommended: "),
     ],
