@@ -50,6 +50,8 @@ def _filled(key: str, axis: Any, spec: dict[str, Any]) -> Any:
             )
     recommended = RANGES[key]
     own = {name: value for name, value in axis.items() if name != "recommended"}
+    if not isinstance(own.get("when", {}), dict):  # the axis itself says what is wrong
+        return recommended | own
     when = {name: value for name, value in recommended.get("when", {}).items() if name in spec["space"]}
     when |= own.get("when", {})
     return {**recommended, **own, "when": when}
