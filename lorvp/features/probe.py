@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lorvp.data.datasets import ArrayImages
+from lorvp.errors import TrialFailed
 from lorvp.features.cache import cache_folder, compute_once, key
 from lorvp.parts import BEST
 from lorvp.utils.device import is_out_of_memory
@@ -83,7 +84,8 @@ class HeadPath:
       class by class. The objective is then about as curved in all directions. The curvature is that of the start.
     - It ends as soon as an iteration gains less than TOLERANCE.
 
-    `check` is called in every pass, once for each of its parts, and may raise an exception to end the fit.
+    `check` is called in every pass, once for each of its parts, and may raise an exception to end the fit. Raises
+    TrialFailed where an output is infinite or no number.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class HeadPath:
     ) -> None:
         self._labels, self._classes, self._check = labels, classes, check
         self._mean = x.mean(0)
+        if not self._mean.isfinite().all():
+            raise TrialFailed("the backbone's outputs are not all finite: no head can be fitted to them")
         self._axes = self._principal_axes(x)
         self._x = torch.empty((len(x), self._axes.shape[1]), device=x.device)
         for rows, out in zip(x.split(PATH_ROWS_AT_ONCE), self._x.split(PATH_ROWS_AT_ONCE), strict=True):
