@@ -216,6 +216,11 @@ class DatasetConfig(Part):
         return self.model_copy(update={"trivial_augment": False, "color_jitter": None})
 
     @property
+    def unaugmented(self) -> DatasetConfig:
+        """The same images as they are evaluated, without what is done to them in training alone."""
+        return self.read_from_disk.model_copy(update={"crop_flip": False, "crop_root": None})
+
+    @property
     def title(self) -> str:
         """Name to show: the folder's, or the dataset's."""
         return self.name if self.root is None else self.root.name

@@ -62,7 +62,7 @@ def find(config: DatasetConfig) -> Duplicates:
 
     Raises UserError as `datasets.load` does.
     """
-    splits = datasets.load(config.model_copy(update={"crop_flip": False}), _size(config), decode=False)
+    splits = datasets.load(config.unaugmented, _size(config), decode=False)
     train, val = splits.train, splits.val
     most = MAX_FILES if _is_encoded(train) else MAX_BYTES // (3 * _size(config) ** 2)
     train_rows, val_rows = np.arange(len(train)), np.arange(len(val))

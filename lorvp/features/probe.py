@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lorvp.data.datasets import ArrayImages
+from lorvp.errors import TrialFailed
 from lorvp.features.cache import cache_folder, compute_once, key
 from lorvp.parts import BEST
 from lorvp.utils.device import is_out_of_memory
@@ -83,7 +84,8 @@ class HeadPath:
       class by class. The objective is then about as curved in all directions. The curvature is that of the start.
     - It ends as soon as an iteration gains less than TOLERANCE.
 
-    `check` is called in every pass, once for each of its parts, and may raise an exception to end the fit.
+    `check` is called in every pass, once for each of its parts, and may raise an exception to end the fit. Raises
+    TrialFailed where an output is infinite or no number.
     """
 
     def __init__(
@@ -91,7 +93,12 @@ class HeadPath:
     ) -> None:
         self._labels, self._classes, self._check = labels, classes, check
         self._mean = x.mean(0)
+        if not self._mean.isfinite().all():
+            raise TrialFailed("the backbone's outputs are not all finite: no head can be fitted to them")
         self._axes = self._principal_axes(x)
+        if self._axes is None:
+            self._x = x - self._mean
+            return
         self._x = torch.empty((len(x), self._axes.shape[1]), device=x.device)
         for rows, out in zip(x.split(PATH_ROWS_AT_ONCE), self._x.split(PATH_ROWS_AT_ONCE), strict=True):
             check()
@@ -132,11 +139,11 @@ class HeadPath:
         values = point.detach() * unit
         return self._in_features(values[:, :-1], values[:, -1])
 
-    def _principal_axes(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the principal axes as columns (d, min(N, d)), or the features' own axes where there are too many."""
+    def _principal_axes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the principal axes as columns (d, min(N, d)); None for the features' own where there are too many."""
         count, width = x.shape
         if min(count, width) > WIDEST:
-            return torch.eye(width, device=x.device)
+            return None
         if count < width:  # a regularised head has no part outside the span of the rows
             span: torch.Tensor = torch.linalg.svd(x - self._mean, full_matrices=False).Vh.T
             return span
@@ -161,10 +168,10 @@ class HeadPath:
         return weight, bias
 
     def _in_axes(self, weight: torch.Tensor, bias: torch.Tensor) -> Head:
-        return weight @ self._axes, bias + weight @ self._mean
+        return (weight if self._axes is None else weight @ self._axes), bias + weight @ self._mean
 
     def _in_features(self, weight: torch.Tensor, bias: torch.Tensor) -> Head:
-        weight = weight @ self._axes.T
+        weight = weight if self._axes is None else weight @ self._axes.T
         return weight, bias - weight @ self._mean
 
     def _pass(

@@ -89,7 +89,7 @@ def compare(ours: TrialFolder, theirs: TrialFolder) -> dict[str, Paired] | None:
     if not first or not second:
         return None
     # where an axis changes how val is drawn, two draws may have the same labels
-    datasets = [trial.config.dataset.model_copy(update={"crop_flip": False}) for trial in (ours, theirs)]
+    datasets = [trial.config.dataset.unaugmented for trial in (ours, theirs)]
     splits = SPLITS if datasets[0] == datasets[1] else ("test",)
     return {
         split: Paired.of(first[split].right, second[split].right)

@@ -187,10 +187,12 @@ def conclude(outcome: Outcome, tracker: Tracker | None, all_sent: bool, console:
     if comparison:
         files += comparison.write()
         console.print(comparison.table())
-    verdict = [*board.failures(), *board.rung_correlation(), *stopping_lines(board), *outcome.verdict()]
+    verdict = [*board.failures(), *board.rung_correlation(), *outcome.verdict()]
     for line in verdict:
         print_line(line)
     try:
+        for line in stopping_lines(board):
+            print_line(line)
         for step in next_steps(outcome):
             print_line(f"next: {step}")
     except Exception as error:  # advice that can't be given shall not cost the sweep its model

@@ -46,4 +46,5 @@ class WithControls(Generic[R]):
     def request_controls(self) -> None:
         """Ask for the controls, unless that was done."""
         while self._controls:
-            self._request_control(self._controls.pop(0))
+            self._request_control(self._controls[0])
+            self._controls.pop(0)

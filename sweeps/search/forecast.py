@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -46,7 +47,7 @@ class ForecastScheduler(FIFOScheduler):
             return TrialScheduler.CONTINUE
         best = min(errors[self._epochs] for errors in known)
         forecast = self._errors[trial.trial_id][epoch] * min(errors[self._epochs] / errors[epoch] for errors in known)
-        if forecast <= best:
+        if not forecast > best:
             return TrialScheduler.CONTINUE
         del self._errors[trial.trial_id]
         return TrialScheduler.STOP
@@ -55,5 +56,5 @@ class ForecastScheduler(FIFOScheduler):
         """Note the last epoch of a trial, from which others are forecast."""
         if "epoch" in result and SCORE in result:
             self._note(trial, result)
-            if result["epoch"] == self._epochs:
+            if result["epoch"] == self._epochs and math.isfinite(result[SCORE]):
                 self._ended.add(trial.trial_id)

@@ -15,9 +15,6 @@ from sweeps.search.stopping import make_scheduler
 from sweeps.search.tune_trial import SCORE
 from sweeps.spec.model import Scalar, Spec
 
-MOST_EPOCHS = 100_000
-"""About so many epochs are replayed at most, in a second or two."""
-
 
 @dataclass(frozen=True)
 class ScoreCurve:
@@ -64,12 +61,10 @@ def survival(spec: Spec, trials: Sequence[ScoreCurve], orders: int, seed: int = 
     """Replay `trials` under the spec's early stopping in so many random orders, `search.concurrent` trials at a time.
 
     An epoch takes each trial the same time. A trial whose curve ends early, as it was stopped in the sweep itself, ends
-    there. The best trials are those with the best last score among the longest. `orders` is cut down where they
-    would take too long. Raises ValueError without a trial.
+    there. The best trials are those with the best last score among the longest. Raises ValueError without a trial.
     """
     longest = max(len(trial.scores) for trial in trials)
     total = longest * len(trials)
-    orders = max(20, min(orders, MOST_EPOCHS // total))
     sign = 1 if spec.mode == "max" else -1
     final = {i: sign * trial.scores[-1] for i, trial in enumerate(trials) if len(trial.scores) == longest}
     ranking = sorted(final, key=lambda i: -final[i])

@@ -276,7 +276,7 @@ class EarlyStopping(Part):
     rule: RuleName = "none"
     grace_epochs: PositiveInt | None = Field(
         None,
-        description="epochs that every trial gets; asha's first rung; default: half of its epochs",
+        description="epochs that every trial gets; asha's first rung; default: half of the longest trial's",
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(2, description="of asha: one in so many goes on at a rung")
     within: list[str] | None = Field(

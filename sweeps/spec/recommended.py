@@ -36,6 +36,8 @@ def _filled(key: str, axis: Any, space: dict[str, Any]) -> Any:
     if not _asks(axis) or key not in RANGES or axis.keys() - {"recommended", "when"}:
         return axis
     own = {name: value for name, value in axis.items() if name != "recommended"}
+    if not isinstance(own.get("when", {}), dict):  # the axis itself says what is wrong
+        return RANGES[key] | own
     when = {name: value for name, value in RANGES[key].get("when", {}).items() if name in space}
     return {**RANGES[key], **own, "when": when | own.get("when", {})}
 

@@ -20,6 +20,7 @@ import lorvp
 from lorvp import evaluate
 from lorvp.config import DatasetConfig, TrialConfig
 from lorvp.data import datasets
+from lorvp.errors import TrialFailed
 from lorvp.estimate.calibrate import calibrate
 from lorvp.features import cache as feature_cache
 from lorvp.features import probe
@@ -162,6 +163,15 @@ def test_the_heads_of_a_path_are_scikit_learns(shape, monkeypatch):
         theirs = LogisticRegression(C=c, max_iter=10_000, tol=1e-8).fit(x.numpy().astype(float), labels)
         expected = torch.from_numpy(theirs.predict_proba(x.numpy())).float()
         torch.testing.assert_close(F.linear(x, *head).softmax(1), expected, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("each", [1, 20], ids=["more features than images", "usual"])
+def test_outputs_that_are_no_numbers_are_said_in_a_line(cache, value, each):
+    points = blobs(each=each)
+    points.pixels[0, 0] = value
+    with pytest.raises(TrialFailed, match="not all finite"):
+        probe.head(points, blobs(), "best", torch.device("cpu"))
 
 
 def noisy_digits(images: int, wrong: float) -> datasets.ArrayImages:

@@ -161,6 +161,17 @@ def test_other_images_are_not_compared(spec: Spec):
     assert Leaderboard.read(spec).verdict()[2] == f"difference: val +0.00, test +0.00 points (one seed; {OTHER_IMAGES})"
 
 
+@pytest.mark.parametrize(
+    "only_in_training", [{"dataset.crop_flip": True}, {"dataset.trivial_augment": True}, {"dataset.color_jitter": 0.4}]
+)
+def test_what_is_done_to_training_images_alone_leaves_val_the_same(spec: Spec, only_in_training: dict):
+    best, control = trials(spec, **only_in_training)
+    predicted(best, val=[1])
+    predicted(control, val=[2])
+    assert best.config.dataset != control.config.dataset
+    assert compare(best, control) == {"val": Paired(100, 98, 1, 1)}
+
+
 def test_a_confirmation_tells_seeds_and_images(tmp_path):
     spec = make_confirmed(tmp_path)
     searched(spec)

@@ -100,8 +100,3 @@ def test_a_forecast_of_a_loss(monkeypatch):
     found = survival(spec.model_copy(update={"objective": "val_loss"}), losses, orders=100)
     assert found.best == 1
     assert found.cost < 0.8
-
-
-def test_a_long_sweep_is_replayed_in_fewer_orders():
-    spec, trials = make([[float(i)] * 4 for i in range(1500)], rule="none")
-    assert survival(spec, trials, orders=500).orders == 20

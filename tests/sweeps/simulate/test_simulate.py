@@ -19,6 +19,7 @@ from cluster.trial_folder import State, TrialFolder
 from lorvp.errors import UserError
 from lorvp.utils import cli
 from sweeps.folder import RECORD
+from sweeps.report import stopping
 from sweeps.report.stopping import stopping_lines
 from sweeps.results.leaderboard import Leaderboard
 from sweeps.search.stopping import make_scheduler
@@ -410,3 +411,9 @@ def test_the_end_says_how_often_its_early_stopping_keeps_the_best(tmp_path):
     (line,) = stopping_lines(Leaderboard.read(spec))
     assert line.startswith("early stopping: in 200 random orders of these trials it keeps the best one in 100 %")
     assert stopping_lines(Leaderboard.read(make_recorded(tmp_path, "none"))) == []
+
+
+def test_the_end_of_a_long_sweep_does_not_wait_for_that(tmp_path, monkeypatch):
+    spec = make_recorded(tmp_path, "asha")
+    monkeypatch.setattr(stopping, "MOST_BY_DEFAULT", 19 * 48)  # of 20 orders of six trials of eight epochs
+    assert stopping_lines(Leaderboard.read(spec)) == []

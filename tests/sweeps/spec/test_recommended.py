@@ -71,6 +71,9 @@ def test_a_range_of_one_optimizer_beside_that_of_another(tmp_path: Path):
         ("prompt.lr: {", "prompt.rl: {", "space.prompt.rl: no such key of a trial; did you mean prompt.lr"),
         ("prompt.lr: {", "prompt.lr: {int: [1, 2], ", ":14: space.prompt.lr: recommended stands in place of int"),
         ("prompt.lr: {recommended: true", "prompt.lr: {recommended: no", "space.prompt.lr.recommended: "),
+        ("prompt.lr: {", "prompt.lr: {when: , ", ":14: space.prompt.lr.when: "),
+        ("prompt.lr: {", "prompt.lr: {when: 5, ", ":14: space.prompt.lr.when: "),
+        ("prompt.lr: {", "prompt.lr: {when: [adam], ", ":14: space.prompt.lr.when: "),
     ],
 )  # fmt: skip
 def test_what_has_no_recommended_range_is_refused(old: str, new: str, message: str, tmp_path: Path):
