@@ -288,9 +288,8 @@ def main(
             console.print(f"{goal:.2f} % NOT reached", highlight=False)
             continue
         ratios.append(grid.total / ours.total)
-        least = (
-            f", to {LEAST:g} point over the control: the grid has no such gain" if grid.test - control < LEAST else ""
-        )
+        has_gain = SHARE * (grid.test - control) >= LEAST
+        least = "" if has_gain else f", to {LEAST:g} point over the control, as the grid has no such gain"
         console.print(f"ratio {ratios[-1]:.1f}{least}", highlight=False)
     if ratios:
         console.print(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ORDERS, FEWEST_ORDERS = 200, 20
 MOST_EPOCHS = {"median": 10_000}
-"""Epochs that are replayed at most, in a second or two, under a rule whose decisions take time by the trials' number."""
+"""Epochs that are replayed at most, in a second or two, under a rule whose decisions take longer with more trials."""
 MOST_BY_DEFAULT = 100_000
 
 
