@@ -155,7 +155,7 @@ def _check_search(spec: Spec, fail: Fail) -> None:
                 fail(("search", "try_first", i, name), f"no such axis in space{closest(name, list(spec.space))}")
             if not spec.space[name].contains(value):
                 axis = spec.space[name]
-                has = ", ".join(map(str, axis.choice)) if axis.choice else "{} to {}".format(*axis.bounds)
+                has = ", ".join(map(repr, axis.choice)) if axis.choice else "{} to {}".format(*axis.bounds)
                 fail(("search", "try_first", i, name), f"{value!r} is not a value of this axis; it has {has}")
     if search.try_first and chosen.takes_every_cell:
         fail(("search", "try_first"), f"a {search.algorithm} takes every cell in a fixed order; leave it out")

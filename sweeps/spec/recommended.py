@@ -56,7 +56,7 @@ def check(spec: dict[str, Any], fail: Callable[[tuple[str, str], str], NoReturn]
                     fail(
                         ("space", key),
                         f"its recommended range is for {part}.optimizer {' or '.join(OPTIMIZERS[key])}, not "
-                        f"{optimizer}: write a range of your own",
+                        f"{optimizer!r}: write a range of your own",
                     )
 
 
