@@ -45,7 +45,7 @@ def located(error: ErrorDetails, model: type[BaseModel]) -> Location:
             keys.append(part)
             node = _child(node, part)
     named = error.get("ctx", {}).get("key")
-    return (*keys, *(named.split(".") if isinstance(named, str) else named or ()))
+    return (*keys, *(named.split(".") if isinstance(named, str) else ()))
 
 
 def dotted(location: Location) -> str:

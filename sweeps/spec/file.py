@@ -57,8 +57,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
             if key not in known:
                 _, reason = of_earlier_form(key) or (key, f"no such key of a trial{closest(key, known)}")
                 file.fail((kind, key), reason)
-    if any(axis.recommended for axis in spec.space.values()):
-        recommended.check(file.values, file.fail)
+    for name, axis in spec.space.items():
+        if axis.recommended:
+            file.fail(("space", name), recommended.NONE)
     try:
         profile = profiles.load(spec.cluster)
     except UserError as error:
@@ -68,7 +69,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
     _check_search(spec, file.fail)
     _check_confirm(spec, file.fail)
     _check_configs(spec, file.fail)
-    recommended.check(file.values, file.fail)
+    recommended.check_optimizers(file.values, file.fail)
     if spec.tracking.uri and without_passwords(spec.tracking.uri) != spec.tracking.uri:
         file.fail(
             ("tracking", "uri"),

@@ -19,10 +19,14 @@ OPTIMIZERS = {"prompt.lr": ("adam", "adamw"), "head.lr": ("sgd",)}
 """The optimizers of the part that a range was measured with."""
 
 
+NONE = f"has no recommended range; {', '.join(RANGES)} have one"
+"""The error about an axis of another key."""
+
+
 def fill_in(spec: Any) -> Any:
     """Return a spec's values, as they are read, with the recommended ranges put in.
 
-    What `check` refuses is left as it is.
+    An axis without one, and one that has a range of its own beside it, is left as it is.
     """
     space = spec.get("space") if isinstance(spec, dict) else None
     if not isinstance(space, dict):
@@ -42,22 +46,18 @@ def _filled(key: str, axis: Any, space: dict[str, Any]) -> Any:
     return {**RANGES[key], **own, "when": when | own.get("when", {})}
 
 
-def check(spec: dict[str, Any], fail: Callable[[tuple[str, str], str], NoReturn]) -> None:
-    """Call `fail` for an axis of a spec, as it is read, that has no recommended range, or another optimizer's."""
-    for key, axis in spec["space"].items():
-        for each in axis if isinstance(axis, list) else [axis]:
-            if not _asks(each):
-                continue
-            if key not in RANGES:
-                fail(("space", key), f"has no recommended range; {', '.join(RANGES)} have one")
-            part = key.partition(".")[0]
-            for optimizer in _optimizers(part, each, spec) if key in OPTIMIZERS else []:
-                if optimizer not in OPTIMIZERS[key]:
-                    fail(
-                        ("space", key),
-                        f"its recommended range is for {part}.optimizer {' or '.join(OPTIMIZERS[key])}, not "
-                        f"{optimizer!r}: write a range of your own",
-                    )
+def check_optimizers(spec: dict[str, Any], fail: Callable[[tuple[str, str], str], NoReturn]) -> None:
+    """Call `fail` for an axis of a spec, as it is read, whose recommended range is another optimizer's."""
+    for key in filter(spec["space"].__contains__, OPTIMIZERS):
+        part, axis = key.partition(".")[0], spec["space"][key]
+        asking = [each for each in (axis if isinstance(axis, list) else [axis]) if _asks(each)]
+        others = [name for each in asking for name in _optimizers(part, each, spec) if name not in OPTIMIZERS[key]]
+        if others:
+            fail(
+                ("space", key),
+                f"its recommended range is for {part}.optimizer {' or '.join(OPTIMIZERS[key])}, not {others[0]!r}: "
+                "write a range of your own",
+            )
 
 
 def _asks(axis: Any) -> bool:
