@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from sweeps.search.survival import ScoreCurve
 
 ORDERS, FEWEST_ORDERS = 200, 20
-MOST_EPOCHS = {"median": 10_000}
-"""Epochs that are replayed at most, in a second or two, under a rule whose decisions take longer with more trials."""
-MOST_BY_DEFAULT = 100_000
 
 
 def score_curves(board: Leaderboard) -> list[ScoreCurve]:
@@ -30,11 +27,10 @@ def score_curves(board: Leaderboard) -> list[ScoreCurve]:
 
 def stopping_lines(board: Leaderboard) -> list[str]:
     """Return how often the early stopping keeps the best trial, in a line; none where that can't be told in seconds."""
-    rule, entries = board.spec.early_stopping, board.search_entries()
-    if not stopping_rule(rule).stops or sum(entry.finished for entry in entries) < 2:
+    rule, entries = stopping_rule(board.spec.early_stopping), board.search_entries()
+    if not rule.stops or sum(entry.finished for entry in entries) < 2:
         return []
-    most = MOST_EPOCHS.get(rule.rule, MOST_BY_DEFAULT)
-    orders = min(ORDERS, most // sum(len(entry.results) for entry in entries))
+    orders = min(ORDERS, rule.epochs_in_a_second // sum(len(entry.results) for entry in entries))
     if orders < FEWEST_ORDERS:
         return []
     from sweeps.search.survival import survival

@@ -51,6 +51,8 @@ class StoppingRule:
 
     stops: ClassVar[bool] = True
     """Whether it ever ends a trial."""
+    epochs_in_a_second: ClassVar[int] = 100_000
+    """About so many epochs of recorded trials are replayed under it in a second or two."""
 
     def make_scheduler(self, spec: Spec) -> TrialScheduler:
         """Make Tune's scheduler, by the spec's `early_stopping`."""

@@ -19,7 +19,6 @@ from cluster.trial_folder import State, TrialFolder
 from lorvp.errors import UserError
 from lorvp.utils import cli
 from sweeps.folder import RECORD
-from sweeps.report import stopping
 from sweeps.report.stopping import stopping_lines
 from sweeps.results.leaderboard import Leaderboard
 from sweeps.search.stopping import make_scheduler
@@ -29,6 +28,7 @@ from sweeps.simulate import survival
 from sweeps.simulate.curves import AssumedCurves, RecordedCurves
 from sweeps.simulate.replay import Place, ReplayResult, replay
 from sweeps.spec import file as spec_file
+from sweeps.spec.choices import StoppingRule
 from sweeps.spec.model import Spec
 
 SPEC = """\
@@ -415,5 +415,5 @@ def test_the_end_says_how_often_its_early_stopping_keeps_the_best(tmp_path):
 
 def test_the_end_of_a_long_sweep_does_not_wait_for_that(tmp_path, monkeypatch):
     spec = make_recorded(tmp_path, "asha")
-    monkeypatch.setattr(stopping, "MOST_BY_DEFAULT", 19 * 48)  # of 20 orders of six trials of eight epochs
+    monkeypatch.setattr(StoppingRule, "epochs_in_a_second", 19 * 48)  # of 20 orders of six trials of eight epochs
     assert stopping_lines(Leaderboard.read(spec)) == []
