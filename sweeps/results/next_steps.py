@@ -134,12 +134,12 @@ def _beyond(axis: Axis, value: float, largest: float) -> tuple[str, Axis] | None
         changed: dict[str, Any] = {"choice": sorted([*ordered[1:], beyond], key=float)}
         return ("upper" if upper else "lower"), axis.model_copy(update=changed)
     low, high = axis.bounds
-    place = _place(axis, value)
+    place = axis.place(value)
     if EDGE < place < 1 - EDGE:
         return None
     upper = place > 0.5
     shift = 0.5 if upper else -0.5
-    ends: list[float] = [_rounded(_at(axis, shift)), _rounded(_at(axis, 1 + shift))]
+    ends: list[float] = [_rounded(axis.value_at(shift)), _rounded(axis.value_at(1 + shift))]
     if axis.integers is not None:
         step = (*axis.integers, 1)[2]
         steps = math.ceil((high - low) / 2 / step) * step * (1 if upper else -1)
@@ -170,9 +170,9 @@ def _gaps(axis: Axis, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
     if axis.choice is not None:
         untried = [value for value in axis.choice if value not in values]
         return " or ".join(map(number, untried)), untried
-    places = [_place(axis, value) for value in values]
+    places = [axis.place(value) for value in values]
     low, high = axis.bounds
-    middle = _at(axis, 0.5)
+    middle = axis.value_at(0.5)
     if not any(place >= 0.5 for place in places):
         return f"from {number(_rounded(middle))} to {number(high)}", [_between(axis, 0.75)]
     if not any(place < 0.5 for place in places):
@@ -182,24 +182,11 @@ def _gaps(axis: Axis, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
 
 def _between(axis: Axis, place: float) -> float:
     """Return a value of the axis near that share of its width."""
-    value = _at(axis, place)
+    value = axis.value_at(place)
     if axis.integers is None:
         return _rounded(value)
     step = (*axis.integers, 1)[2]
     return axis.integers[0] + round((value - axis.integers[0]) / step) * step
-
-
-def _place(axis: Axis, value: float) -> float:
-    """Return where a value lies in a range, on its scale: 0 at the low end, 1 at the high one."""
-    scale = math.log if axis.log_uniform else float
-    low, high = map(scale, axis.bounds)
-    return (scale(value) - low) / (high - low)
-
-
-def _at(axis: Axis, place: float) -> float:
-    """Return the value at a place, as `_place` has it; it may lie outside of the range."""
-    low, high = axis.bounds
-    return low * (high / low) ** place if axis.log_uniform else low + (high - low) * place
 
 
 def _rounded(value: float) -> float:

@@ -49,6 +49,4 @@ def _value(axis: Axis, place: float) -> Scalar:
     if values is not None:
         return values[int(place * len(values))]
     low, high = axis.bounds
-    if axis.integers is not None:
-        return int(low + place * (high - low + 1))
-    return float(low * (high / low) ** place if axis.log_uniform is not None else low + place * (high - low))
+    return axis.value_at(place) if axis.integers is None else int(low + place * (high - low + 1))

@@ -112,9 +112,7 @@ class RecordedCurves:
         low, high = axis.bounds
         if isinstance(value, str) or (axis.log_uniform and value <= 0):
             raise UserError(f"{self.path}: param.{name} holds {value!r}, which is no value between {low} and {high}")
-        if axis.log_uniform:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return float((value - low) / (high - low))
+        return axis.place(value)
 
 
 def _read(path: Path, spec: Spec) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ class Axis(Part):
         if not all(axis.when and axis.ranges is None for axis in ranges):
             raise ValueError("each range needs when: the condition under which it is the one in use")
         if any(axis.recommended for axis in ranges):
-            raise ValueError("this key has no recommended range: write one of your own")
+            raise ValueError(recommended.NONE)
         lists, ends = [axis.values() for axis in ranges], [axis.bounds for axis in ranges if axis.choice is None]
         listed = [values for values in lists if values is not None]
         if listed and len(listed) < len(ranges):
@@ -208,6 +208,17 @@ class Axis(Part):
         low, high = self.bounds
         step = self.integers[2] if self.integers is not None and len(self.integers) == 3 else 1
         return low <= value <= high and (self.integers is None or (value - low) % step == 0)
+
+    def place(self, value: float) -> float:
+        """Return where a value lies in its range, on its scale: 0 at the low end, 1 at the high one."""
+        scale = math.log if self.log_uniform else float
+        low, high = map(scale, self.bounds)
+        return (scale(value) - low) / (high - low)
+
+    def value_at(self, place: float) -> float:
+        """Return the value at a place, which may lie outside of the range."""
+        low, high = self.bounds
+        return low * (high / low) ** place if self.log_uniform else low + (high - low) * place
 
     @property
     def bounds(self) -> tuple[float, float]:
