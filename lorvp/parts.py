@@ -199,6 +199,19 @@ class TrainedPromptConfig(PromptConfig, TrainedByOptimizer):
             raise ValueError("prompt.normalize_grad makes the norm 1: prompt.clip_grad_norm must be null")
 
 
+class FramedPromptConfig(TrainedPromptConfig):
+    """Base class of the options of a prompt around the shrunken image."""
+
+    inner: PositiveInt = Field(
+        128, description="side of the image within the frame, in pixels at L = 224; scaled to other sizes"
+    )
+
+    @property
+    def inner_side(self) -> int:
+        """Side of the image within the frame, in pixels at L = 224."""
+        return self.inner
+
+
 class OneTensorPromptConfig(TrainedPromptConfig):
     """Base class of the options of a prompt whose values are all initialised alike."""
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from lorvp.parts import TrainedPromptConfig
+from lorvp.parts import FramedPromptConfig
 
 
-class EnhancedPromptConfig(TrainedPromptConfig):
+class EnhancedPromptConfig(FramedPromptConfig):
     """Shrink the image and learn free values around it, from zero (Wu et al. 2022, UCSC-VLAA/EVP)."""
 
     kind: Literal["evp"] = "evp"
@@ -18,8 +18,3 @@ class EnhancedPromptConfig(TrainedPromptConfig):
     inner: PositiveInt = Field(
         164, description="side of the image within the frame, in pixels at L = 224; scaled to other sizes"
     )
-
-    @property
-    def inner_side(self) -> int:
-        """Side of the image within the frame, in pixels at L = 224."""
-        return self.inner

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorvp.errors import UserError
-from lorvp.parts import PromptConfig
+from lorvp.parts import FramedPromptConfig
 from lorvp.prompts.base import Prompt
 
 
@@ -21,9 +21,8 @@ class FramePrompt(Prompt):
     Raises UserError for an image that is larger than its frame.
     """
 
-    def __init__(self, config: PromptConfig, image_size: int) -> None:
+    def __init__(self, config: FramedPromptConfig, image_size: int) -> None:
         super().__init__(config, image_size)
-        assert config.inner_side is not None  # of a prompt with a frame
         self.inner = max(1, round(config.inner_side * image_size / 224))
         if self.inner > image_size:
             raise UserError(f"prompt.inner {config.inner_side}: the image inside must not be larger than 224")

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from lorvp.parts import TrainedPromptConfig
+from lorvp.parts import FramedPromptConfig
 
 
-class ScaledFrameConfig(TrainedPromptConfig):
+class ScaledFrameConfig(FramedPromptConfig):
     """Scale the image and learn the frame around it, and the scale (Tsao et al. 2024, IBM/AutoVP, section 3)."""
 
     kind: Literal["scaled_frame"] = "scaled_frame"
