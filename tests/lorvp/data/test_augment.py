@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import count_forwards
 from pydantic import ValidationError
+from support import stops
 from support.samples.training import figures
 from torch.nn import functional as F
 from torchvision.transforms.v2 import ColorJitter, TrivialAugmentWide
@@ -153,13 +154,7 @@ def test_a_trial_trains_on_them_and_goes_on_within_an_epoch(digits, tmp_path, op
     config = digits(dataset=DIGITS | options, epochs=2)
     expected = list(train(config))
     assert [r.train_loss for r in expected] != [r.train_loss for r in train(digits(epochs=2))]
-    calls = 0
-
-    def stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 3
-
+    stop = stops.from_call(3)
     assert not list(train(config, folder=tmp_path, should_stop=stop))
     assert figures(train(config, resume_from=tmp_path / CHECKPOINT)) == figures(expected)
 

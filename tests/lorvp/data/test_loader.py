@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from support import stops
 from support.waiting import wait_for
 
 from lorvp.config import DatasetConfig
@@ -143,13 +144,7 @@ def test_crops_depend_on_neither_processes_nor_an_interruption(digits, tmp_path)
     config = digits(dataset=dataset, epochs=2)
     expected = [r.train_loss for r in train(config)]
     assert expected != [r.train_loss for r in train(digits(epochs=2))]
-    calls = 0
-
-    def stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 3
-
+    stop = stops.from_call(3)
     assert not list(train(config, folder=tmp_path, should_stop=stop))
     assert [r.train_loss for r in train(config, resume_from=tmp_path / CHECKPOINT)] == expected
 
@@ -221,13 +216,7 @@ def test_two_processes_give_what_one_gives(digits, tmp_path, monkeypatch, change
         assert two.val_loss == pytest.approx(one.val_loss, abs=1e-5)
         assert (two.val_top1, two.test_top1) == pytest.approx((one.val_top1, one.test_top1))
     assert (tmp_path / "whole" / "bundle").is_dir()
-    calls = 0
-
-    def stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 12
-
+    stop = stops.from_call(12)
     first = list(launch.train(config, 2, folder=tmp_path, should_stop=stop))
     assert len(first) < 3
     continued = list(launch.train(config, 2, folder=tmp_path, resume_from=tmp_path / CHECKPOINT))

@@ -13,6 +13,7 @@ from conftest import effective
 from PIL import Image
 from pydantic import ValidationError
 from scipy.special import erf
+from support import stops
 from support.samples.training import figures
 from torch.nn import functional as F
 
@@ -123,13 +124,7 @@ def images(method: Method, count: int = 2) -> torch.Tensor:
 def test_continued_is_bit_for_bit_uninterrupted(case, tmp_path):
     wanted = config(case)
     expected = list(train(wanted, shared=loaded(wanted)))
-    calls = 0
-
-    def stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 6  # within the second epoch
-
+    stop = stops.from_call(6)  # within the second epoch
     first = list(train(wanted, tmp_path, should_stop=stop, shared=loaded(wanted)))
     assert len(first) == 1
     assert (tmp_path / CHECKPOINT).exists()

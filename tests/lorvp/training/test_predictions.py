@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import stops
 
 import lorvp
 from lorvp.bundle.predictions import PREDICTIONS, Predictions, read, write
@@ -108,13 +109,7 @@ def test_stopped_and_continued_they_are_those_of_an_uninterrupted_trial(
     config = digits(**changes, eval_batch_size=30)
     whole, parts = uninterrupted(config), tmp_path / "parts"
     parts.mkdir()
-    left = calls
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left <= 0
-
+    stop = stops.from_call(calls)
     list(train(config, folder=parts, should_stop=stop))
     checkpoint = parts / CHECKPOINT
     list(train(config, folder=parts, resume_from=checkpoint if checkpoint.exists() else None))
@@ -156,13 +151,7 @@ def test_two_processes_gather_them_in_the_order_of_the_set(digits, tmp_path):
     together = list(launch.train(config, 2, folder=folders["two"]))
     assert [result.val_top1 for result in together] == pytest.approx([result.val_top1 for result in alone])
     assert same(folders["two"], folders["alone"])
-    left = 6 + 6 + 6 + 3  # steps, batches of val, and steps again; then within an evaluation
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
+    stop = stops.from_call(6 + 6 + 6 + 3)  # steps, batches of val, and steps again; then within an evaluation
     checkpoint = folders["parts"] / CHECKPOINT
     assert len(list(launch.train(config, 2, folder=folders["parts"], should_stop=stop))) == 1
     assert torch.load(checkpoint, weights_only=True)["epoch"]["phase"] == "evaluate"

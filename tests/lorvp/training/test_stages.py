@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from support import stops
 from support.samples.training import figures
 
 from lorvp.parts import kinds
@@ -85,13 +86,7 @@ def test_an_interruption_at_any_rung_changes_nothing(digits, tmp_path, mapping, 
         epochs=4, rungs=[{"epochs": 1, "image_size": 16}, FEW], head={"kind": mapping, "counting": "streamed"}
     )
     expected = figures(list(train(config)))
-    left = calls
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left <= 0
-
+    stop = stops.from_call(calls)
     list(train(config, folder=tmp_path, should_stop=stop))
     checkpoint = tmp_path / CHECKPOINT
     assert figures(list(train(config, resume_from=checkpoint if checkpoint.exists() else None))) == expected

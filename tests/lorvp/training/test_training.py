@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import count_forwards
 from pydantic import ValidationError
+from support import stops
 from support.samples.training import figures
 
 import lorvp
@@ -80,13 +81,7 @@ def test_stopped_anywhere_and_continued_is_bit_for_bit_uninterrupted(digits, tmp
     config = digits(head={"kind": mapping}, epochs=2, batch_size=40, eval_batch_size=30, **stages)
     expected, images = uninterrupted(config.canonical_json())
     shown = count_forwards(monkeypatch)
-    left = calls
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left <= 0
-
+    stop = stops.from_call(calls)
     first = list(train(config, folder=tmp_path, should_stop=stop))
     checkpoint = tmp_path / CHECKPOINT
     continued = list(train(config, resume_from=checkpoint if checkpoint.exists() else None))
